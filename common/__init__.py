@@ -1,0 +1,1 @@
+"""What both roles speak: domain values, wire messages, configuration, CRIU, fencing, addresses."""

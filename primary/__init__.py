@@ -1,0 +1,1 @@
+"""The side that captures: freezes, pages, epochs, and the stream to every replica."""

@@ -1,0 +1,1 @@
+"""The side that keeps: receiving, the epoch store, readiness, restore."""
