@@ -1,0 +1,244 @@
+"""One TOML file a node: read, checked, and turned into values. Unknown keys are errors.
+
+In: a path. Out: `NodeConfig`, or a ConfigError that names the key, what is wrong and what to write.
+`docs/reference/config.md` documents every key; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.errors import ConfigError
+from common.model import NAME_PATTERN, WorkloadSpec
+
+DEFAULT_PATH = Path("/etc/outlive/node.toml")
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file; a key that it does not know is refused."""
+
+
+class Node(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[node]`: who this node is and where it keeps things."""
+
+    name: str
+    address: str
+    """IP address that agent and keeper listen on and that peers connect to."""
+    agent_port: int = 7701
+    keeper_port: int = 7702
+    key_file: str = "/etc/outlive/node.key"
+    """CURVE secret key as `outlive keys generate` writes it; mode 0600."""
+    state_dir: str = "/var/lib/outlive"
+    """Terms, roles, bundles, history. Always a disk."""
+    run_dir: str = "/run/outlive"
+    """Sockets, pid files."""
+    image_dir: str = "/dev/shm/outlive"  # noqa: S108 - a tmpfs on purpose; made with mode 0700
+    """Where checkpoints are written before they are sent; a tmpfs."""
+    vip_interface: str = ""
+    """The interface that virtual addresses are added to; needed if a workload has one."""
+    criu: str = ""
+    """Path of the criu program; empty: found by itself."""
+    runc: str = "runc"
+    conmon: str = "conmon"
+    cgroup_parent: str = "/outlive"
+    boot_id_file: str = "/proc/sys/kernel/random/boot_id"
+
+
+class Store(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[store]`: where received epochs are kept."""
+
+    directory: str = ""
+    """Empty: `store` below `state_dir`."""
+    min_free_bytes: int = 512 * 1024 * 1024
+    """An epoch that would leave less than this free is refused before it begins."""
+    max_levels: int = 8
+    """Longest chain of images that a restore may have to read."""
+
+
+class Heartbeat(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[heartbeat]`: how often keepers speak and how long silence may last."""
+
+    interval_ms: int = 50
+    suspect_after_ms: int = 300
+
+
+class Peer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[peers]]`: another node that may connect, and nobody else may."""
+
+    name: str
+    address: str
+    public_key: str
+    """Z85 text, 40 characters, as `outlive keys show` prints it."""
+    agent_port: int = 7701
+    keeper_port: int = 7702
+
+
+class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[fences]]`: one way to make sure that a peer is off. Tried in the order of the file.
+
+    `command` exits 0 when the node is confirmed off, 1 when it refuses, anything else (or the time-out)
+    when it does not know.
+    """
+
+    node: str
+    command: tuple[str, ...]
+    timeout_ms: int = 10_000
+    covers: tuple[str, ...] = ("host loss", "process failure")
+    """What the method can confirm; shown by `doctor` and `status`."""
+
+
+class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file."""
+
+    node: Node
+    store: Store = Store()
+    heartbeat: Heartbeat = Heartbeat()
+    peers: tuple[Peer, ...] = ()
+    fences: tuple[Fence, ...] = ()
+    workloads: tuple[WorkloadSpec, ...] = ()
+
+    @property
+    def store_dir(self) -> Path:
+        """Where received epochs lie."""
+        return Path(self.store.directory) if self.store.directory else Path(self.node.state_dir) / "store"
+
+    @property
+    def runc_root(self) -> Path:
+        """Runc's own state; below the run directory, gone after a boot as it should be."""
+        return Path(self.node.run_dir) / "runc"
+
+    @property
+    def agent_endpoint(self) -> str:
+        """The local socket of the agent."""
+        return f"ipc://{self.node.run_dir}/agent.sock"
+
+    @property
+    def keeper_endpoint(self) -> str:
+        """The local socket of the keeper."""
+        return f"ipc://{self.node.run_dir}/keeper.sock"
+
+    def peer(self, name: str) -> Peer | None:
+        """Return the peer of that name, if it is configured."""
+        return next((peer for peer in self.peers if peer.name == name), None)
+
+
+def load_config(path: Path) -> NodeConfig:
+    """Read and check the file at `path`. Raises ConfigError and nothing else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no configuration at {path}",
+            hint="give --config PATH, or write one: docs/reference/config.md has a whole example",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return parse_config(text, origin=str(path))
+
+
+def parse_config(text: str, *, origin: str) -> NodeConfig:
+    """Turn TOML into a checked configuration. `origin` names the source in errors (ConfigError)."""
+    try:
+        tables: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not TOML: {error}") from error
+    try:
+        config = msgspec.convert(tables, NodeConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {error}", hint="docs/reference/config.md lists every key") from error
+    for problem in _problems(config):
+        raise ConfigError(f"{origin}: {problem}", hint="docs/reference/config.md lists every key")
+    return config
+
+
+def _problems(config: NodeConfig) -> list[str]:
+    """What the types alone do not catch, one sentence each."""
+    found: list[str] = []
+    node_names = [config.node.name, *(peer.name for peer in config.peers)]
+    for name in node_names:
+        if not NAME_PATTERN.match(name):
+            found.append(f"node name {name!r}: use a-z, 0-9 and '-', at most 32 characters")
+    found += [f"node name {name!r} is used twice" for name in sorted(_repeated(node_names))]
+    keys = [peer.public_key for peer in config.peers]
+    found += [f"public key {key!r} belongs to two peers" for key in sorted(_repeated(keys))]
+    for peer in config.peers:
+        if len(peer.public_key) != 40:
+            found.append(f"peer {peer.name!r}: public_key must be 40 characters of Z85")
+    for owner, address in [("node", config.node.address), *((p.name, p.address) for p in config.peers)]:
+        if not _is_address(address):
+            found.append(f"{owner}: address {address!r} is not an IP address")
+    if config.heartbeat.interval_ms < 5:
+        found.append("heartbeat.interval_ms: at least 5")
+    if config.heartbeat.suspect_after_ms < 3 * config.heartbeat.interval_ms:
+        found.append(
+            "heartbeat.suspect_after_ms: at least three times interval_ms, or one lost beat is a failure"
+        )
+    if config.store.max_levels < 2:
+        found.append("store.max_levels: at least 2")
+    known = set(node_names)
+    found += [f"fences: no node is called {f.node!r}" for f in config.fences if f.node not in known]
+    found += [f"fences: {f.node!r} has an empty command" for f in config.fences if not f.command]
+    names = [workload.name for workload in config.workloads]
+    found += [f"workload {name!r} is declared twice" for name in sorted(_repeated(names))]
+    for workload in config.workloads:
+        found += [f"workload {workload.name!r}: {text}" for text in workload_problems(workload, known)]
+        if workload.vip and not config.node.vip_interface:
+            found.append(f"workload {workload.name!r} has a vip, so node.vip_interface is needed")
+    return found
+
+
+def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
+    """Return what is wrong with a workload, one sentence each; empty if nothing is."""
+    found: list[str] = []
+    if not NAME_PATTERN.match(spec.name):
+        found.append("name: use a-z, 0-9 and '-', at most 32 characters")
+    if not spec.command:
+        found.append("command is empty")
+    if not spec.nodes:
+        found.append("nodes is empty: name at least the node that runs it")
+    found += [
+        f"nodes: {name!r} is neither this node nor a peer" for name in spec.nodes if name not in known_nodes
+    ]
+    found += [f"nodes: {name!r} stands there twice" for name in sorted(_repeated(list(spec.nodes)))]
+    for label, path in [("root", spec.root), ("working_directory", spec.working_directory)]:
+        if not path.startswith("/"):
+            found.append(f"{label} must be an absolute path")
+    for item in spec.files:
+        if not item.path.startswith("/") or item.path == "/" or ".." in item.path.split("/"):
+            found.append(f"files: {item.path!r} must be an absolute path below /")
+    parts = spec.user.split(":")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        found.append("user must be numeric: 'uid' or 'uid:gid'")
+    if spec.vip is not None:
+        try:
+            if "/" not in spec.vip:
+                raise ValueError
+            ipaddress.ip_interface(spec.vip)
+        except ValueError:
+            found.append(f"vip {spec.vip!r} must be an address with its prefix length, e.g. 10.0.0.100/24")
+    if spec.health is not None:
+        chosen = [spec.health.tcp, spec.health.http, spec.health.command]
+        if sum(choice is not None for choice in chosen) != 1:
+            found.append("health: give exactly one of tcp, http and command")
+    if not 20 <= spec.epoch_interval_ms <= 3_600_000:
+        found.append("epoch_interval_ms: between 20 and 3600000")
+    if spec.freeze_deadline_ms < 100:
+        found.append("freeze_deadline_ms: at least 100")
+    return found
+
+
+def _repeated(items: list[str]) -> set[str]:
+    return {item for item in items if items.count(item) > 1}
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

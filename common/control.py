@@ -1,0 +1,259 @@
+"""What the processes of one node say to each other, over a socket in the node's run directory.
+
+The agent reports and receives orders; the command line asks. Every exchange is one request and one
+answer. Orders describe what *should be* (level-triggered): a lost, repeated or late exchange changes
+nothing, and a restarted agent learns at its first report what it is to do.
+
+Trust: the socket lies in a directory of mode 0700; who can open it is root already.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from common.model import EpochId, WorkloadSpec
+
+
+class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one replica is, as its primary's agent knows."""
+
+    node: str
+    connected: bool
+    acknowledged: EpochId | None = None
+    acknowledged_wall_s: float | None = None
+    """When the *capture* of the acknowledged epoch froze the workload; its age is the data at risk."""
+    restorable: bool = False
+    reasons: tuple[str, ...] = ()
+    """Why not restorable there, one sentence each."""
+
+
+class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent knows of one workload, told to its keeper at every report."""
+
+    name: str
+    spec: WorkloadSpec
+    running: bool
+    """A container of it runs on this node."""
+    incarnation: str = ""
+    init_pid: int = 0
+    """Host PID of the container's first process while it runs, else 0."""
+    exit_code: int | None = None
+    """How the last incarnation ended by itself, until the next one starts."""
+    stored: EpochId | None = None
+    """Newest committed epoch in this node's store."""
+    restorable: bool = False
+    """The stored epoch passed this node's readiness checks."""
+    reasons: tuple[str, ...] = ()
+    """Why not, one sentence each."""
+    captured: EpochId | None = None
+    """Newest epoch captured here (primary)."""
+    capture_failures: int = 0
+    """Captures that failed in a row."""
+    replicas: tuple[ReplicaProgress, ...] = ()
+    order_done: int = 0
+    """Number of the newest order that is carried out; 0 for none."""
+    order_failed: int = 0
+    """Number of the newest order that could not be carried out; 0 for none."""
+    order_detail: str = ""
+    """What came of it, in a sentence: which epoch was restored, or why it failed."""
+    restored: EpochId | None = None
+    """The epoch that the running incarnation came from; None for a fresh start."""
+    volatile: bool = False
+    """The store is on tmpfs: it survives process crashes, not power loss."""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What the keeper wants of the agent for one workload, from now on.
+
+    - `lead`: the workload is to run here in `term`. If it doesn't: `action` says whether to start it
+      afresh, restore the newest committed epoch, or (`none`) only to look after it if it runs.
+    - `follow`: it must not run here; receive and store epochs of `term` or newer.
+    - `idle`: it must not run here, nothing is received.
+    """
+
+    workload: str
+    number: int
+    """Grows with every change; the agent names it when the order is carried out."""
+    role: Literal["lead", "follow", "idle"]
+    term: int
+    action: Literal["none", "start", "restore"] = "none"
+    leader: str = ""
+
+
+# --- requests to the keeper -------------------------------------------------------------------------
+
+
+class Report(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Agent to keeper, several times a second; also the sign that the agent lives."""
+
+    agent_pid: int
+    workloads: tuple[WorkloadReport, ...]
+
+
+class AnnounceFreeze(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Agent to keeper, before a freeze: the answer must be awaited.
+
+    The keeper opens a pidfd of `criu_pid` (the agent keeps criu unreaped until the answer is here).
+    From then on, unless `EndFreeze` arrives within `deadline_ms`, it releases what is frozen: criu is
+    continued if stopped, then killed; the cgroup is thawed.
+    """
+
+    workload: str
+    criu_pid: int
+    deadline_ms: int
+
+
+class EndFreeze(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Agent to keeper: criu has ended and the workload runs."""
+
+    workload: str
+    criu_pid: int
+
+
+class Failover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: lead this workload from here on."""
+
+    workload: str
+    accept_data_loss: bool = False
+    old_primary_is_off: str = ""
+    """Name of the node that the operator vouches for; empty for none."""
+
+
+class StartWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: start the workload here (refused where it may run elsewhere)."""
+
+    spec: WorkloadSpec
+
+
+class StopWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: end the workload and keep it ended."""
+
+    workload: str
+
+
+class ForgetWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: this (stopped) workload is no longer protected here."""
+
+    workload: str
+
+
+class AskStatus(msgspec.Struct, frozen=True, tag=True):
+    """Anybody to keeper or agent: say how things stand."""
+
+
+class AskHistory(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Anybody to keeper: the kept terms of a workload with their timelines."""
+
+    workload: str
+
+
+KeeperRequest = (
+    Report
+    | AnnounceFreeze
+    | EndFreeze
+    | Failover
+    | StartWorkload
+    | StopWorkload
+    | ForgetWorkload
+    | AskStatus
+    | AskHistory
+)
+
+# --- answers ----------------------------------------------------------------------------------------
+
+
+class Done(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """It is done, or under way; `detail` says what happens now."""
+
+    detail: str = ""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """It is not done. `error` names a class of `common.errors`."""
+
+    error: str
+    message: str
+    hint: str = ""
+
+
+class Orders(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to a `Report`: all that the keeper wants, whether it changed or not."""
+
+    orders: tuple[Order, ...]
+
+
+class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How a peer looks from here."""
+
+    node: str
+    keeper_silence_ms: int | None
+    """None: never heard since this keeper started."""
+    agent_silence_ms: int | None
+    boot_id: str = ""
+
+
+class TimelineEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of a takeover or of any other change of role."""
+
+    at_ms: float
+    """Milliseconds since the timeline began (monotonic)."""
+    wall_s: float
+    event: str
+    reason: str
+
+
+class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One workload as this node sees it; what `outlive status` shows."""
+
+    name: str
+    role: Literal["primary", "replica", "none"]
+    state: str
+    """A state of the role machine."""
+    reason: str
+    """Why it is in that state, in a sentence."""
+    term: int
+    leader: str
+    running: bool
+    restorable: bool
+    """Primary: at least one replica could restore it. Replica: this node could."""
+    reasons: tuple[str, ...] = ()
+    data_at_risk_s: float | None = None
+    """Age of the newest epoch that could be restored elsewhere (or here); None: nothing stored."""
+    captured: EpochId | None = None
+    stored: EpochId | None = None
+    replicas: tuple[ReplicaProgress, ...] = ()
+    exit_code: int | None = None
+    volatile: bool = False
+
+
+class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `AskStatus`."""
+
+    node: str
+    boot_id: str
+    agent: Literal["alive", "silent", "never seen"]
+    peers: tuple[PeerStatus, ...]
+    workloads: tuple[WorkloadStatus, ...]
+
+
+class TermHistory(msgspec.Struct, frozen=True, kw_only=True):
+    """One term of a workload: who led it, why it began, and how."""
+
+    workload: str
+    term: int
+    leader: str
+    cause: str
+    began_wall_s: float
+    restored: EpochId | None = None
+    timeline: tuple[TimelineEntry, ...] = ()
+
+
+class History(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `AskHistory`, oldest term first."""
+
+    terms: tuple[TermHistory, ...]
+
+
+KeeperAnswer = Done | Refused | Orders | NodeStatus | History
