@@ -1,0 +1,341 @@
+"""What a directory of CRIU images says, as values: address spaces, memory maps, open files, statistics.
+
+In: the files that one dump left. Out: frozen values, and the names by which the files are found. Pagemaps
+have a module of their own (`pagemap`), frames too (`framing`); their names are offered here as well, so that
+one import serves who works with images.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, cast
+
+import msgspec
+
+from common.criu.framing import (
+    DAMAGED_HINT,
+    Image,
+    ImageKind,
+    parse_image,
+    read_image,
+    serialize_image,
+    write_image,
+)
+from common.criu.pagemap import (
+    PAGE_SIZE,
+    PE_LAZY,
+    PE_PARENT,
+    PE_PRESENT,
+    Pagemap,
+    PagemapEntry,
+    compress,
+    expand,
+    parse_pagemap,
+    read_pagemap,
+    serialize_pagemap,
+    write_pagemap,
+)
+from common.criu.proto import fdinfo_pb2, mm_pb2, remap_file_path_pb2, sk_inet_pb2, stats_pb2
+from common.errors import StoreError
+
+__all__ = [
+    "PAGE_SIZE",
+    "PE_LAZY",
+    "PE_PARENT",
+    "PE_PRESENT",
+    "DumpStats",
+    "Image",
+    "ImageKind",
+    "InetSocket",
+    "MemoryMap",
+    "OpenFiles",
+    "OtherFile",
+    "PageImage",
+    "Pagemap",
+    "PagemapEntry",
+    "RegularFile",
+    "Remap",
+    "SpaceKey",
+    "UnixSocket",
+    "Vma",
+    "compress",
+    "expand",
+    "page_images",
+    "parse_image",
+    "parse_pagemap",
+    "read_dump_stats",
+    "read_image",
+    "read_memory_map",
+    "read_open_files",
+    "read_pagemap",
+    "read_remaps",
+    "serialize_image",
+    "serialize_pagemap",
+    "write_image",
+    "write_pagemap",
+]
+
+VMA_FILE_PRIVATE = 1 << 6
+VMA_FILE_SHARED = 1 << 7
+VMA_ANON_SHARED = 1 << 8
+VMA_ANON_PRIVATE = 1 << 9
+VMA_AREA_SYSVIPC = 1 << 10
+"""Bits of `Vma.status` (CRIU 4.2, `criu/include/image.h`): what kind of mapping it is."""
+
+_PAGEMAP_NAME = re.compile(r"pagemap-(shmem-)?([0-9]+)\.img")
+
+
+class SpaceKey(msgspec.Struct, frozen=True, order=True):
+    """Names an address space of a checkpoint: a task by its PID in its namespace, or a shared segment."""
+
+    kind: Literal["task", "shmem"]
+    ident: int
+
+    @property
+    def pagemap_name(self) -> str:
+        """The file name of its pagemap."""
+        return f"pagemap-{'shmem-' if self.kind == 'shmem' else ''}{self.ident}.img"
+
+
+class PageImage(msgspec.Struct, frozen=True):
+    """An address space's two files: its pagemap, and `pages_name` with the pages' bytes."""
+
+    key: SpaceKey
+    pages_id: int
+
+    @property
+    def pages_name(self) -> str:
+        """The file name of the pages' bytes. CRIU leaves it away if there are none."""
+        return f"pages-{self.pages_id}.img"
+
+
+class Vma(msgspec.Struct, frozen=True):
+    """One mapping: bytes from `start` to `end` (exclusive); `prot` and `flags` as mmap(2) takes them."""
+
+    start: int
+    end: int
+    prot: int
+    flags: int
+    status: int
+    shmid: int
+    """For shared mappings, the identifier of the segment; for files, that of the file in files.img."""
+
+
+class MemoryMap(msgspec.Struct, frozen=True):
+    """What `mm-PID.img` says: the mappings in order of address, and whether the task has AIO rings."""
+
+    vmas: tuple[Vma, ...]
+    aio_rings: int
+
+
+class RegularFile(msgspec.Struct, frozen=True):
+    """An open or mapped file. At restore it must be there with this size, mode and build-id.
+
+    `size` and `mode` are None where CRIU recorded none. `build_id` is the content of the ELF note, padded
+    with zeros to a multiple of four bytes (empty if the file has none).
+    """
+
+    id: int
+    path: str
+    size: int | None
+    mode: int | None
+    flags: int
+    pos: int
+    build_id: bytes
+    external: bool
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is open for writing."""
+        return bool(self.flags & 0o3)
+
+
+class InetSocket(msgspec.Struct, frozen=True):
+    """An IPv4 or IPv6 socket; numbers as in <sys/socket.h>, `state` as in <netinet/tcp.h> (10 listens)."""
+
+    id: int
+    family: int
+    type: int
+    protocol: int
+    state: int
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+class UnixSocket(msgspec.Struct, frozen=True):
+    """A unix socket; `name` as bind(2) took it (a zero byte first if abstract), `peer` an inode or 0."""
+
+    id: int
+    inode: int
+    type: int
+    state: int
+    peer: int
+    name: bytes
+
+
+class OtherFile(msgspec.Struct, frozen=True):
+    """Any other open file, by the name that CRIU gives its type, in lower case (pipe, eventpoll, tty, …)."""
+
+    id: int
+    type_name: str
+
+
+class OpenFiles(msgspec.Struct, frozen=True):
+    """What `files.img` says, in its order. Mapped files are in it too."""
+
+    regular: tuple[RegularFile, ...]
+    inet: tuple[InetSocket, ...]
+    unix: tuple[UnixSocket, ...]
+    other: tuple[OtherFile, ...]
+
+
+class Remap(msgspec.Struct, frozen=True):
+    """A file that had no name any more: `how` is linked, ghost or procfs; the ids are those of files.img."""
+
+    original_id: int
+    remap_id: int
+    how: str
+
+
+class DumpStats(msgspec.Struct, frozen=True):
+    """What CRIU measured: times in microseconds, counts in pages. `frozen_us` includes the hooks' time."""
+
+    freezing_us: int
+    frozen_us: int
+    memdump_us: int
+    memwrite_us: int
+    pages_scanned: int
+    pages_skipped_parent: int
+    pages_written: int
+    pages_lazy: int
+    shared_pages_scanned: int
+    shared_pages_written: int
+
+
+def page_images(directory: Path) -> list[PageImage]:
+    """List the address spaces of a checkpoint, sorted; raises `StoreError` for a damaged or doubled one."""
+    found: dict[int, PageImage] = {}
+    for path in sorted(directory.iterdir()):
+        if match := _PAGEMAP_NAME.fullmatch(path.name):
+            key = SpaceKey("shmem" if match[1] else "task", int(match[2]))
+            pages_id = read_pagemap(path).pages_id
+            if pages_id in found:
+                raise StoreError(
+                    f"{path.name} and {found[pages_id].key.pagemap_name} both name pages-{pages_id}.img",
+                    hint=DAMAGED_HINT,
+                )
+            found[pages_id] = PageImage(key, pages_id)
+    return sorted(found.values(), key=lambda image: image.key)
+
+
+def read_memory_map(path: Path) -> MemoryMap:
+    """Read an `mm-PID.img`; raises `StoreError`."""
+    (mm,) = cast("tuple[mm_pb2.mm_entry]", read_image(path, ImageKind.MM).messages)
+    return MemoryMap(
+        tuple(Vma(v.start, v.end, v.prot, v.flags, v.status, v.shmid) for v in mm.vmas), len(mm.aios)
+    )
+
+
+def read_open_files(path: Path) -> OpenFiles:
+    """Read a `files.img`; raises `StoreError`, also for a path that is not UTF-8 or an impossible address."""
+    regular: list[RegularFile] = []
+    inet: list[InetSocket] = []
+    unix: list[UnixSocket] = []
+    other: list[OtherFile] = []
+    for file in cast("tuple[fdinfo_pb2.file_entry, ...]", read_image(path, ImageKind.FILES).messages):
+        try:
+            if file.HasField("reg"):
+                regular.append(_regular_file(file))
+            elif file.HasField("isk"):
+                inet.append(_inet_socket(file.isk))
+            elif file.HasField("usk"):
+                unix.append(
+                    UnixSocket(
+                        file.id, file.usk.ino, file.usk.type, file.usk.state, file.usk.peer, file.usk.name
+                    )
+                )
+            else:
+                other.append(OtherFile(file.id, fdinfo_pb2.fd_types.Name(file.type).lower()))
+        except (ValueError, OSError) as error:
+            raise StoreError(
+                f"{path.name}: file {file.id:#x} makes no sense: {error}", hint=DAMAGED_HINT
+            ) from error
+    return OpenFiles(tuple(regular), tuple(inet), tuple(unix), tuple(other))
+
+
+def read_remaps(directory: Path) -> tuple[Remap, ...]:
+    """Read which open files had been removed (none if there is no such image); raises `StoreError`."""
+    path = directory / "remap-fpath.img"
+    if not path.exists():
+        return ()
+    entries = cast(
+        "tuple[remap_file_path_pb2.remap_file_path_entry, ...]",
+        read_image(path, ImageKind.REMAP_PATHS).messages,
+    )
+    return tuple(
+        Remap(e.orig_id, e.remap_id, remap_file_path_pb2.remap_type.Name(e.remap_type).lower())
+        for e in entries
+    )
+
+
+def read_dump_stats(directory: Path) -> DumpStats:
+    """Read `stats-dump` from CRIU's work directory; raises `StoreError`."""
+    path = directory / "stats-dump"
+    (stats,) = cast("tuple[stats_pb2.stats_entry]", read_image(path, ImageKind.STATS).messages)
+    if not stats.HasField("dump"):
+        raise StoreError(f"{path} holds no statistics of a dump", hint=DAMAGED_HINT)
+    dump = stats.dump
+    return DumpStats(
+        freezing_us=dump.freezing_time,
+        frozen_us=dump.frozen_time,
+        memdump_us=dump.memdump_time,
+        memwrite_us=dump.memwrite_time,
+        pages_scanned=dump.pages_scanned,
+        pages_skipped_parent=dump.pages_skipped_parent,
+        pages_written=dump.pages_written,
+        pages_lazy=dump.pages_lazy,
+        shared_pages_scanned=dump.shpages_scanned,
+        shared_pages_written=dump.shpages_written,
+    )
+
+
+def _regular_file(file: fdinfo_pb2.file_entry) -> RegularFile:
+    reg = file.reg
+    return RegularFile(
+        id=file.id,
+        path=reg.name,
+        size=reg.size if reg.HasField("size") else None,
+        mode=reg.mode if reg.HasField("mode") else None,
+        flags=reg.flags,
+        pos=reg.pos,
+        build_id=struct.pack(f"<{len(reg.build_id)}I", *reg.build_id),
+        external=reg.ext,
+    )
+
+
+def _inet_socket(sk: sk_inet_pb2.inet_sk_entry) -> InetSocket:
+    return InetSocket(
+        id=sk.id,
+        family=sk.family,
+        type=sk.type,
+        protocol=sk.proto,
+        state=sk.state,
+        source=_address(sk.family, sk.src_addr),
+        source_port=sk.src_port,
+        destination=_address(sk.family, sk.dst_addr),
+        destination_port=sk.dst_port,
+    )
+
+
+def _address(family: int, words: Iterable[int]) -> str:
+    """Write an address as text: the image holds the bytes that go on the wire, as words of this machine."""
+    packed = b"".join(struct.pack("<I", word) for word in words)
+    if not packed:
+        return ""
+    return socket.inet_ntop(family, packed)
