@@ -1,0 +1,35 @@
+# `make demo` and `make test` are all that a newcomer needs; both set up what they need, as root.
+BENCHMARK := bench.epoch
+BIN := .venv/bin
+PYTEST := $(BIN)/coverage run -m pytest
+
+.PHONY: help setup demo check test bench clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup:  ## packages, .venv and a CRIU that works on this kernel; nothing is done twice
+	@setup/setup.sh
+
+demo: setup  ## a redis outlives its machine, before your eyes
+	@$(BIN)/outlive demo
+
+check: setup  ## lint, types, import rules, unit and sim tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/coverage erase
+	$(PYTEST) tests/unit tests/sim
+
+test: check  ## check and the system tests, with branch coverage of all of them
+	$(PYTEST) tests/system
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: setup  ## benchmark an epoch; JSON on stdout
+	@$(BIN)/python -m $(BENCHMARK) --output json
+
+clean:  ## remove what setup and the tools made in this checkout
+	rm -rf .venv .criu .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
