@@ -20,7 +20,7 @@ check: setup  ## lint, types, import rules, unit and sim tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/coverage erase
-	$(PYTEST) tests/unit tests/sim
+	$(PYTEST) $(wildcard tests/unit tests/sim)
 
 test: check  ## check and the system tests, with branch coverage of all of them
 	$(PYTEST) tests/system
