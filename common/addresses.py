@@ -175,7 +175,8 @@ async def _prefix_lengths(vip: Vip) -> tuple[int, ...]:
     """Return the prefix lengths with which the interface carries the address; none if it does not."""
     only = f"{vip.address.ip}/{vip.address.max_prefixlen}"
     links = json.loads(await _run("ip", "-j", "address", "show", "dev", vip.interface, "to", only) or "[]")
-    return tuple(address["prefixlen"] for link in links for address in link.get("addr_info", ()))
+    # `ip` prints an empty object for each address that the filter left out.
+    return tuple(found["prefixlen"] for link in links for found in link.get("addr_info", ()) if found)
 
 
 def _hold_of(vip: Vip, owner: str) -> Hold:
