@@ -256,4 +256,39 @@ class History(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     terms: tuple[TermHistory, ...]
 
 
+class WorkloadMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent measured of one workload that it captures; the newest 1,000 of each series."""
+
+    name: str
+    backend: str
+    epochs_captured: int
+    epochs_acknowledged: int
+    """By at least one replica, each counted once."""
+    freeze_ms: tuple[float, ...]
+    """From the first task seized to the last one running again, as CRIU measured."""
+    epoch_ms: tuple[float, ...]
+    """From the request to criu until the epoch could be offered to the streams."""
+    interval_ms: tuple[float, ...]
+    """Between the freezes of epochs acknowledged one after the other."""
+    commit_ms: tuple[float, ...]
+    """From the offer of an epoch until its acknowledgement."""
+    bytes_sent: int
+    bytes_full: int
+    """What the same epochs would have been, sent whole."""
+    memory_bytes: int
+    """Present pages of the newest epoch."""
+
+
+class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The agent's answer to `AskStatus`."""
+
+    node: str
+    pid: int
+    rss_bytes: int
+    cpu_s: float
+    """CPU time of the agent and of the criu processes that it has waited for."""
+    workloads: tuple[WorkloadMetrics, ...]
+
+
 KeeperAnswer = Done | Refused | Orders | NodeStatus | History
+AgentAnswer = AgentMetrics | Refused

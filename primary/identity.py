@@ -1,0 +1,54 @@
+"""Keyed identities of page contents: what decides which pages are sent.
+
+In: an open image of pages, 4096 bytes each. Out: an array of 128-bit identities, zeros for pages of
+zeros. Workloads hold data that an attacker may have chosen, so an unkeyed hash must not decide what is
+skipped: xxh3-128 with a secret seed that is drawn anew by each agent and never leaves it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from common.errors import CaptureError
+from common.model import PAGE_BYTES
+
+_BLOCK_PAGES = 512
+"""Pages read at once (2 MiB): large enough for the disk, small enough for the cache."""
+
+
+class PageHasher:
+    """Identifies pages under one secret; identities of different hashers cannot be compared.
+
+    Not safe for use by several threads at once: the read buffer is shared between calls.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = secrets.randbits(64) if seed is None else seed
+        self._buffer = bytearray(_BLOCK_PAGES * PAGE_BYTES)
+        self._zero_digest = xxhash.xxh3_128_digest(bytes(PAGE_BYTES), self._seed)
+
+    def identify_image(self, descriptor: int, pages: int) -> NDArray[np.uint64]:
+        """Identify the first `pages` pages of an open file; shape (pages, 2).
+
+        Raises CaptureError if the file is shorter than that.
+        """
+        digest, seed = xxhash.xxh3_128_digest, self._seed
+        view = memoryview(self._buffer)
+        digests: list[bytes] = []
+        offset, end = 0, pages * PAGE_BYTES
+        while offset < end:
+            wanted = min(len(view), end - offset)
+            read = os.preadv(descriptor, [view[:wanted]], offset)
+            if read != wanted:
+                raise CaptureError(f"an image of {pages} pages ends after {(offset + read) // PAGE_BYTES}")
+            digests += [digest(view[at : at + PAGE_BYTES], seed) for at in range(0, wanted, PAGE_BYTES)]
+            offset += wanted
+        identity = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(pages, 2).copy()
+        zero = np.frombuffer(self._zero_digest, dtype=np.uint64)
+        identity[(identity == zero).all(axis=1)] = 0
+        return identity
