@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.durable import RealDisk
+from common.durable import atomic_write
 from common.errors import StoreError
 
 _BLOCK = 1000
@@ -32,7 +32,7 @@ class EpochNumbers:
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{path} does not hold an epoch number: {error}",
-                hint="write a number into it that is higher than any epoch in `outlive store list` of a replica",
+                hint="write a number into it above every epoch in a replica's `outlive store list`",
             ) from error
         self._last = max(mark, at_least)
         self._mark = mark
@@ -43,7 +43,7 @@ class EpochNumbers:
         if number > self._mark:
             mark = number + _BLOCK
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            RealDisk().atomic_write(self._path, str(mark).rjust(_WIDTH).encode())
+            atomic_write(self._path, str(mark).rjust(_WIDTH).encode(), op="numbers.mark")
             self._mark = mark
         self._last = number
         return number
