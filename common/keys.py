@@ -1,0 +1,106 @@
+"""The key pair by which a node is known: made once, kept in a file that nobody else can read.
+
+In: a path. Out: a `KeyPair` in Z85 text, as peers' configuration names it. The secret file holds the secret
+key alone (the public one follows from it); `PATH.pub` beside it is for copying to the peers.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from common.errors import AuthError
+
+_KEY_CHARACTERS = 40
+_FILE_BYTES = 4096
+"""A key file is far smaller; more is not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A CURVE25519 key pair, each half 40 characters of Z85. The secret half is never printed."""
+
+    public: str
+    secret: str = field(repr=False)
+
+
+def public_key_path(path: Path) -> Path:
+    """Where the public half of the key at `path` stands."""
+    return path.with_name(path.name + ".pub")
+
+
+def generate(path: Path) -> KeyPair:
+    """Make a new key pair at `path` (mode 0600 from its first moment) and `path`.pub (0644), durably.
+
+    Raises AuthError if there is a key already (it is never replaced) or the files cannot be written.
+    """
+    public, secret = (half.decode("ascii") for half in zmq.curve_keypair())
+    try:
+        _write_new(path, 0o600, f"{secret}\n")
+    except FileExistsError:
+        raise AuthError(
+            f"there is a key at {path} already",
+            hint="peers know this node by it; move it away first if you really want a new one",
+        ) from None
+    except OSError as error:
+        raise AuthError(f"cannot write a key to {path}: {error.strerror}") from error
+    beside = public_key_path(path)
+    try:
+        beside.unlink(missing_ok=True)
+        _write_new(beside, 0o644, f"{public}\n")
+    except OSError as error:
+        raise AuthError(f"cannot write the public key to {beside}: {error.strerror}") from error
+    return KeyPair(public, secret)
+
+
+def load(path: Path) -> KeyPair:
+    """Read the key pair whose secret half is at `path`.
+
+    Raises AuthError: missing, readable by others, belonging to another user, or not a key.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read(_FILE_BYTES)
+    except FileNotFoundError:
+        raise AuthError(f"there is no key at {path}", hint="make one: outlive keys generate") from None
+    except OSError as error:
+        raise AuthError(f"cannot read the key at {path}: {error.strerror}") from error
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISREG(status.st_mode) or mode & 0o077:
+        raise AuthError(
+            f"the key at {path} can be read by others (mode {mode:04o})",
+            hint=f"chmod 0600 {path}; if others may have read it, make a new one",
+        )
+    if status.st_uid not in (0, os.geteuid()):
+        raise AuthError(f"the key at {path} belongs to user {status.st_uid}", hint=f"chown root {path}")
+    secret = content.strip()
+    if len(secret) != _KEY_CHARACTERS:
+        raise AuthError(f"{path} does not hold a key: {_KEY_CHARACTERS} characters of Z85 are expected")
+    try:
+        return KeyPair(zmq.curve_public(secret).decode("ascii"), secret.decode("ascii"))
+    except (zmq.ZMQError, ValueError) as error:
+        raise AuthError(f"{path} does not hold a key: {error}") from error
+
+
+def _write_new(path: Path, mode: int, text: str) -> None:
+    """Write a file that does not exist yet; after a failure there is none."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask took away
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

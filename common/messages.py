@@ -1,0 +1,326 @@
+"""Every message that one node sends to another, and the one place that turns them into bytes and back.
+
+In: a message (a frozen struct) and its bulk data, or the frames of a multipart message off a socket. Out: the
+other. A message is one header frame, `[protocol, type, fields, [size of each bulk frame]]` in msgpack, and
+the bulk frames themselves, raw. What `decode` returns has been checked: types, ranges, names, sizes. Anything
+else is a ProtocolError. Whether a message may come *now* is the receiver's business, not this module's.
+
+The keeper imports this module, so it costs little: what bulk frames contain is in `common.bulk`. The format
+is described in `docs/wire.md`; golden vectors in the tests keep it from changing unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
+
+import msgpack  # type: ignore[import-untyped]
+import msgspec
+from msgspec import Meta
+
+from common.errors import ProtocolError
+from common.model import NAME_PATTERN, EpochId, WorkloadSpec
+
+PROTOCOL: Final = 1
+"""Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
+
+BULK_BYTES: Final = 1 << 20
+"""Most bytes that a bulk frame may hold before compression: 256 pages."""
+
+BULK_FRAME_BYTES: Final = BULK_BYTES + BULK_BYTES // 255 + 16
+"""Most bytes of a bulk frame: lz4's own bound for a block that does not compress (`LZ4_compressBound`)."""
+
+HEADER_BYTES: Final = 1 << 19
+"""Most bytes of a header frame: a command line and an environment fit in easily."""
+
+MESSAGE_BYTES: Final = HEADER_BYTES + BULK_FRAME_BYTES
+"""Most bytes of a message."""
+
+MIN_CREDIT_BYTES: Final = 2 * MESSAGE_BYTES
+"""Least credit that a receiver may grant: a sender with less could wait for ever."""
+
+Buffer = bytes | bytearray | memoryview
+"""What frames are taken from; nothing here writes to one."""
+
+_NAME = NAME_PATTERN.pattern.removesuffix("$") + r"\Z"
+# What CRIU calls its images, but not those that the store writes itself, and nothing with a path in it.
+_FILE = r"^(?!pages-|pagemap-|parent\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z"
+
+Name = Annotated[str, Meta(pattern=_NAME)]
+FileName = Annotated[str, Meta(pattern=_FILE)]
+Text = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Term = Annotated[int, Meta(ge=1, le=1 << 53)]
+WallSeconds = Annotated[float, Meta(ge=0, le=1e12)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all messages have in common: no field is unknown, none is missing but those with a default."""
+
+
+# --- greeting ---------------------------------------------------------------------------------------
+
+
+class Hello(_Message, frozen=True):
+    """Primary to replica, first of all: I lead `workload` in `term`; will you follow?"""
+
+    protocol: Count
+    software: Text
+    node: Name
+    workload: Name
+    term: Term
+    spec: WorkloadSpec
+
+
+class Welcome(_Message, frozen=True):
+    """Replica to primary: I follow. `newest` is what the next epoch may stand on."""
+
+    protocol: Count
+    node: Name
+    newest: EpochId | None
+    credit_bytes: Annotated[int, Meta(ge=MIN_CREDIT_BYTES, le=1 << 32)]
+
+
+RefusalCode = Literal["version", "identity", "stale-term", "not-followed", "no-session", "nonsense", "busy"]
+"""Why a receiver refuses: see `docs/wire.md`. Newer versions may use others; they are text on the wire."""
+
+
+class Refused(_Message, frozen=True):
+    """Receiver to sender: no, and this session is over. The same in every version of the protocol."""
+
+    code: Text
+    """One of `RefusalCode`, or what a newer version says."""
+    reason: Text
+    term: Count = 0
+    """With `stale-term`: the newest term that the receiver knows; else 0."""
+
+
+# --- one epoch --------------------------------------------------------------------------------------
+
+
+class Begin(_Message, frozen=True):
+    """An epoch begins. `base`: what its unchanged pages are taken from; None if it has none."""
+
+    term: Term
+    epoch: EpochId
+    base: EpochId | None
+    incarnation: Annotated[str, Meta(min_length=1, max_length=128)]
+    frozen_wall_s: WallSeconds
+    memory_bytes: Count
+    """Size of all present pages, whether they are sent or not."""
+    spaces: Annotated[int, Meta(ge=0, le=1 << 20)]
+    metadata_files: Annotated[int, Meta(ge=0, le=1 << 20)]
+
+
+class Metadata(_Message, frozen=True):
+    """A piece of one metadata file, in one bulk frame of `size` bytes; `more` pieces follow or not."""
+
+    name: FileName
+    size: Annotated[int, Meta(ge=0, le=BULK_BYTES)]
+    more: bool = False
+
+
+class Space(_Message, frozen=True):
+    """Which pages an address space has, in one bulk frame of runs (`common.bulk.pack_runs`).
+
+    `pages` and `changed` count the pages of these runs, and those of them whose content follows in `Pages`.
+    With `more` the same space goes on in the next message.
+    """
+
+    kind: Literal["task", "shmem"]
+    ident: Count
+    pages: Count
+    changed: Count
+    more: bool = False
+
+
+class Pages(_Message, frozen=True):
+    """The next pages of the space that was named last, in one lz4 block of `raw_bytes` unpacked."""
+
+    raw_bytes: Annotated[int, Meta(ge=4096, le=BULK_BYTES, multiple_of=4096)]
+
+
+class Commit(_Message, frozen=True):
+    """That was all of it. `digest`: blake3 over all frames from `Begin` on, this message excluded."""
+
+    digest: Digest
+
+
+class Ack(_Message, frozen=True):
+    """The epoch is committed, durably unless `volatile`, and was checked for readiness."""
+
+    epoch: EpochId
+    restorable: bool
+    reasons: tuple[Text, ...]
+    volatile: bool
+    committed_wall_s: WallSeconds
+
+
+class Nack(_Message, frozen=True):
+    """The epoch is not committed and nothing of it is kept; the session goes on."""
+
+    epoch: EpochId
+    reason: Text
+    code: Literal["base", "not-newer", "no-space", "store", "digest"]
+    retry_with_base: bool
+    """True: send it again, whole, with nothing to stand on."""
+
+
+class Credit(_Message, frozen=True):
+    """That many more bytes of messages may be sent."""
+
+    bytes: Count
+
+
+class Readiness(_Message, frozen=True):
+    """Whether the newest committed epoch could be restored changed, or is said for the first time."""
+
+    restorable: bool
+    reasons: tuple[Text, ...]
+
+
+# --- heartbeats -------------------------------------------------------------------------------------
+
+
+class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one workload stands on the node that beats."""
+
+    name: Name
+    term: Count
+    state: Literal["leading", "following", "yielded", "stopped"]
+    alive: bool
+    """A process of it runs there."""
+    agent_alive: bool
+
+
+class Beat(_Message, frozen=True):
+    """A node's sign of life, to each peer's keeper. `sequence` grows by one; `origin` says which process."""
+
+    node: Name
+    boot_id: Annotated[str, Meta(min_length=1, max_length=64)]
+    sequence: Count
+    origin: Literal["keeper", "agent"] = msgspec.field(name="from")
+    workloads: tuple[BeatWorkload, ...]
+
+
+Message = (
+    Hello
+    | Welcome
+    | Refused
+    | Begin
+    | Metadata
+    | Space
+    | Pages
+    | Commit
+    | Ack
+    | Nack
+    | Credit
+    | Readiness
+    | Beat
+)
+
+_TYPES: Final[dict[str, type[_Message]]] = {
+    "hello": Hello,
+    "welcome": Welcome,
+    "refused": Refused,
+    "begin": Begin,
+    "metadata": Metadata,
+    "space": Space,
+    "pages": Pages,
+    "commit": Commit,
+    "ack": Ack,
+    "nack": Nack,
+    "credit": Credit,
+    "readiness": Readiness,
+    "beat": Beat,
+}
+_TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
+_WITH_BULK: Final = (Metadata, Space, Pages)
+
+
+class VersionError(ProtocolError):
+    """The peer speaks another version of the wire format: `theirs`."""
+
+    def __init__(self, theirs: int) -> None:
+        super().__init__(
+            f"the peer speaks version {theirs} of the wire format, this node version {PROTOCOL}",
+            hint="run the same version of Outlive on all nodes",
+        )
+        self.theirs = theirs
+
+
+def encode(message: Message, bulk: Sequence[Buffer] = ()) -> list[Buffer]:
+    """Return the frames of a message. Raises ProtocolError if its bulk frames do not fit it."""
+    sizes = [len(frame) for frame in bulk]
+    _check_bulk(message, sizes)
+    fields = msgspec.to_builtins(message, builtin_types=(bytes,))
+    header: bytes = msgpack.packb([PROTOCOL, _TAGS[type(message)], fields, sizes])
+    if len(header) > HEADER_BYTES:
+        raise ProtocolError(f"the header of a {_TAGS[type(message)]} has {len(header)} bytes: too many")
+    return [header, *bulk]
+
+
+def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
+    """Read what `encode` wrote: the message and its bulk frames, as they came (nothing is copied).
+
+    Raises VersionError for another version's message (but reads its `Refused`), else ProtocolError for all
+    that is not exactly a message of this version.
+    """
+    if not frames or len(frames[0]) > HEADER_BYTES:
+        raise ProtocolError("a message has no header, or one that is too long")
+    tag, fields, declared = _unpack_header(frames[0])
+    try:
+        message: Any = msgspec.convert(fields, _TYPES[tag], builtin_types=(bytes,))
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise ProtocolError(f"a {tag} message is not valid: {error}") from error
+    for name in ("epoch", "base", "newest"):
+        epoch = getattr(message, name, None)
+        if epoch is not None and not (1 <= epoch.term <= 1 << 53 and 0 <= epoch.epoch <= 1 << 53):
+            raise ProtocolError(f"a {tag} message names an impossible epoch {epoch}")
+    bulk = frames[1:]
+    sizes = [len(frame) for frame in bulk]
+    if declared != sizes:
+        raise ProtocolError(f"a {tag} message declares bulk frames of {declared} bytes and has {sizes}")
+    _check_bulk(message, sizes)
+    return message, bulk
+
+
+def _unpack_header(frame: Buffer) -> tuple[str, object, object]:
+    """Return type, fields and bulk sizes. No limit of msgpack's own is left at its default."""
+    try:
+        header = msgpack.unpackb(
+            frame,
+            raw=False,
+            strict_map_key=True,
+            max_buffer_size=HEADER_BYTES,
+            max_str_len=HEADER_BYTES,
+            max_bin_len=64,
+            max_array_len=4096,
+            max_map_len=4096,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"a message's header is not msgpack: {error}") from error
+    if not isinstance(header, list) or len(header) < 2:
+        raise ProtocolError("a message's header is not a list of version, type, fields and sizes")
+    version, tag = header[:2]
+    if type(version) is not int or type(tag) is not str:
+        raise ProtocolError("a message's header does not begin with a version and a type")
+    if version != PROTOCOL and not (tag == "refused" and len(header) == 4):
+        raise VersionError(version)
+    if len(header) != 4 or tag not in _TYPES:
+        raise ProtocolError(f"no message of version {PROTOCOL} is called {tag[:40]!r}")
+    return tag, header[2], header[3]
+
+
+def _check_bulk(message: _Message, sizes: list[int]) -> None:
+    """A message has as many bulk frames as its type says, and none larger than the format allows."""
+    expected = 1 if isinstance(message, _WITH_BULK) else 0
+    tag = _TAGS[type(message)]
+    if len(sizes) != expected:
+        raise ProtocolError(f"a {tag} message has {len(sizes)} bulk frames instead of {expected}")
+    if any(size > BULK_FRAME_BYTES for size in sizes):
+        raise ProtocolError(f"a bulk frame of {max(sizes)} bytes is larger than {BULK_FRAME_BYTES}")
+    if isinstance(message, Metadata) and sizes[0] != message.size:
+        raise ProtocolError(f"metadata of {message.size} bytes comes in a frame of {sizes[0]}")
