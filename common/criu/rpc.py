@@ -11,8 +11,8 @@ before the request is sent (later receives pick it up; the first one, of a proce
 without limit): if we hang, criu fails, thaws and ends on its own. And if criu takes longer than our deadline,
 `Swrk.abandon` ends it, gently first:
 
-1. SIGCONT (somebody may have stopped it), and every hook is answered no. criu then undoes what it did and lets
-   the workload run on.
+1. SIGCONT (somebody may have stopped it), and every hook is answered no. criu then undoes what it did and
+   lets the workload run on.
 2. The socket is closed, and SIGALRM: criu's handler for its seize timeout makes the system call that it is in
    fail with EINTR, which takes criu through its error path, and that removes the parasite. (Before criu has
    seized anything, SIGALRM has no handler and ends it, which is harmless.)

@@ -317,6 +317,7 @@ class TestFailingDump:
         # A receive with a time limit is not restarted after a stop (signal(7)), so criu sees an error.
         async def hook(name: str, pid: int | None) -> bool:
             if name == "post-dump":
+                await asyncio.sleep(0.1)  # until it is inside the receive
                 os.kill(swrk.pid, signal.SIGSTOP)
                 await asyncio.sleep(0.1)
                 os.kill(swrk.pid, signal.SIGCONT)
