@@ -293,14 +293,13 @@ def _unpack_header(frame: Buffer) -> tuple[str, object, object]:
             frame,
             raw=False,
             strict_map_key=True,
-            max_buffer_size=HEADER_BYTES,
             max_str_len=HEADER_BYTES,
             max_bin_len=64,
             max_array_len=4096,
             max_map_len=4096,
             max_ext_len=0,
         )
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a message's header is not msgpack: {error}") from error
     if not isinstance(header, list) or len(header) < 2:
         raise ProtocolError("a message's header is not a list of version, type, fields and sizes")
