@@ -178,10 +178,8 @@ def _candidates(step: str, stage: Path) -> Iterator[Candidate]:
     archive = sources.main_archive(sources.read_entries(), distribution, codename)
     keyring = Path(f"/usr/share/keyrings/{distribution}-archive-keyring.gpg")
     if archive is None or not keyring.is_file() or not private_criu.is_supported(platform.machine()):
-        say(
-            step,
-            f"CRIU: cannot fetch one for {platform.machine()} from a {distribution or 'nameless'} archive",
-        )
+        here = f"{distribution or 'unknown system'} on {platform.machine()}"
+        say(step, f"CRIU: none to fetch: no package archive is known for {here}")
         return
     for suite in suites_to_try(distribution, codename):
         shutil.rmtree(stage, ignore_errors=True)

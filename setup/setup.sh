@@ -2,6 +2,10 @@
 # Entry of the installation: finds (or installs) a Python that can make virtual environments, hands over to it.
 set -eu
 
+if [ "$(id -u)" -ne 0 ]; then
+    echo "setup: run as root (it installs packages and tries CRIU, both of which need it)" >&2
+    exit 1
+fi
 cd "$(dirname "$(readlink -f "$0")")/.."
 
 find_python() {
@@ -14,10 +18,6 @@ find_python() {
     return 1
 }
 
-if [ "$(id -u)" -ne 0 ]; then
-    echo "setup: run as root (it installs packages and tries CRIU, both of which need it)" >&2
-    exit 1
-fi
 if ! python=$(find_python); then
     if command -v apt-get >/dev/null; then
         echo "setup: installing python3 and python3-venv ..." >&2
