@@ -80,6 +80,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     term: int
     action: Literal["none", "start", "restore"] = "none"
     leader: str = ""
+    spec: WorkloadSpec | None = None
+    """What the keeper knows the workload to be; always sent, so that an agent needs no file of its own."""
 
 
 # --- requests to the keeper -------------------------------------------------------------------------
