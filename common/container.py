@@ -39,6 +39,8 @@ class Incarnation(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     restored: EpochId | None = None
+    order: int = 0
+    """Number of the order that it came from: an order is carried out once, also across restarts of the agent."""
 
 
 def running_init_pid(config: NodeConfig, name: str) -> int | None:
@@ -76,12 +78,12 @@ def exit_code(config: NodeConfig, name: str) -> int | None:
         return None
 
 
-async def start_workload(config: NodeConfig, spec: WorkloadSpec) -> int:
+async def start_workload(config: NodeConfig, spec: WorkloadSpec, *, order: int = 0) -> int:
     """Start the workload afresh; return the host PID of its first process.
 
     Raises WorkloadError if it runs already or cannot be started. What a failed start left is removed.
     """
-    paths = await _prepare(config, spec, restored=None)
+    paths = await _prepare(config, spec, restored=None, order=order)
     try:
         pid = await _run_conmon(paths, spec.root, [], _START_TIMEOUT_S)
         await _runc(config, ["start", spec.name], timeout_s=_START_TIMEOUT_S)
@@ -92,14 +94,14 @@ async def start_workload(config: NodeConfig, spec: WorkloadSpec) -> int:
 
 
 async def restore_workload(
-    config: NodeConfig, spec: WorkloadSpec, images: Path, epoch: EpochId, criu: Path
+    config: NodeConfig, spec: WorkloadSpec, images: Path, epoch: EpochId, criu: Path, *, order: int = 0
 ) -> int:
     """Bring the epoch whose images lie in `images` to life; return its first process's host PID.
 
     The directory is read only. Connections of the epoch come back closed. Raises RestoreError with
     criu's own words; what a failed restore left is removed.
     """
-    paths = await _prepare(config, spec, restored=epoch)
+    paths = await _prepare(config, spec, restored=epoch, order=order)
     work = paths.bundle / "restore"
     work.mkdir(mode=0o700, exist_ok=True)
     options = ["--manage-cgroups-mode", "ignore", "--work-path", str(work)]
@@ -127,7 +129,7 @@ async def kill_workload(config: NodeConfig, name: str) -> None:
     while pids := workload_pids(config, name):
         if time.monotonic() > deadline_s:
             raise WorkloadError(
-                f"{len(pids)} processes of {name} are still there {_KILL_TIMEOUT_S:.0f} s after SIGKILL: {pids}",
+                f"processes of {name} are still there {_KILL_TIMEOUT_S:.0f} s after SIGKILL: {pids}",
                 hint="a process in uninterruptible sleep (state D) waits for its device; power the node off",
             )
         thaw_cgroup(config, name)
@@ -176,7 +178,9 @@ def standard_streams(pid: int) -> list[str]:
     return [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)]
 
 
-async def _prepare(config: NodeConfig, spec: WorkloadSpec, restored: EpochId | None) -> WorkloadPaths:
+async def _prepare(
+    config: NodeConfig, spec: WorkloadSpec, *, restored: EpochId | None, order: int
+) -> WorkloadPaths:
     """Make the bundle and everything that it refers to."""
     if (pid := running_init_pid(config, spec.name)) is not None:
         raise WorkloadError(f"{spec.name} runs already (PID {pid})")
@@ -195,7 +199,7 @@ async def _prepare(config: NodeConfig, spec: WorkloadSpec, restored: EpochId | N
         (paths.bundle / "shm").chmod(0o1777)
         paths.criu_settings.write_text(CRIU_RESTORE_SETTINGS)
         (paths.bundle / "config.json").write_text(json.dumps(runtime_config(spec, paths), indent=1))
-        run = Incarnation(id=uuid.uuid4().hex, restored=restored)
+        run = Incarnation(id=uuid.uuid4().hex, restored=restored, order=order)
         paths.incarnation_file.write_bytes(msgspec.json.encode(run))
     except OSError as error:
         raise WorkloadError(f"cannot prepare the container of {spec.name}: {error}") from error
