@@ -22,6 +22,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from pathlib import Path
@@ -152,6 +153,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run a program in this host to its end, `script` on its stdin.
 
+        The end is also that of its output: a daemon that it leaves behind must close its standard streams.
         Raises LabError, with its stderr, if it fails (unless `check` is off) or passes the deadline.
         """
         self._refuse_if_off()
@@ -290,8 +292,10 @@ class Lab:
 
     def _claim(self) -> None:
         """Make the lab's directory, state file and all, or refuse: another lab's is never taken over."""
+        if os.geteuid():
+            raise LabError("a lab needs root", hint="namespaces, mounts and cgroups are made for its hosts")
         new = DISK_BASE / f".{self._name}.{os.getpid()}"
-        new.mkdir(parents=True, mode=0o711)
+        _make_directory(new)
         try:
             write_state(self._state(), new)
             new.rename(disk_dir(self._name))
@@ -341,7 +345,7 @@ def _start_reaper(lab: str) -> subprocess.Popen[bytes]:
 def _build_switch(lab: str) -> None:
     """Mount the lab's tmpfs; make the switch's network namespace and the bridge in it."""
     memory = memory_dir(lab)
-    memory.mkdir(parents=True)
+    _make_directory(memory)
     run("mount", "-t", "tmpfs", "-o", "mode=0711,size=75%", "outlive-lab", memory)
     for part in (".netns", ".off"):
         (memory / part).mkdir()
@@ -389,6 +393,15 @@ def _forget_memory(host: Host) -> None:
     remove_cgroups(cgroup_dirs(host.lab, host.name))
     clear_directory(host.run_dir)
     run(*in_netns(host.netns, "nft", "flush", "ruleset"))
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory below one that the tear-down of another lab may be removing because it is empty."""
+    for _ in range(3):
+        with suppress(FileNotFoundError):
+            path.mkdir(parents=True, mode=0o711)
+            return
+    path.mkdir(parents=True, mode=0o711)
 
 
 def _make_netns(path: Path) -> None:
