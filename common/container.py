@@ -40,7 +40,7 @@ class Incarnation(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     restored: EpochId | None = None
     order: int = 0
-    """Number of the order that it came from: an order is carried out once, also across restarts of the agent."""
+    """Number of the order that it came from: an order is carried out once, agent restarts included."""
 
 
 def running_init_pid(config: NodeConfig, name: str) -> int | None:
