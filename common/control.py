@@ -292,5 +292,5 @@ class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workloads: tuple[WorkloadMetrics, ...]
 
 
-KeeperAnswer = Done | Refused | Orders | NodeStatus | History
-AgentAnswer = AgentMetrics | Refused
+KeeperAnswer = Done | Refused | Orders | NodeStatus | History | AgentMetrics
+"""Every answer on a node's control sockets; the agent gives `AgentMetrics` and `Refused` only."""
