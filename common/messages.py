@@ -188,7 +188,7 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     name: Name
     term: Count
-    state: Literal["leading", "following", "yielded", "stopped"]
+    state: Literal["starting", "leading", "stopped", "yielded", "following", "acquiring"]
     alive: bool
     """A process of it runs there."""
     agent_alive: bool

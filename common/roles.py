@@ -1,0 +1,429 @@
+"""The values of the role machine: what one node knows of one workload, what may happen, what is to be done.
+
+In and out of `common.role_table.step`: a `Role`, an `Event`, an `Instant`; a new `Role` and `Effect`s. Nothing
+here or there touches a socket, a clock, a file or a process. Rules that hold in every state:
+
+- A node leads a term only after it has recorded the term durably with itself as the leader. `Role.record`
+  is what the disk holds; it changes by `TermPersisted` alone.
+- The right to create the next term belongs to one node at a time: the leader, or, once the leader has
+  *yielded* (recorded, before it is said), its successor. Everybody else needs the leader fenced, or an
+  operator who vouches that it is off.
+- A fence implies that the fenced host boots anew before it runs anything. So a leader that finds its term
+  file under the same boot id still has its right; under another one it has to hear its peers first.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from common.control import Done, Order, Refused, TermHistory, TimelineEntry, WorkloadReport
+from common.model import WorkloadSpec
+
+StateName = Literal[
+    "starting",
+    "stopped",
+    "launching",
+    "leading",
+    "yielding",
+    "yielded",
+    "following",
+    "suspecting",
+    "acquiring",
+    "waiting",
+    "taking_over",
+    "deposed",
+    "failed",
+]
+
+MEANING: dict[StateName, str] = {
+    "starting": "The keeper has just begun, or the host booted anew and others may lead by now: nothing is run.",
+    "stopped": "Not to run: never started, stopped by an operator, or ended by itself. Nobody takes over.",
+    "launching": "This node leads and starts the workload afresh.",
+    "leading": "This node leads; the workload is to run here.",
+    "yielding": "The workload ended or cannot go on here: what is left of it is removed before that is said.",
+    "yielded": "This node has durably given up its term in favour of its successor.",
+    "following": "Another node leads; its epochs are received and stored here.",
+    "suspecting": "Both the leader's keeper and its agent have been silent for too long.",
+    "acquiring": "The leader is being fenced, or the new term is being recorded.",
+    "waiting": "The leader is silent or gone, and this node may not or cannot lead: the reason says why.",
+    "taking_over": "This node leads a new term and restores the newest committed epoch.",
+    "deposed": "A newer term is known, or the workload runs here without a right: it is being killed.",
+    "failed": "This node leads the term but could not bring the workload up.",
+}
+"""What each state means; `docs/concepts/roles.md` shows it."""
+
+LEADING: frozenset[StateName] = frozenset({"launching", "leading", "taking_over", "yielding"})
+"""States in which this node leads and the workload runs here, is being brought up, or is being removed."""
+
+PURSUING: frozenset[StateName] = frozenset({"following", "suspecting", "waiting", "acquiring"})
+"""States of a node that another one leads."""
+
+Claim = Literal["starting", "leading", "stopped", "yielded", "following", "acquiring"]
+"""What a node's heartbeats say of a workload; less than a state, so that states may change."""
+
+OWNING: frozenset[Claim] = frozenset({"starting", "leading", "stopped", "yielded"})
+"""Claims that only the leader of the named term makes."""
+
+Mark = Literal["launching", "taking_over", "leads", "stopped", "failed", "yielded"]
+"""How far the leader of a term is, as far as it was recorded."""
+
+Step = Literal["hold", "add_vip", "order", "health", "lift", "announce"]
+PIPELINE: tuple[Step, ...] = ("hold", "add_vip", "order", "health", "lift", "announce")
+"""From a recorded term to a served workload. Clients reach nothing between the first and the fifth step."""
+
+Clean = Literal["kill", "drop_vip", "lift"]
+"""What a node that may not lead has to undo; repeated until it succeeded."""
+
+
+class Instant(NamedTuple):
+    """Both clocks at one moment; only the monotonic one decides anything."""
+
+    monotonic_s: float
+    wall_s: float
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """How long each kind of silence may last."""
+
+    suspect_after_s: float = 0.3
+    listen_s: float = 2.0
+    """How long a keeper listens after its start before it believes that a peer is not there."""
+    agent_silent_after_s: float = 2.0
+    """The own agent counts as dead then; it reports several times a second."""
+    stop_grace_s: float = 15.0
+    """How long the agent may take to end a workload before the keeper kills it."""
+    retry_first_s: float = 1.0
+    retry_most_s: float = 30.0
+    restarts: int = 5
+    """Restarts of a workload that ends by itself within `restart_window_s` of its start, in a row."""
+    restart_window_s: float = 60.0
+
+
+class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is on disk about the newest term known: who leads it, how far it is, why it began."""
+
+    term: int = 0
+    leader: str = ""
+    """Empty: a term was heard of, but not yet from its leader."""
+    mark: Mark = "stopped"
+    boot_id: str = ""
+    """The boot of this node under which it recorded itself as the leader."""
+    cause: str = "never started"
+    began_wall_s: float = 0.0
+
+
+class PeerView(msgspec.Struct, frozen=True, kw_only=True):
+    """What was last heard of the workload from one peer. Times are monotonic seconds; None: never."""
+
+    keeper_at_s: float | None = None
+    agent_at_s: float | None = None
+    boot_id: str = ""
+    term: int = 0
+    claim: Claim | None = None
+    """None: its keeper does not know the workload."""
+    alive: bool = False
+
+
+# --- what may happen --------------------------------------------------------------------------------
+
+
+class KeeperStarted(msgspec.Struct, frozen=True):
+    """The first event of every machine. `running`: a container of the workload is here."""
+
+    running: bool
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed; several times within `suspect_after_s`."""
+
+
+class Heard(msgspec.Struct, frozen=True, kw_only=True):
+    """A heartbeat of a peer, authenticated, newer than all before. `term` and the rest: keeper's only."""
+
+    node: str
+    origin: Literal["keeper", "agent"]
+    boot_id: str = ""
+    term: int = 0
+    claim: Claim | None = None
+    alive: bool = False
+
+
+class AgentReport(msgspec.Struct, frozen=True):
+    """The own agent's report about the workload."""
+
+    report: WorkloadReport
+
+
+class WorkloadEnded(msgspec.Struct, frozen=True):
+    """The keeper saw the container's first process end (or it is gone and the agent says so)."""
+
+    exit_code: int | None = None
+
+
+class TermPersisted(msgspec.Struct, frozen=True):
+    """The record is on disk."""
+
+    record: TermRecord
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True):
+    """An effect of this machine succeeded."""
+
+    step: Step | Clean
+    detail: str = ""
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """An effect of this machine failed."""
+
+    step: Step | Clean | Literal["persist"]
+    reason: str
+
+
+class FenceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the fence methods for `node` answered in that attempt."""
+
+    node: str
+    attempt: int
+    outcome: Literal["confirmed", "refused", "unknown"]
+    reason: str
+
+
+class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive failover`. `request` comes back in the `Answer`."""
+
+    request: int
+    accept_data_loss: bool
+    old_primary_is_off: str
+
+
+class OperatorStart(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive start`: a fresh start, without what was in memory."""
+
+    request: int
+    spec: WorkloadSpec
+    peers_are_off: tuple[str, ...] = ()
+
+
+class OperatorStop(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive stop`."""
+
+    request: int
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive unprotect`, after a stop."""
+
+    request: int
+
+
+Event = (
+    KeeperStarted
+    | Tick
+    | Heard
+    | AgentReport
+    | WorkloadEnded
+    | TermPersisted
+    | StepDone
+    | StepFailed
+    | FenceResult
+    | OperatorFailover
+    | OperatorStart
+    | OperatorStop
+    | Forget
+)
+
+# --- what is to be done -----------------------------------------------------------------------------
+
+
+class PersistTerm(msgspec.Struct, frozen=True):
+    """Make the record durable, then say `TermPersisted`; else `StepFailed("persist")`. In order."""
+
+    record: TermRecord
+
+
+class SaveSpec(msgspec.Struct, frozen=True):
+    """Keep the workload's declaration beside its term."""
+
+    spec: WorkloadSpec
+
+
+class RunFence(msgspec.Struct, frozen=True):
+    """Ask the node's fence methods in order, then say `FenceResult` with this attempt."""
+
+    node: str
+    attempt: int
+
+
+class HoldVip(msgspec.Struct, frozen=True):
+    """Drop the packets of the virtual address (step `hold`)."""
+
+
+class AddVip(msgspec.Struct, frozen=True):
+    """Give this node the virtual address (step `add_vip`)."""
+
+
+class DropVip(msgspec.Struct, frozen=True):
+    """Take the virtual address from this node (step `drop_vip`)."""
+
+
+class LiftHold(msgspec.Struct, frozen=True):
+    """Let the packets of the virtual address pass (step `lift`)."""
+
+
+class Announce(msgspec.Struct, frozen=True):
+    """Tell the neighbours where the address is (step `announce`)."""
+
+
+class OrderAgent(msgspec.Struct, frozen=True):
+    """From now on the agent's reports are answered with this order."""
+
+    order: Order
+
+
+class CheckHealth(msgspec.Struct, frozen=True):
+    """Check until the workload is healthy or its grace is over (step `health`)."""
+
+
+class KillWorkload(msgspec.Struct, frozen=True):
+    """Kill every process of the workload at once, whatever the agent does (step `kill`)."""
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """Something changed and why; for the log."""
+
+    state: StateName
+    event: str
+    reason: str
+
+
+class SaveHistory(msgspec.Struct, frozen=True):
+    """Keep this term's story; replaces what is kept of the same term."""
+
+    history: TermHistory
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to the operator's request of that number."""
+
+    request: int
+    answer: Done | Refused
+
+
+class ForgetFiles(msgspec.Struct, frozen=True):
+    """Remove the declaration and this machine; the term stays on disk, for terms are never reused."""
+
+
+Effect = (
+    PersistTerm
+    | SaveSpec
+    | RunFence
+    | HoldVip
+    | AddVip
+    | DropVip
+    | LiftHold
+    | Announce
+    | OrderAgent
+    | CheckHealth
+    | KillWorkload
+    | Note
+    | SaveHistory
+    | Answer
+    | ForgetFiles
+)
+
+
+class Role(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one node knows of one workload. Made by `new_role`, changed by `step` only."""
+
+    me: str
+    boot_id: str
+    spec: WorkloadSpec
+    timing: Timing
+    fenceable: frozenset[str]
+    """Nodes for which a fence method is configured."""
+    name: StateName = "starting"
+    reason: str = "the keeper has just begun"
+    record: TermRecord
+    wanted: TermRecord | None = None
+    """On its way to the disk."""
+    peers: dict[str, PeerView] = {}
+    """Never changed in place."""
+    report: WorkloadReport | None = None
+    agent_at_s: float | None = None
+    alive: bool = False
+    """The workload's first process lives here, by the keeper's own knowledge."""
+    exit_code: int | None = None
+    listening_since_s: float
+    """Silence before this moment says nothing: this keeper was not there, or did not run."""
+    ticked_at_s: float
+    order: Order
+    step: Step | None = None
+    """The step that is being carried out, in `launching` and `taking_over`."""
+    undo: frozenset[Clean] = frozenset()
+    """What still has to be undone."""
+    undo_at_s: float = 0.0
+    """When it is tried again after a failure; before that it is being carried out."""
+    vip_problem: str = ""
+    unhealthy: str = ""
+    fence_attempt: int = 0
+    retries: int = 0
+    retry_at_s: float = 0.0
+    restarts: int = 0
+    launched_at_s: float = 0.0
+    stop_deadline_s: float = 0.0
+    request: int | None = None
+    """The operator's request that waits for its answer."""
+    vouched: str = ""
+    """Name of the node that the operator's pending failover vouches for."""
+    by_operator: bool = False
+    """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
+    timeline: tuple[TimelineEntry, ...] = ()
+    timeline_from_s: float = 0.0
+
+    @property
+    def newest(self) -> TermRecord:
+        """The newest term known, whether it is on disk already or not."""
+        return self.record if self.wanted is None else self.wanted
+
+
+def claim_of(name: StateName) -> Claim:
+    """Return what heartbeats say in that state."""
+    if name in LEADING:
+        return "leading"
+    if name in ("stopped", "failed"):
+        return "stopped"
+    if name in ("starting", "yielded", "acquiring"):
+        return name
+    return "following"
+
+
+def new_role(
+    *,
+    me: str,
+    boot_id: str,
+    spec: WorkloadSpec,
+    timing: Timing,
+    fenceable: frozenset[str],
+    record: TermRecord,
+    first_order: int,
+    now: Instant,
+) -> Role:
+    """Return the machine as the keeper finds it; `first_order` is greater than every order number before.
+
+    The next event must be `KeeperStarted`.
+    """
+    order = Order(workload=spec.name, number=first_order, role="idle", term=record.term, leader=record.leader)
+    return Role(
+        me=me,
+        boot_id=boot_id,
+        spec=spec,
+        timing=timing,
+        fenceable=fenceable,
+        record=record,
+        listening_since_s=now.monotonic_s,
+        ticked_at_s=now.monotonic_s,
+        order=order,
+    )
