@@ -158,6 +158,7 @@ class Swrk:
         self._stderr = stderr
         self._hooks: list[str] = []
         self._refused = ""
+        self._last_words = ""
         self._asked = False
         self._owes_answer = False
 
@@ -284,21 +285,20 @@ class Swrk:
         except TimeoutError as error:
             ending = await self._abandon_undisturbed()
             raise errand.failed(
-                f"it took longer than {deadline_s:g} s and ended {ending}", self._said()
+                f"it took longer than {deadline_s:g} s and ended {ending}", self._last_words
             ) from error
         except (OSError, EOFError, DecodeError) as error:
             ending = await self._abandon_undisturbed()
-            raise errand.failed(f"{_status(self._process.returncode)} ({error})", self._said()) from error
+            raise errand.failed(f"{_status(self._process.returncode)} ({error})", self._last_words) from error
         except BaseException:
             await self._abandon_undisturbed()
             raise
-        said = self._said()
         self._release()
         if failure is not None:
             raise failure
         if not response.success:
             refused = f"the hook {self._refused} was answered no" if self._refused else ""
-            raise errand.failed(refused, said or response.cr_errmsg)
+            raise errand.failed(refused, self._last_words or response.cr_errmsg)
         return response
 
     async def _converse(self, on_notify: OnNotify) -> tuple[rpc_pb2.criu_resp, Exception | None]:
@@ -358,19 +358,16 @@ class Swrk:
                 await self._ended()
         return self._process.poll() is not None
 
-    def _said(self) -> str:
-        """Give what criu wrote to its standard error, which matters if it never came to open its log."""
-        if self._stderr < 0:
-            return ""
-        return os.pread(self._stderr, 4096, max(0, os.fstat(self._stderr).st_size - 4096)).decode(
-            errors="replace"
-        )
-
     def _release(self) -> None:
-        """Give back all descriptors; the process is gone."""
+        """Give back all descriptors, once the process is gone, and keep what it wrote to its standard error.
+
+        That matters if it never came to open its log.
+        """
         self._ours.close()
         self._theirs.close()
         if self._stderr >= 0:
+            size = os.fstat(self._stderr).st_size
+            self._last_words = os.pread(self._stderr, size, max(0, size - 4096)).decode(errors="replace")
             os.close(self._stderr)
             os.close(self._pidfd)
             self._stderr = -1
