@@ -5,13 +5,17 @@ clock at the acknowledgement. It reconnects for ever, gives up on an answer afte
 writes that number again: a number is acknowledged at most once. A process of its own, because it lives
 in the client's host.
 
-    python -m outlive.probe ADDRESS PORT --rate 200 --log FILE
+    python -m outlive.probe ADDRESS PORT write --rate 200 --log FILE
+    python -m outlive.probe ADDRESS PORT fill --bytes 268435456
+    python -m outlive.probe ADDRESS PORT present --newest 1000
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +27,12 @@ CONNECT_TIMEOUT_S = 0.2
 ANSWER_TIMEOUT_S = 0.25
 RETRY_S = 0.02
 KEY_PREFIX = "probe:"
+VALUE_BYTES = 16 * 1024
+_FILL_BLOCK_BYTES = 64 * VALUE_BYTES
+_READ_BLOCK = 1000
+_BULK_TIMEOUT_S = 20.0
+
+Word = str | bytes
 
 
 class Acknowledged(msgspec.Struct, frozen=True, array_like=True):
@@ -45,12 +55,12 @@ class Redis:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             return cls(*await asyncio.open_connection(address, port))
 
-    async def ask(self, *words: str, timeout_s: float = ANSWER_TIMEOUT_S) -> bytes | None:
+    async def ask(self, *words: Word, timeout_s: float = ANSWER_TIMEOUT_S) -> bytes | None:
         """Send one command, return its answer (None: nil). Raises OSError, TimeoutError, EOFError."""
         return (await self.ask_all([words], timeout_s=timeout_s))[0]
 
     async def ask_all(
-        self, commands: Iterable[tuple[str, ...]], *, timeout_s: float = ANSWER_TIMEOUT_S
+        self, commands: Iterable[tuple[Word, ...]], *, timeout_s: float = ANSWER_TIMEOUT_S
     ) -> list[bytes | None]:
         """Send several commands at once, return their answers in order."""
         encoded = [_encode(words) for words in commands]
@@ -78,10 +88,10 @@ class Redis:
         self._writer.close()
 
 
-def _encode(words: tuple[str, ...]) -> bytes:
+def _encode(words: tuple[Word, ...]) -> bytes:
     parts = [f"*{len(words)}\r\n".encode()]
     for word in words:
-        data = word.encode()
+        data = word.encode() if isinstance(word, str) else word
         parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
     return b"".join(parts)
 
@@ -110,37 +120,64 @@ async def write_for_ever(address: str, port: int, rate_per_s: float, log: TextIO
             redis.close()
 
 
-def read_log(path: Path) -> list[Acknowledged]:
-    """Return the writes that a probe saw acknowledged; a torn last line is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [msgspec.json.decode(line, type=Acknowledged) for line in lines]
+async def fill(address: str, port: int, size_bytes: int) -> None:
+    """Store `size_bytes` of random values, `VALUE_BYTES` each: nothing that compresses or repeats."""
+    redis = await Redis.connect(address, port)
+    try:
+        for start in range(0, size_bytes, _FILL_BLOCK_BYTES):
+            stop = min(size_bytes, start + _FILL_BLOCK_BYTES)
+            commands = [
+                ("SET", f"fill:{at // VALUE_BYTES}", secrets.token_bytes(VALUE_BYTES))
+                for at in range(start, stop, VALUE_BYTES)
+            ]
+            await redis.ask_all(commands, timeout_s=_BULK_TIMEOUT_S)
+    finally:
+        redis.close()
 
 
-async def present(address: str, port: int, numbers: Iterable[int]) -> set[int]:
-    """Return which of `numbers` the workload holds with the value that was written."""
-    wanted = list(numbers)
+async def present(address: str, port: int, newest: int) -> set[int]:
+    """Return which numbers up to `newest` the workload holds with the value that was written."""
     found: set[int] = set()
     redis = await Redis.connect(address, port)
     try:
-        for start in range(0, len(wanted), 1000):
-            block = wanted[start : start + 1000]
-            answers = await redis.ask_all([("GET", f"{KEY_PREFIX}{n}") for n in block], timeout_s=5.0)
+        for start in range(1, newest + 1, _READ_BLOCK):
+            block = range(start, min(start + _READ_BLOCK, newest + 1))
+            commands = [("GET", f"{KEY_PREFIX}{number}") for number in block]
+            answers = await redis.ask_all(commands, timeout_s=_BULK_TIMEOUT_S)
             found.update(n for n, answer in zip(block, answers, strict=True) if answer == str(n).encode())
     finally:
         redis.close()
     return found
 
 
+def read_log(path: Path) -> list[Acknowledged]:
+    """Return the writes that a probe saw acknowledged; a torn last line is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [msgspec.json.decode(line, type=Acknowledged) for line in lines]
+
+
 def main() -> None:
-    """Read the command line and write until killed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Read the command line: write until killed, fill, or print the numbers that are present as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("address")
     parser.add_argument("port", type=int)
-    parser.add_argument("--rate", type=float, default=200.0, help="writes a second")
-    parser.add_argument("--log", type=Path, required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    write = verbs.add_parser("write", help="write numbered values for ever")
+    write.add_argument("--rate", type=float, default=200.0, help="writes a second")
+    write.add_argument("--log", type=Path, required=True)
+    verbs.add_parser("fill", help="store random values").add_argument("--bytes", type=int, required=True)
+    verbs.add_parser("present", help="say which numbers are there").add_argument(
+        "--newest", type=int, required=True
+    )
     options = parser.parse_args()
-    with options.log.open("a", buffering=1) as log:
-        asyncio.run(write_for_ever(options.address, options.port, options.rate, log))
+    if options.verb == "write":
+        with options.log.open("a", buffering=1) as log:
+            asyncio.run(write_for_ever(options.address, options.port, options.rate, log))
+    elif options.verb == "fill":
+        asyncio.run(fill(options.address, options.port, options.bytes))
+    else:
+        numbers = asyncio.run(present(options.address, options.port, options.newest))
+        sys.stdout.write(msgspec.json.encode(sorted(numbers)).decode() + "\n")
 
 
 if __name__ == "__main__":
