@@ -1,0 +1,178 @@
+"""Makes one level of the newest ones of a chain, so that no restore has to read a long chain.
+
+In: a chain of levels. Out: a level of the same instant as the chain's newest, standing on the first one that
+was not folded, or on nothing. `plan_fold` decides and is pure; `fold_into` copies, from files into a file,
+one buffer's worth of memory at a time.
+
+How much is folded: always enough to halve the longest chain allowed, and from there on down while a level is
+not more than twice as large as all above it together. Sizes along a chain so fall by powers of two, like the
+digits of a counter: a byte is copied about log2(base / delta) times in its life, where folding everything
+into one delta each time would copy that delta over and over. The full base is folded by the same rule: when
+the rest has grown to half of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from common.criu.images import PE_LAZY, PE_PRESENT, SpaceKey
+from common.errors import StoreError
+from common.model import PAGE_BYTES
+from replica.level_writer import LevelWriter, check_metadata_name
+from replica.levels import MANIFEST_NAME, RESTORE_NAME, Level, Numbers, present_rows, rows_in
+
+_BUFFER_BYTES = 1 << 20
+DAMAGE_HINT = "discard the epoch: its primary then sends a full one"
+
+
+class FoldAbandonedError(Exception):
+    """The fold was told to stop; what it made so far is to be removed."""
+
+
+def fold_due(levels: int, max_levels: int) -> bool:
+    """Tell whether a chain of `levels` is long enough to be folded: two levels before the longest allowed."""
+    return levels >= max(2, max_levels - 2)
+
+
+def plan_fold(sizes_bytes: Sequence[int], max_levels: int) -> int:
+    """Decide how many of a chain's levels stay, from the full base up; all others become one.
+
+    `sizes_bytes` are those of the chain's own pages, full base first. The result is at least 0 (a new full
+    base) and less than half of `max_levels`, so that the chain then has at most `max_levels // 2` levels.
+    """
+    kept = min(max_levels // 2, len(sizes_bytes)) - 1
+    while kept > 0 and sizes_bytes[kept - 1] <= 2 * sum(sizes_bytes[kept:]):
+        kept -= 1
+    return kept
+
+
+def fold_into(writer: LevelWriter, folded: Sequence[Level], *, stop: Callable[[], bool]) -> None:
+    """Write what `folded` (newest first) say together into `writer`; its `finish` is left to the caller.
+
+    A page that none of them has the bytes of stays in the parent. Raises StoreError when a level is damaged
+    (contents are checked against the manifests first, so that damage never gets a fresh hash), and
+    FoldAbandonedError soon after `stop()` says yes.
+    """
+    buffer = bytearray(_BUFFER_BYTES)
+    newest = folded[0]
+    for level in folded:
+        names = {space.pages_name for space in level.manifest.spaces}
+        for entry in level.manifest.files:
+            if level is newest or entry.name in names or entry.name.startswith("pagemap-"):
+                _check_stop(stop)
+                if file_hash(level, entry.name, buffer) != entry.blake3:
+                    raise StoreError(f"{level.path / entry.name} is damaged", hint=DAMAGE_HINT)
+    for entry in newest.manifest.files:
+        if not entry.name.startswith(("pagemap-", "pages-")) and entry.name not in (
+            RESTORE_NAME,
+            MANIFEST_NAME,
+        ):
+            check_metadata_name(entry.name)
+            writer.link(entry, newest.path / entry.name)
+    for space in newest.manifest.spaces:
+        _fold_space(writer, folded, space.key, buffer, stop)
+
+
+def file_hash(level: Level, name: str, buffer: bytearray) -> str:
+    """Read a file of a level and return its hash, in hexadecimal. Raises StoreError if it can't be read."""
+    hasher = blake3()
+    view = memoryview(buffer)
+    try:
+        with (level.path / name).open("rb", buffering=0) as file:
+            while count := file.readinto(view):
+                hasher.update(view[:count])
+    except OSError as error:
+        raise StoreError(f"{level.path / name}: {error.strerror}", hint=DAMAGE_HINT) from error
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """For each page of a folded space: which level has its bytes (-1: the parent), and where in its file."""
+
+    level: NDArray[np.int16]
+    row: NDArray[np.int64]
+
+
+def _origin_of(folded: Sequence[Level], key: SpaceKey, numbers: Numbers) -> _Origin:
+    """Follow each page down the levels as CRIU does, to the first that has its bytes."""
+    origin = _Origin(np.full(numbers.shape, -1, dtype=np.int16), np.full(numbers.shape, -1, dtype=np.int64))
+    open_rows = np.arange(len(numbers))
+    for depth, level in enumerate(folded):
+        if not open_rows.size:
+            break
+        if level.space(key) is None:
+            raise StoreError(
+                f"{level.path} lacks {key.pagemap_name}, which a newer one needs", hint=DAMAGE_HINT
+            )
+        known, flags = level.pages_of(key)
+        rows = rows_in(known, numbers[open_rows])
+        if (rows < 0).any():
+            raise StoreError(
+                f"{level.path / key.pagemap_name} lacks pages that a newer one needs", hint=DAMAGE_HINT
+            )
+        present = present_rows(flags)
+        here = present[rows]
+        place = np.cumsum(present, dtype=np.int64) - 1
+        origin.level[open_rows[here]] = depth
+        origin.row[open_rows[here]] = place[rows[here]]
+        open_rows = open_rows[~here]
+    return origin
+
+
+def _fold_space(
+    writer: LevelWriter, folded: Sequence[Level], key: SpaceKey, buffer: bytearray, stop: Callable[[], bool]
+) -> None:
+    numbers, flags = folded[0].pages_of(key)
+    origin = _origin_of(folded, key, numbers)
+    found = origin.level >= 0
+    if folded[-1].base is None and not found.all():
+        raise StoreError(f"{folded[-1].path} is no full base: it lacks bytes of {key}", hint=DAMAGE_HINT)
+    writer.space(key, numbers, np.where(found, (flags & PE_LAZY) | PE_PRESENT, flags).astype(np.uint8))
+    levels, rows = origin.level[found], origin.row[found]
+    if not levels.size:
+        return
+    breaks = np.flatnonzero((np.diff(levels) != 0) | (np.diff(rows) != 1)) + 1
+    starts = np.concatenate(([0], breaks))
+    counts = np.diff(starts, append=levels.size)
+    files: dict[int, int] = {}
+    view = memoryview(buffer)
+    try:
+        for depth, row, count in zip(
+            levels[starts].tolist(), rows[starts].tolist(), counts.tolist(), strict=True
+        ):
+            if depth not in files:
+                _check_stop(stop)
+                files[depth] = _open_pages(folded[depth], key)
+            offset, left = row * PAGE_BYTES, count * PAGE_BYTES
+            while left:
+                part = view[: min(left, len(view))]
+                if os.preadv(files[depth], [part], offset) != len(part):
+                    raise StoreError(f"{folded[depth].path}: pages of {key} are cut short", hint=DAMAGE_HINT)
+                writer.pages(key, part)
+                offset += len(part)
+                left -= len(part)
+                _check_stop(stop)
+    except OSError as error:
+        raise StoreError(f"pages of {key} cannot be read: {error.strerror}", hint=DAMAGE_HINT) from error
+    finally:
+        for fd in files.values():
+            os.close(fd)
+
+
+def _open_pages(level: Level, key: SpaceKey) -> int:
+    space = level.space(key)
+    if space is None:
+        raise StoreError(f"{level.path} has no {key.pagemap_name}", hint=DAMAGE_HINT)
+    return os.open(level.path / space.pages_name, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _check_stop(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise FoldAbandonedError

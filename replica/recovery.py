@@ -1,0 +1,140 @@
+"""Brings a store that was left in any state back to one that is known: run at every open.
+
+In: a store's directory. Out: the levels that count, each view pointing to one of them. What was in the making
+or being removed is gone; what claims to be a level and is none is set aside under `damaged/`, with a reason,
+never deleted. Each step may be interrupted and is simply repeated at the next open.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import structlog
+
+from common.durable import TEMPORARY_PREFIX, Disk, atomic_write
+from common.errors import StoreError
+from common.model import EpochId
+from replica.levels import FORMAT, REASON_NAME, Layout, Level, chain_of, read_level
+
+log = structlog.get_logger(__name__)
+
+
+def make_root(layout: Layout, disk: Disk) -> None:
+    """Make the directory that the lock lies in, and those above it."""
+    for directory in (*reversed(layout.root.parents), layout.root):
+        if not directory.exists():
+            disk.make_dir(directory, op="open.make")
+            disk.sync_dir(directory.parent, op="open.sync")
+
+
+def prepare(layout: Layout, disk: Disk) -> None:
+    """Make an empty store, or make sure that this one is of our version (else StoreError)."""
+    check_format(layout, new=not layout.epochs.exists())
+    if not layout.format.exists():
+        atomic_write(layout.format, FORMAT, op="open.format", disk=disk)
+    for room in layout.rooms:
+        if not room.exists():
+            disk.make_dir(room, op="open.make")
+    disk.sync_dir(layout.root, op="open.sync")
+
+
+def check_format(layout: Layout, *, new: bool = False) -> None:
+    """Raise StoreError unless the store is of our version; a `new` one may have none yet."""
+    try:
+        found = layout.format.read_bytes()
+    except FileNotFoundError:
+        if new:
+            return
+        raise StoreError(f"{layout.root} is no epoch store") from None
+    except OSError as error:
+        raise StoreError(f"{layout.format}: {error.strerror}") from error
+    if found != FORMAT:
+        raise StoreError(
+            f"{layout.root} is of another version: {found[:80].decode(errors='replace').strip()}",
+            hint="use the version of Outlive that wrote it, or move it away: its primary sends all again",
+        )
+
+
+def recover(layout: Layout, disk: Disk) -> dict[EpochId, Level]:
+    """Put the store in order and return its levels: all of them have whole chains."""
+    for room in (layout.incoming, layout.trash):
+        sweep(room, disk)
+    for path in (*_names(layout.root), *_names(layout.views)):
+        if path.name.startswith(TEMPORARY_PREFIX):
+            disk.unlink(path, op="recover.remove")
+
+    committed = _whole_levels(layout, layout.epochs, disk)
+    folded = _whole_levels(layout, layout.folds, disk)
+    levels: dict[EpochId, Level] = {}
+    for epoch in sorted(committed.keys() | folded.keys()):
+        both = [level for level in (committed.get(epoch), folded.get(epoch)) if level]
+        view = layout.view(epoch)
+        # What the view says counts; where it leads nowhere, what is there: a fold that lacks its view was
+        # not finished, so that the level as it was committed comes first.
+        levels[epoch] = next((level for level in both if _leads_to(view, level)), both[0])
+        if not _leads_to(view, levels[epoch]):
+            disk.point(view, layout.view_target(levels[epoch].path), op="recover.view")
+        for level in both:
+            if level is not levels[epoch]:
+                throw_away(layout, disk, level.path)
+    for view in _names(layout.views):
+        if not view.exists():
+            disk.unlink(view, op="recover.view")
+    disk.sync_dir(layout.views, op="recover.sync")
+    sweep(layout.trash, disk)
+
+    whole = {epoch: level for epoch, level in levels.items() if chain_of(levels, epoch)}
+    for epoch, level in levels.items():
+        if epoch not in whole:
+            set_aside(layout, disk, level, f"an epoch that {epoch} stands on is not there")
+    return whole
+
+
+def set_aside(layout: Layout, disk: Disk, level: Level | Path, reason: str) -> None:
+    """Move a level under `damaged/`, durably, with the reason beside it; its view goes first."""
+    path = level if isinstance(level, Path) else level.path
+    log.warning("store.set_aside", level=str(path), reason=reason)
+    if isinstance(level, Level):
+        disk.unlink(layout.view(level.id), op="aside.view")
+        disk.sync_dir(layout.views, op="aside.sync")
+    target = layout.damaged / f"{path.name}-{secrets.token_hex(4)}"
+    disk.rename(path, target, op="aside.rename")
+    if target.is_dir():
+        disk.write_file(target / REASON_NAME, f"{reason}\n".encode(), op="aside.reason")
+    disk.sync_dir(layout.damaged, op="aside.sync")
+
+
+def throw_away(layout: Layout, disk: Disk, path: Path) -> None:
+    """Make a level that nothing needs one no more; `sweep` then removes it."""
+    disk.rename(
+        path, layout.trash / f"{path.parent.name}-{path.name}-{secrets.token_hex(4)}", op="collect.rename"
+    )
+    # Before anything below it goes: else a power loss could bring back half a level.
+    disk.sync_dir(path.parent, op="collect.sync")
+
+
+def sweep(room: Path, disk: Disk) -> None:
+    """Remove all that lies in `incoming` or `trash`. Raises as `Disk` does; what is left goes next time."""
+    for path in _names(room):
+        disk.remove_tree(path, op="sweep.remove")
+
+
+def _whole_levels(layout: Layout, room: Path, disk: Disk) -> dict[EpochId, Level]:
+    levels: dict[EpochId, Level] = {}
+    for path in _names(room):
+        try:
+            level = read_level(path)
+        except StoreError as error:
+            set_aside(layout, disk, path, error.message)
+        else:
+            levels[level.id] = level
+    return levels
+
+
+def _leads_to(view: Path, level: Level) -> bool:
+    return view.is_symlink() and view.parent.joinpath(view.readlink()).resolve() == level.path.resolve()
+
+
+def _names(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
