@@ -1,0 +1,135 @@
+"""What stands in bulk frames: runs of pages, blocks of pages, and the digest over an epoch's frames.
+
+In: arrays and buffers. Out: lz4 blocks (no size in front: the header says it), and back, checked. Apart from
+`common.messages` because it needs numpy, lz4 and blake3, which the keeper must not carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import lz4.block
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
+from common.errors import ProtocolError
+from common.messages import BULK_BYTES, Buffer
+from common.model import PAGE_BYTES
+
+ZERO: Final = 0x80
+"""Page flag beside CRIU's own: the page changed and is all zeros; its content is not sent."""
+
+BLOCK_PAGES: Final = BULK_BYTES // PAGE_BYTES
+"""Most pages of one block."""
+
+_PAGE_LIMIT: Final = 1 << 52
+"""Page numbers are addresses / 4096 of a 64-bit space."""
+
+_RUN: Final = np.dtype([("start", "<u8"), ("count", "<u4"), ("flags", "<u4")])
+_RUNS_PER_FRAME: Final = BULK_BYTES // _RUN.itemsize
+_RUN_PAGES: Final = (1 << 32) - 1
+
+_CHANGED: Final = (PE_PRESENT, PE_PRESENT | PE_LAZY)
+_KNOWN_FLAGS: Final = np.array(
+    [*_CHANGED, *(flags | ZERO for flags in _CHANGED), PE_PARENT, PE_PARENT | PE_LAZY], dtype=np.uint32
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRuns:
+    """One frame's worth of an address space: what its `Space` message says, and the frame."""
+
+    pages: int
+    changed: int
+    """Pages whose content follows."""
+    frame: bytes
+
+
+def with_content(flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Mark the pages whose content is sent: changed, and not all zeros; shape (n,)."""
+    marks: NDArray[np.bool_] = (flags & (PE_PRESENT | ZERO)) == PE_PRESENT
+    return marks
+
+
+def pack_runs(numbers: NDArray[np.uint64], flags: NDArray[np.uint8]) -> Iterator[PackedRuns]:
+    """Write page numbers (ascending, unique) and their flags as runs, as many frames as it takes (≥ 1)."""
+    breaks = np.flatnonzero((np.diff(numbers) != 1) | (np.diff(flags) != 0)) + 1
+    bounds = np.concatenate(([0], breaks, [len(numbers)])) if len(numbers) else np.zeros(1, dtype=np.int64)
+    content = np.concatenate(([0], np.cumsum(with_content(flags))))
+    first, last = bounds[:-1], bounds[1:]
+    runs = np.empty(len(first), dtype=_RUN)
+    runs["start"] = numbers[first]
+    runs["count"] = last - first
+    runs["flags"] = flags[first]
+    for at in range(0, max(len(runs), 1), _RUNS_PER_FRAME):
+        part = runs[at : at + _RUNS_PER_FRAME]
+        low, high = bounds[at], bounds[at + len(part)]
+        yield PackedRuns(
+            pages=int(high - low),
+            changed=int(content[high] - content[low]),
+            frame=pack(part.tobytes()),
+        )
+
+
+def unpack_runs(frame: Buffer, pages: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Read one frame of `pack_runs` that holds `pages` pages: numbers and flags, shape (n,).
+
+    The caller bounds `pages`: memory for them is taken. Raises ProtocolError for runs that are empty, out of
+    order, overlapping, beyond the address space, of unknown flags, or not of `pages` pages.
+    """
+    raw = unpack(frame)
+    if len(raw) % _RUN.itemsize:
+        raise ProtocolError(f"runs of pages have {len(raw)} bytes, not a multiple of {_RUN.itemsize}")
+    runs = np.frombuffer(raw, dtype=_RUN)
+    starts, counts = runs["start"], runs["count"].astype(np.uint64)
+    if int(counts.sum()) != pages or not counts.all():
+        raise ProtocolError(f"runs that are said to have {pages} pages have {int(counts.sum())}")
+    if (starts > _PAGE_LIMIT).any() or (starts + counts > _PAGE_LIMIT).any():
+        raise ProtocolError("runs of pages reach beyond the address space")
+    if (starts[1:] < starts[:-1] + counts[:-1]).any():
+        raise ProtocolError("runs of pages are out of order or overlap")
+    if not np.isin(runs["flags"], _KNOWN_FLAGS).all():
+        raise ProtocolError("runs of pages have flags that this version does not know")
+    before = np.cumsum(counts) - counts
+    numbers = np.repeat(starts - before, counts.astype(np.intp)) + np.arange(pages, dtype=np.uint64)
+    return numbers, np.repeat(runs["flags"].astype(np.uint8), counts.astype(np.intp))
+
+
+def pack(raw: Buffer) -> bytes:
+    """Compress at most BULK_BYTES into one lz4 block."""
+    packed: bytes = lz4.block.compress(raw, store_size=False)
+    return packed
+
+
+def unpack(frame: Buffer, size_bytes: int | None = None) -> bytes:
+    """Uncompress one block, to exactly `size_bytes` if given. Raises ProtocolError."""
+    try:
+        raw: bytes = lz4.block.decompress(frame, uncompressed_size=size_bytes or BULK_BYTES)
+    except lz4.block.LZ4BlockError as error:
+        raise ProtocolError(f"a bulk frame does not uncompress: {error}") from error
+    if size_bytes is not None and len(raw) != size_bytes:
+        raise ProtocolError(f"a bulk frame has {len(raw)} bytes uncompressed instead of {size_bytes}")
+    return raw
+
+
+class EpochDigest:
+    """blake3 over an epoch's frames in order, `Begin` first and `Commit` not included.
+
+    Headers tell where they end and how long their bulk frames are, so no two epochs have the same bytes.
+    """
+
+    def __init__(self) -> None:
+        self._hash = blake3()
+
+    def add(self, frames: Sequence[Buffer]) -> None:
+        """Take in the frames of one message."""
+        for frame in frames:
+            self._hash.update(frame)
+
+    def value(self) -> bytes:
+        """Return the digest so far, 32 bytes."""
+        return self._hash.digest()

@@ -1,0 +1,416 @@
+"""Sends a workload's epochs to one replica, for as long as the agent leads; one `ReplicaStream` each.
+
+In: captured epochs, offered and never waited for. Out: messages to the replica's receiver; what it has
+acknowledged; and how far it is. What the replica holds is remembered as a table of page identities: only an
+acknowledgement replaces it. A reconnected, new or lagging replica whose newest epoch is not the remembered
+one gets everything, while the other streams go on.
+
+    connect, greet ──▶ take the newest offer ──▶ send under credit ──▶ wait for Ack ──▶ remember ─┐
+        ▲                      ▲                                            │ Nack              │
+        └── lost, refused ─────┴────────────────────────────────────────────┴──────────────────-┘
+
+Keeps this: at most one epoch in flight and one waiting; never more bytes under way than the receiver granted;
+an epoch counts as held only when the receiver said that it is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import structlog
+import zmq
+import zmq.asyncio
+
+from common.clock import Clock, SystemClock
+from common.config import Peer
+from common.control import ReplicaProgress
+from common.errors import CaptureError, OutliveError, ProtocolError, UnreachableError
+from common.keys import KeyPair
+from common.messages import (
+    BULK_BYTES,
+    PROTOCOL,
+    Ack,
+    Credit,
+    Hello,
+    Nack,
+    Readiness,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
+from common.model import EpochId, WorkloadSpec
+from common.threads import in_thread
+from common.transport import DEFAULT_TIMING, Link, LinkTiming, open_link
+from primary.backlog import Backlog, Offer, SharedEpoch
+from primary.outgoing import Frames, Held, epoch_messages, full_bytes
+
+log = structlog.get_logger(__name__)
+
+LATENCIES_KEPT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTiming:
+    """How long a replica may keep its primary waiting, in seconds, before the stream starts over."""
+
+    greeting_s: float = 5.0
+    """From the first attempt to connect until the answer to the greeting."""
+    credit_s: float = 15.0
+    """Without being granted anything while there is something to send."""
+    acknowledge_s: float = 120.0
+    """From `Commit` until `Ack` or `Nack`: the replica syncs a whole epoch to disk then."""
+    retry_s: float = 0.1
+    """Pause before the next attempt; doubles with every failure in a row, plus up to half of it by chance."""
+    retry_max_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCounters:
+    """What a stream has done since it was made."""
+
+    bytes_sent: int
+    """All frames of epochs, those of unfinished ones included."""
+    full_equivalent_bytes: int
+    """What the acknowledged epochs would have cost whole and uncompressed."""
+    epochs_acknowledged: int
+    commit_latency_ms: tuple[float, ...]
+    """From the offer of an epoch to its acknowledgement; the newest `LATENCIES_KEPT`."""
+
+
+class _RefusedError(ProtocolError):
+    """The receiver said no, and why."""
+
+    def __init__(self, peer: str, refusal: Refused) -> None:
+        super().__init__(f"{peer} refuses: {refusal.reason}")
+        self.refusal = refusal
+
+
+class _Session:
+    """One greeted connection: what may still be sent, and what came of the epoch in flight."""
+
+    def __init__(self, link: Link, credit_bytes: int) -> None:
+        self.link = link
+        self.window_bytes = credit_bytes
+        self.credit_bytes = credit_bytes
+        self.in_flight: EpochId | None = None
+        self.outcome: Ack | Nack | None = None
+        self.changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+        """Wait until something that the receiver said makes `condition` true. Raises UnreachableError."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not condition():
+                    self.changed.clear()
+                    await self.changed.wait()
+        except TimeoutError:
+            raise UnreachableError(f"the replica {what} for {deadline_s:g} s") from None
+
+
+class ReplicaStream:
+    """Streams one workload to one replica in one term. `run()` in a task group; cancel it to end.
+
+    Not guaranteed: that an offered epoch is sent (a newer one may take its place).
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        *,
+        node: str,
+        keys: KeyPair,
+        peer: Peer,
+        spec: WorkloadSpec,
+        term: int,
+        on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
+        on_refused: Callable[[Refused], None] = lambda refusal: None,
+        need_full: Callable[[], None] = lambda: None,
+        software: str = "outlive",
+        timing: StreamTiming = StreamTiming(),  # noqa: B008 - frozen
+        link_timing: LinkTiming = DEFAULT_TIMING,
+        clock: Clock | None = None,
+    ) -> None:
+        """`need_full` asks for an epoch of which every page can be read; callbacks must not block."""
+        self._context = context
+        self._node = node
+        self._keys = keys
+        self._peer = peer
+        self._hello = Hello(
+            protocol=PROTOCOL, software=software, node=node, workload=spec.name, term=term, spec=spec
+        )
+        self._on_acknowledged = on_acknowledged
+        self._on_refused = on_refused
+        self._need_full = need_full
+        self._timing = timing
+        self._link_timing = link_timing
+        self._clock = clock or SystemClock()
+        self._log = log.bind(workload=spec.name, replica=peer.name)
+        self._backlog = Backlog()
+        self._buffer = bytearray()
+        self._held: Held | None = None
+        self._unconfirmed: tuple[Held, float] | None = None
+        self._connected = False
+        self._acknowledged: EpochId | None = None
+        self._acknowledged_wall_s: float | None = None
+        self._restorable = False
+        self._reasons: tuple[str, ...] = ()
+        self._failures = 0
+        self._bytes_sent = 0
+        self._full_equivalent_bytes = 0
+        self._epochs_acknowledged = 0
+        self._latencies_ms: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self.problem = ""
+        """Why the last connection or epoch failed, in a sentence; empty while all is well."""
+
+    def offer(self, shared: SharedEpoch) -> None:
+        """Take note of a new epoch and hold it until it is acknowledged or replaced. Never waits."""
+        self._backlog.put(shared, self._clock.monotonic_s())
+
+    @property
+    def progress(self) -> ReplicaProgress:
+        """How far the replica is."""
+        return ReplicaProgress(
+            node=self._peer.name,
+            connected=self._connected,
+            acknowledged=self._acknowledged,
+            acknowledged_wall_s=self._acknowledged_wall_s,
+            restorable=self._restorable,
+            reasons=self._reasons,
+        )
+
+    @property
+    def counters(self) -> StreamCounters:
+        """What was sent and acknowledged so far."""
+        return StreamCounters(
+            self._bytes_sent,
+            self._full_equivalent_bytes,
+            self._epochs_acknowledged,
+            tuple(self._latencies_ms),
+        )
+
+    async def run(self) -> None:
+        """Stream until cancelled; failures are remembered in `problem`, logged once each, and retried."""
+        try:
+            while True:
+                await self._connect_once()
+                self._connected = False
+                await asyncio.sleep(self._pause_s())
+        finally:
+            self._connected = False
+            self._backlog.close()
+
+    async def _connect_once(self) -> None:
+        failure: BaseException | None = None
+        try:
+            with open_link(
+                self._context,
+                peer=self._peer.name,
+                address=self._peer.address,
+                port=self._peer.agent_port,
+                server_key=self._peer.public_key,
+                keys=self._keys,
+                timing=self._link_timing,
+            ) as link:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._watch(link))
+                    session = await self._greet(link)
+                    tasks.create_task(self._listen(session))
+                    await self._send_all(session)
+        except* (OutliveError, zmq.ZMQError) as group:
+            failure = _first(group)
+        self._failures += 1
+        if isinstance(failure, _RefusedError):
+            self._on_refused(failure.refusal)
+        self._note_problem("stream.interrupted", str(failure))
+
+    async def _watch(self, link: Link) -> None:
+        raise UnreachableError(await link.lost())
+
+    async def _greet(self, link: Link) -> _Session:
+        try:
+            async with asyncio.timeout(self._timing.greeting_s):
+                await link.send(encode(self._hello))
+                answer, _ = decode(await link.receive())
+        except TimeoutError:
+            raise UnreachableError(
+                f"{self._peer.name} did not answer within {self._timing.greeting_s:g} s",
+                hint=f"is its agent running and {self._peer.address} port {self._peer.agent_port} open?",
+            ) from None
+        if isinstance(answer, Refused):
+            raise _RefusedError(self._peer.name, answer)
+        if not isinstance(answer, Welcome) or answer.node != self._peer.name:
+            raise ProtocolError(f"{self._peer.name} did not answer the greeting but said {answer}")
+        self._recall(answer.newest)
+        self._connected = True
+        self._note_progress()
+        self._log.info("stream.connected", newest=str(answer.newest), base=self._held is not None)
+        return _Session(link, answer.credit_bytes)
+
+    def _recall(self, newest: EpochId | None) -> None:
+        """Find out what the replica stands on: only an epoch whose table is known can be a base.
+
+        An epoch that was in flight when the connection broke may have been committed after all.
+        """
+        unconfirmed, self._unconfirmed = self._unconfirmed, None
+        if unconfirmed is not None and unconfirmed[0].id == newest:
+            self._remember(*unconfirmed)
+        elif self._held is None or self._held.id != newest:
+            self._held = None
+            ours = newest is not None and newest.term == self._hello.term
+            self._acknowledged = newest if ours else None
+            self._acknowledged_wall_s = None
+
+    def _remember(self, held: Held, frozen_wall_s: float) -> None:
+        self._held = held
+        self._acknowledged = held.id
+        self._acknowledged_wall_s = frozen_wall_s
+        self._epochs_acknowledged += 1
+        self._on_acknowledged(held.id)
+
+    async def _listen(self, session: _Session) -> None:
+        """Take in what the receiver says, until it says something that ends the session."""
+        while True:
+            message, _ = decode(await session.link.receive())
+            if isinstance(message, Credit):
+                session.credit_bytes += message.bytes
+                if session.credit_bytes > session.window_bytes:
+                    raise ProtocolError(f"{self._peer.name} grants more credit than it said")
+            elif isinstance(message, Ack | Nack):
+                if message.epoch != session.in_flight or session.outcome is not None:
+                    raise ProtocolError(
+                        f"{self._peer.name} answers for {message.epoch}, which is not in flight"
+                    )
+                session.outcome = message
+            elif isinstance(message, Readiness):
+                self._restorable, self._reasons = message.restorable, message.reasons
+            elif isinstance(message, Refused):
+                raise _RefusedError(self._peer.name, message)
+            else:
+                raise ProtocolError(f"{self._peer.name} sent a {type(message).__name__}: not a receiver's")
+            session.changed.set()
+
+    async def _send_all(self, session: _Session) -> None:
+        """Send what is offered, one epoch after the other."""
+        while True:
+            offer = await self._backlog.take()
+            try:
+                again = await self._send_one(session, offer)
+            except BaseException:
+                self._backlog.put_back(offer)
+                raise
+            if again:
+                self._backlog.put_back(offer)
+                await asyncio.sleep(self._pause_s())
+            else:
+                offer.shared.drop()
+
+    async def _send_one(self, session: _Session, offer: Offer) -> bool:
+        """Send an epoch and wait for what comes of it; True if it should be tried once more."""
+        epoch = offer.epoch
+        base = self._held if self._held and self._held.incarnation == epoch.incarnation else None
+        if self._acknowledged is not None and epoch.id <= self._acknowledged:
+            return False
+        if epoch.stands_on is not None and (base is None or base.id != epoch.stands_on):
+            self._log.info("stream.needs_full", epoch=str(epoch.id), stands_on=str(epoch.stands_on))
+            self._need_full()
+            return False
+        if not self._buffer:
+            self._buffer = bytearray(BULK_BYTES)
+        session.outcome, session.in_flight = None, epoch.id
+        try:
+            messages = epoch_messages(epoch, self._hello.term, base, self._buffer)
+            if await self._send_messages(session, messages):
+                self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
+            await session.until(
+                lambda: session.outcome is not None, self._timing.acknowledge_s, "has not acknowledged"
+            )
+        except CaptureError as error:
+            # The receiver drops what it has of it as soon as the next epoch begins.
+            self._note_problem("stream.epoch_unreadable", error.message)
+            return False
+        finally:
+            session.in_flight = None
+        self._unconfirmed = None
+        if isinstance(session.outcome, Ack):
+            self._acknowledge(offer, session.outcome)
+            return False
+        return self._not_acknowledged(session.outcome, base)
+
+    async def _send_messages(self, session: _Session, messages: Iterator[Frames]) -> bool:
+        """Send as credit allows, drawing about a block at a time in a thread; False: stopped by a `Nack`."""
+        while batch := await in_thread(_draw, messages):
+            for frames in batch:
+                size_bytes = sum(len(frame) for frame in frames)
+                await session.until(
+                    lambda size_bytes=size_bytes: (  # type: ignore[misc]
+                        session.credit_bytes >= size_bytes or session.outcome is not None
+                    ),
+                    self._timing.credit_s,
+                    "has granted no credit",
+                )
+                if session.outcome is not None:
+                    return False
+                session.credit_bytes -= size_bytes
+                self._bytes_sent += size_bytes
+                await session.link.send(frames)
+        return True
+
+    def _acknowledge(self, offer: Offer, ack: Ack) -> None:
+        epoch = offer.epoch
+        latency_ms = (self._clock.monotonic_s() - offer.offered_s) * 1000
+        self._latencies_ms.append(latency_ms)
+        self._full_equivalent_bytes += full_bytes(epoch)
+        self._restorable, self._reasons = ack.restorable, ack.reasons
+        self._remember(Held.of(epoch), epoch.frozen_wall_s)
+        self._note_progress()
+        self._log.debug("stream.acknowledged", epoch=str(epoch.id), latency_ms=round(latency_ms, 1))
+
+    def _not_acknowledged(self, nack: Ack | Nack | None, base: Held | None) -> bool:
+        """Take in a `Nack`; True if the epoch is worth sending again, whole."""
+        if not isinstance(nack, Nack):
+            raise ProtocolError("an epoch ended without an answer")
+        self._failures += 1
+        self._note_problem("stream.not_acknowledged", nack.reason, epoch=str(nack.epoch), code=nack.code)
+        if nack.retry_with_base:
+            self._held = None
+        return nack.code != "not-newer"
+
+    def _note_problem(self, event: str, problem: str, **values: str) -> None:
+        """Log what went wrong, unless it is what went wrong before."""
+        if problem != self.problem:
+            self._log.warning(event, reason=problem, **values)
+        self.problem = problem
+
+    def _note_progress(self) -> None:
+        self._failures = 0
+        self.problem = ""
+
+    def _pause_s(self) -> float:
+        pause_s = min(self._timing.retry_s * 2 ** min(self._failures, 16), self._timing.retry_max_s)
+        return pause_s * (1 + random.random() / 2)  # noqa: S311 - so that streams don't retry in step
+
+
+def _draw(messages: Iterator[Frames]) -> list[Frames]:
+    """Take the next messages, about as many as make one block: a thread each would cost more than most."""
+    batch: list[Frames] = []
+    size_bytes = 0
+    while size_bytes < BULK_BYTES // 4:
+        frames = next(messages, None)
+        if frames is None:
+            break
+        batch.append(frames)
+        size_bytes += sum(len(frame) for frame in frames)
+    return batch
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the exception that came first; the others followed from it."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
