@@ -123,6 +123,8 @@ class Vma(msgspec.Struct, frozen=True):
     status: int
     shmid: int
     """For shared mappings, the identifier of the segment; for files, that of the file in files.img."""
+    open_flags: int = 0
+    """For files, how the mapped file was open, as open(2) takes it."""
 
 
 class MemoryMap(msgspec.Struct, frozen=True):
@@ -166,6 +168,7 @@ class InetSocket(msgspec.Struct, frozen=True):
     source_port: int
     destination: str
     destination_port: int
+    v6only: bool = False
 
 
 class UnixSocket(msgspec.Struct, frozen=True):
@@ -180,10 +183,14 @@ class UnixSocket(msgspec.Struct, frozen=True):
 
 
 class OtherFile(msgspec.Struct, frozen=True):
-    """Any other open file, by the name that CRIU gives its type, in lower case (pipe, eventpoll, tty, …)."""
+    """Any other open file, by the name that CRIU gives its type, in lower case (pipe, eventpoll, tty, …).
+
+    `watched` are the paths that it watches (inotify, fanotify); empty for one that CRIU found no path of.
+    """
 
     id: int
     type_name: str
+    watched: tuple[str, ...] = ()
 
 
 class OpenFiles(msgspec.Struct, frozen=True):
@@ -238,7 +245,8 @@ def read_memory_map(path: Path) -> MemoryMap:
     """Read an `mm-PID.img`; raises `StoreError`."""
     (mm,) = cast("tuple[mm_pb2.mm_entry]", read_image(path, ImageKind.MM).messages)
     return MemoryMap(
-        tuple(Vma(v.start, v.end, v.prot, v.flags, v.status, v.shmid) for v in mm.vmas), len(mm.aios)
+        tuple(Vma(v.start, v.end, v.prot, v.flags, v.status, v.shmid, v.fdflags) for v in mm.vmas),
+        len(mm.aios),
     )
 
 
@@ -261,7 +269,8 @@ def read_open_files(path: Path) -> OpenFiles:
                     )
                 )
             else:
-                other.append(OtherFile(file.id, fdinfo_pb2.fd_types.Name(file.type).lower()))
+                type_name = fdinfo_pb2.fd_types.Name(file.type).lower()
+                other.append(OtherFile(file.id, type_name, tuple(_watched(file))))
         except (ValueError, OSError) as error:
             raise StoreError(
                 f"{path.name}: file {file.id:#x} makes no sense: {error}", hint=DAMAGED_HINT
@@ -330,7 +339,14 @@ def _inet_socket(sk: sk_inet_pb2.inet_sk_entry) -> InetSocket:
         source_port=sk.src_port,
         destination=_address(sk.family, sk.dst_addr),
         destination_port=sk.dst_port,
+        v6only=sk.v6only,
     )
+
+
+def _watched(file: fdinfo_pb2.file_entry) -> Iterable[str]:
+    yield from (watch.f_handle.path for watch in file.ify.wd)
+    for mark in file.ffy.mark:
+        yield mark.ie.f_handle.path if mark.HasField("ie") else mark.me.path
 
 
 def _address(family: int, words: Iterable[int]) -> str:
