@@ -182,29 +182,29 @@ def runtime_config(spec: WorkloadSpec, paths: WorkloadPaths) -> dict[str, Any]:
     }
 
 
-def restore_command(spec: WorkloadSpec, paths: WorkloadPaths, criu: str, descriptors: list[str]) -> str:
-    """Return the shell command by which stock `criu restore` brings an epoch to life, without Outlive.
+def restore_program(spec: WorkloadSpec, paths: WorkloadPaths, criu: str) -> tuple[str, ...]:
+    """Return the words that run stock criu where it finds the workload's root, in namespaces of its own.
 
-    To be run as root in the epoch's directory. `descriptors` are what the first process's standard
-    streams were linked to (`descriptors.json` of the epoch); pipes are replaced by /dev/null.
+    Append `restore` and its options. The mount is gone when the last process in it is.
     """
-    arguments = [
-        *("restore", "--images-dir", ".", "--restore-detached", "--root", str(paths.rootfs)),
-        *("--manage-cgroups=ignore", "--network-lock", "skip", "--tcp-close"),
-    ]
-    for mount in bind_mounts(spec, paths):
-        arguments += ["--external", f"mnt[{mount.destination}]:{mount.source}"]
-    redirections = []
-    for number, link in enumerate(descriptors):
-        if link.startswith("pipe:"):
-            arguments += ["--inherit-fd", f"fd[{10 + number}]:{link}"]
-            redirections.append(f"{10 + number}{'<' if number == 0 else '>'}/dev/null")
-    sources = " ".join(shlex.quote(mount.source) for mount in bind_mounts(spec, paths))
-    inner = " && ".join(
-        [
-            f"mkdir -p {shlex.quote(str(paths.rootfs))} {sources}",
-            f"mount --bind {shlex.quote(spec.root)} {shlex.quote(str(paths.rootfs))}",
-            " ".join(["exec", shlex.quote(criu), *map(shlex.quote, arguments), *redirections]),
-        ]
+    sources = [mount.source for mount in bind_mounts(spec, paths)]
+    script = 'mkdir -p "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    if sources:
+        script = f"mkdir -p {shlex.join(sources)} && {script}"
+    return (
+        *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh"),
+        *(spec.root, str(paths.rootfs), criu),
     )
-    return f"unshare --mount --propagation private -- sh -c {shlex.quote(inner)}"
+
+
+def restore_options(spec: WorkloadSpec, paths: WorkloadPaths) -> tuple[str, ...]:
+    """Return what `criu restore` must be told of the workload, besides where the images are."""
+    externals = [
+        word
+        for mount in bind_mounts(spec, paths)
+        for word in ("--external", f"mnt[{mount.destination}]:{mount.source}")
+    ]
+    return (
+        *("--root", str(paths.rootfs), "--manage-cgroups=ignore", "--network-lock", "skip", "--tcp-close"),
+        *externals,
+    )

@@ -105,7 +105,7 @@ class Node:
         what: str,
         timeout_s: float = 60.0,
     ) -> WorkloadStatus:
-        """Poll the keeper until a workload's status fulfils `condition`. Raises LabError with the last one."""
+        """Poll the keeper until a workload fulfils `condition`. Raises LabError with its last status."""
         last: WorkloadStatus | None = None
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:

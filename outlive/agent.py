@@ -1,0 +1,295 @@
+"""The agent: captures, streams, receives, stores and restores, as its node's keeper orders.
+
+    keeper ◀── report / orders, several times a second ──▶ agent ──┬─ leading: capture ─▶ streams
+                                                                   └─ following: receiver ─▶ stores
+    peers' keepers ◀── the agent's own beats
+
+It may be killed, hang or be upgraded at any time: workloads live in containers of their own and run on,
+criu ends by itself, and the keeper watches every freeze. When it starts again it finds what runs, asks the
+keeper what should be, and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+from pathlib import Path
+
+import msgspec
+import structlog
+import zmq.asyncio
+
+from common.bundle import WorkloadPaths, restore_command
+from common.config import NodeConfig
+from common.container import incarnation
+from common.control import (
+    AgentMetrics,
+    AnnounceFreeze,
+    AskStatus,
+    Done,
+    EndFreeze,
+    Orders,
+    Refused,
+    Report,
+)
+from common.control_channel import ControlServer, ask
+from common.criu.locate import locate_criu
+from common.criu.rpc import spawn
+from common.errors import CaptureError, ConfigError, OutliveError
+from common.events import Event, EventLog
+from common.heartbeat import AgentBeater
+from common.keys import load
+from common.model import EpochId, WorkloadSpec
+from common.origin import encode_origin, read_origin
+from common.sd_notify import notify
+from common.terms import TermGuard
+from outlive.leading import Leading, clear_images
+from outlive.workload_agent import WorkloadAgent
+from primary.identity import PageHasher
+from primary.numbering import EpochNumbers
+from primary.stock import StockBackend
+from primary.stream import ReplicaStream
+from replica.readiness import Readiness
+from replica.receive import Receiver
+from replica.store import EpochStore
+
+log = structlog.get_logger(__name__)
+
+_KEEPER_DEADLINE_S = 1.0
+_FOLD_EVERY_S = 1.0
+_SHUTDOWN_S = 10.0
+
+
+async def run_agent(config: NodeConfig) -> None:
+    """Run the agent of this node until SIGTERM or SIGINT. Raises OutliveError if it cannot start.
+
+    Workloads are left running, whatever ends it.
+    """
+    agent = Agent(config)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    task = asyncio.create_task(agent.run())
+    waiting = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not task.done():
+        notify("STOPPING=1")
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        try:
+            await task
+        except* OutliveError as group:
+            raise group.exceptions[0] from None
+
+
+class _KeeperGuard:
+    """Asks the keeper to watch a freeze: no freeze without its answer."""
+
+    def __init__(self, config: NodeConfig, workload: str) -> None:
+        self._endpoint = config.keeper_endpoint
+        self._workload = workload
+
+    async def announce(self, criu_pid: int, deadline_ms: int) -> None:
+        """See `primary.stock.FreezeGuard`."""
+        request = AnnounceFreeze(workload=self._workload, criu_pid=criu_pid, deadline_ms=deadline_ms)
+        try:
+            answer = await ask(self._endpoint, request, _KEEPER_DEADLINE_S)
+        except OutliveError as error:
+            raise CaptureError(
+                f"the keeper does not answer, and nothing is frozen without its thaw deadline: {error.message}",
+                hint="start it: systemctl start outlive-keeper",
+            ) from error
+        if not isinstance(answer, Done):
+            raise CaptureError(f"the keeper refuses to watch the freeze: {answer}")
+
+    async def end(self, criu_pid: int) -> None:
+        """See `primary.stock.FreezeGuard`."""
+        request = EndFreeze(workload=self._workload, criu_pid=criu_pid)
+        with contextlib.suppress(OutliveError):
+            await ask(self._endpoint, request, _KEEPER_DEADLINE_S)
+
+
+class Agent:
+    """Everything the agent holds: one `WorkloadAgent` a workload, one receiver, one line to the keeper."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
+        self._config = config
+        self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
+        self._keys = load(Path(config.node.key_file))
+        self._hasher = PageHasher()
+        self._events = EventLog(event_file(config), "agent")
+        self._readiness = Readiness(config)
+        self._workloads: dict[str, WorkloadAgent] = {}
+        heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
+        self._guard = TermGuard(heard.record, heard.read_all())
+        self._attachments: dict[str, bytes] = {}
+        self._keeper_lost = False
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        images = Path(self._config.node.image_dir)
+        images.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await asyncio.to_thread(clear_images, images)
+        swrk = await spawn(self._criu)
+        criu_version = str(await swrk.version())
+        self._attachments = {"origin.json": encode_origin(read_origin(criu_version))}
+        context = zmq.asyncio.Context()
+        control = ControlServer(context, self._config.agent_endpoint, self._answer)
+        receiver = Receiver(
+            context,
+            self._config,
+            self._keys,
+            stores=lambda name: self._workloads[name].store,
+            guard=self._guard,
+            accept=self._accept,
+            readiness=lambda name, record: self._workloads[name].judge(record),
+        )
+        self._events.append(Event.AGENT_STARTED, reason=f"CRIU {criu_version}, PID {os.getpid()}")
+        log.info("agent.started", node=self._config.node.name, criu=criu_version)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(control.serve())
+                group.create_task(receiver.run())
+                group.create_task(AgentBeater(self._config, self._keys, context).run())
+                group.create_task(self._report_for_ever())
+                group.create_task(self._fold_for_ever())
+                notify("READY=1")
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SHUTDOWN_S):
+                    for workload in self._workloads.values():
+                        await workload.close()
+            self._events.append(Event.AGENT_STOPPED, reason="workloads run on unprotected")
+            self._events.close()
+            control.close()
+            context.destroy(linger=0)
+
+    async def _report_for_ever(self) -> None:
+        """Tell the keeper what is, take its orders; at its heartbeat's interval."""
+        interval_s = self._config.heartbeat.interval_ms / 1000
+        while True:
+            reports = tuple(workload.report() for workload in self._workloads.values())
+            try:
+                answer = await ask(
+                    self._config.keeper_endpoint,
+                    Report(agent_pid=os.getpid(), workloads=reports),
+                    _KEEPER_DEADLINE_S,
+                )
+            except OutliveError as error:
+                if not self._keeper_lost:
+                    log.error("keeper.silent", error=str(error))
+                self._keeper_lost = True
+                await asyncio.sleep(interval_s)
+                continue
+            if self._keeper_lost:
+                log.info("keeper.heard")
+            self._keeper_lost = False
+            if isinstance(answer, Orders):
+                for order in answer.orders:
+                    await self._pass_on(order)
+            elif isinstance(answer, Refused):
+                log.error("keeper.refused", message=answer.message)
+            notify("WATCHDOG=1")
+            await asyncio.sleep(interval_s)
+
+    async def _pass_on(self, order: Order) -> None:
+        workload = self._workloads.get(order.workload)
+        if workload is None:
+            if order.spec is None:
+                return
+            try:
+                workload = await asyncio.to_thread(self._take_up, order.spec)
+            except OutliveError as error:
+                log.error("workload.not_taken_up", workload=order.workload, error=str(error))
+                return
+        if order.term > 0 and order.leader:
+            with contextlib.suppress(StaleTermError):
+                await asyncio.to_thread(self._guard.advance, order.workload, order.term, order.leader)
+        workload.obey(order)
+
+    def _take_up(self, spec: WorkloadSpec) -> WorkloadAgent:
+        """Open the workload's store and look after it from now on. Blocking. Raises StoreError."""
+        store = EpochStore.open(
+            self._config.store_dir,
+            spec.name,
+            min_free_bytes=self._config.store.min_free_bytes,
+            max_levels=self._config.store.max_levels,
+        )
+        workload = WorkloadAgent(
+            self._config,
+            spec,
+            criu=self._criu,
+            store=store,
+            readiness=self._readiness,
+            make_leading=self._make_leading,
+            events=self._events,
+        )
+        self._workloads[spec.name] = workload
+        return workload
+
+    async def _accept(self, node: str, name: str, term: int, spec: WorkloadSpec) -> None:
+        """Say whether `node` may send epochs of a workload; raises if not."""
+        workload = self._workloads.get(name)
+        if workload is None:
+            if self._config.node.name not in spec.nodes:
+                raise ProtocolError(f"{name} is not declared for {self._config.node.name}")
+            workload = await asyncio.to_thread(self._take_up, spec)
+        workload.accept(node, term, spec)
+
+    def _make_leading(self, workload: WorkloadAgent, term: int, init_pid: int) -> Leading:
+        spec = workload.spec
+        run = incarnation(self._config, spec.name)
+        paths = WorkloadPaths(self._config, spec.name)
+        newest = workload.store.newest
+        backend = StockBackend(
+            self._config,
+            spec,
+            incarnation=run.id if run is not None else "unknown",
+            init_pid=init_pid,
+            criu=self._criu,
+            hasher=self._hasher,
+            guard=_KeeperGuard(self._config, spec.name),
+            attachments=self._attachments,
+        )
+        return Leading(
+            self._config,
+            spec,
+            term=term,
+            incarnation=run.id if run is not None else "unknown",
+            backend=backend,
+            numbers=EpochNumbers(paths.state / "epoch-mark", at_least=newest.id.epoch if newest else 0),
+            make_stream=self._make_stream,
+            events=self._events,
+        )
+
+    async def _fold_for_ever(self) -> None:
+        """Keep every store's chain short; in a thread, never on an epoch's path."""
+        while True:
+            await asyncio.sleep(_FOLD_EVERY_S)
+            for workload in list(self._workloads.values()):
+                if workload.store.fold_due():
+                    try:
+                        await asyncio.to_thread(workload.store.fold)
+                    except OutliveError as error:
+                        log.error("fold.failed", workload=workload.spec.name, error=str(error))
+
+    async def _answer(self, request: object) -> AgentMetrics | Refused:
+        """Answer the command line and the benchmarks."""
+        if not isinstance(request, AskStatus):
+            return Refused(error="ProtocolError", message="the agent takes orders from its keeper only")
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        metrics = [workload.metrics() for workload in self._workloads.values()]
+        return AgentMetrics(
+            node=self._config.node.name,
+            pid=os.getpid(),
+            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            cpu_s=sum(each.ru_utime + each.ru_stime for each in usage),
+            workloads=tuple(each for each in metrics if each is not None),
+        )

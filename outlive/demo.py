@@ -1,0 +1,361 @@
+"""The demonstration: a real workload on host A, A's power goes, the workload lives on at B.
+
+In: what to run and how long. Out: a `DemoReport`, the one object that `outlive demo --output json` prints
+(`docs/reference/demo.md` has its fields). Everything is real: agents, keepers, CRIU, runc, redis, sockets;
+only the hosts are network namespaces, and the power switch cuts the link before it kills.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from common.control import AgentMetrics, TermHistory, TimelineEntry, WorkloadMetrics
+from common.errors import LabError
+from common.model import EpochId, HealthCheck, WorkloadSpec
+from outlive.cluster import Node, build_cluster, eventually, start_all
+from outlive.lab import Host, Lab
+from outlive.probe import Acknowledged, read_log
+from replica.store_reader import StoreReader
+
+SCHEMA_VERSION = 1
+WORKLOAD = "demo"
+REDIS_PORT = 6379
+_REDIS = (
+    *("redis-server", "--port", str(REDIS_PORT), "--protected-mode", "no"),
+    *("--save", "", "--appendonly", "no"),
+)
+_WRITES_PER_S = 200.0
+_GO_ON_S = 2.0
+"""How long the client must be served by the new host before the demonstration ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What to demonstrate. `command` empty: redis with a client, filled to `fill_mib`."""
+
+    command: tuple[str, ...] = ()
+    fill_mib: int = 256
+    epochs: int = 20
+    """Committed epochs before the power goes."""
+    interval_ms: int = 1000
+    keep: bool = False
+
+
+class IntervalSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """Time between the freezes of committed epochs."""
+
+    configured: float
+    p50: float
+    max: float
+
+
+class FreezeSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the workload stood still for an epoch."""
+
+    p50: float
+    p99: float
+    max: float
+
+
+class WriteSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the writes that were acknowledged to the client before the power went."""
+
+    acknowledged: int
+    present: int
+    lost: int
+    lost_window_ms: float
+    """From the restored epoch's freeze to the last acknowledged write that is gone; 0 if none is."""
+
+
+class ByteSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What went over the wire, against the same epochs sent whole."""
+
+    sent: int
+    full_equivalent: int
+
+
+class DemoReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened, in numbers."""
+
+    schema_version: int
+    workload: tuple[str, ...]
+    rss_bytes: int
+    epochs_committed: int
+    epoch_interval_ms: IntervalSummary
+    freeze_ms: FreezeSummary
+    restored: EpochName | None
+    survived: bool
+    reason: str
+    """Why it survived or not, in a sentence."""
+    writes: WriteSummary | None
+    """None for a workload of the user's own: no client knows what it should answer."""
+    outage_ms: float | None
+    timeline: tuple[TimelineEntry, ...]
+    bytes: ByteSummary
+
+
+class EpochName(msgspec.Struct, frozen=True):
+    """An epoch, spelled out for readers of JSON."""
+
+    term: int
+    epoch: int
+
+
+class Screen(Protocol):
+    """Where the demonstration says what it does; silent in JSON mode."""
+
+    def step(self, text: str) -> None:
+        """Begin a step; the one before it is done."""
+        ...
+
+    def progress(self, text: str) -> None:
+        """Say how the current step goes; replaces what was said before."""
+        ...
+
+    def report(self, report: DemoReport) -> None:
+        """Show the end: timeline, figures, verdict."""
+        ...
+
+
+async def run_demo(options: DemoOptions, screen: Screen) -> DemoReport:
+    """Run it. Raises LabError if it cannot be set up or the standby never takes over.
+
+    Nothing is left behind unless `options.keep`, whatever happens.
+    """
+    lab = Lab()
+    spec = WorkloadSpec(
+        name=WORKLOAD,
+        nodes=("a", "b"),
+        command=options.command or _REDIS,
+        vip=str(lab.vip()),
+        health=None if options.command else HealthCheck(tcp=REDIS_PORT),
+        right_to_lead="fence",
+        epoch_interval_ms=options.interval_ms,
+    )
+    screen.step("Building the lab: hosts A and B, a client, a switch between them")
+    async with lab:
+        nodes = await build_cluster(lab, ("a", "b"), workloads=[spec])
+        client = await lab.add_host("client")
+        demo = _Demo(options, spec, lab, nodes["a"], nodes["b"], client, screen)
+        report = await demo.run()
+        if options.keep:
+            lab.keep()
+            screen.step(
+                f"The lab {lab.name} stays up; look at it with `outlive --config "
+                f"{nodes['b'].config_path} status`, remove it with `outlive lab down {lab.name}`"
+            )
+    return report
+
+
+class _Demo:
+    """One run; the methods follow each other in the order of the story."""
+
+    def __init__(
+        self,
+        options: DemoOptions,
+        spec: WorkloadSpec,
+        lab: Lab,
+        first: Node,
+        second: Node,
+        client: Host,
+        screen: Screen,
+    ) -> None:
+        self._options = options
+        self._spec = spec
+        self._lab = lab
+        self._first = first
+        self._second = second
+        self._client = client
+        self._screen = screen
+        self._address = str(lab.vip().ip)
+        self._log = client.log_dir / "probe.jsonl"
+        self._is_redis = not options.command
+
+    async def run(self) -> DemoReport:
+        await self._start()
+        probe = await self._client_begins() if self._is_redis else None
+        metrics = await self._stream()
+        cut_wall_s = await self._power_goes()
+        taken_over = await self._takeover()
+        if probe is not None:
+            await self._client_goes_on(cut_wall_s)
+            probe.kill()
+            await probe.wait()
+        report = await self._judge(metrics, taken_over, cut_wall_s)
+        self._screen.report(report)
+        return report
+
+    async def _start(self) -> None:
+        self._screen.step("Starting a keeper and an agent on A and on B")
+        await start_all({"a": self._first, "b": self._second})
+        self._screen.step(f"Starting the workload on A: {' '.join(self._spec.command[:3])} …")
+        await self._first.cli("start", WORKLOAD)
+        await self._first.wait_for(WORKLOAD, lambda w: w.role == "primary" and w.running, what="running")
+
+    async def _client_begins(self) -> asyncio.subprocess.Process:
+        await eventually(self._serves, what="redis answers through the service address")
+        self._screen.step(f"Filling redis with {self._options.fill_mib} MiB of random values")
+        fill = ("fill", "--bytes", str(self._options.fill_mib << 20))
+        await self._client.run(self._probe(*fill), timeout_s=120.0)
+        return await self._client.spawn(
+            self._probe("write", "--rate", str(_WRITES_PER_S), "--log", str(self._log)),
+            log=self._client.log_dir / "probe.log",
+        )
+
+    async def _stream(self) -> WorkloadMetrics:
+        """Wait until the standby is ready and enough epochs are committed; return what A measured."""
+        self._screen.step("Streaming epochs to B")
+        wanted = self._options.epochs
+        started_s = time.monotonic()
+        limit_s = 60.0 + 5 * wanted * self._options.interval_ms / 1000
+        while True:
+            measured = _of_workload(await self._first.metrics())
+            status = await self._second.workload(WORKLOAD)
+            ready = status is not None and status.restorable
+            if measured is not None:
+                why = "" if ready or status is None else f" ({'; '.join(status.reasons)})"
+                self._screen.progress(
+                    f"{measured.epochs_acknowledged}/{wanted} epochs committed, "
+                    f"frozen {_median(measured.freeze_ms):.0f} ms each, "
+                    f"{measured.bytes_sent / 1e6:.0f} MB sent, "
+                    f"standby {'ready' if ready else 'not ready'}{why}"
+                )
+                if ready and measured.epochs_acknowledged >= wanted:
+                    # Not in step with the epochs: power does not wait for a good moment either.
+                    await asyncio.sleep(random.uniform(0, self._options.interval_ms / 1000))  # noqa: S311
+                    return _of_workload(await self._first.metrics()) or measured
+            if time.monotonic() - started_s > limit_s:
+                raise LabError(f"the standby was not ready within {limit_s:.0f} s: {status}")
+            await asyncio.sleep(0.1)
+
+    async def _power_goes(self) -> float:
+        self._screen.step("A's power goes: link cut, then everything on it killed")
+        wall_s = time.time()
+        await self._lab.power_off("a")
+        return wall_s
+
+    async def _takeover(self) -> TermHistory:
+        self._screen.step("B notices, makes sure that A is off, and takes over")
+        await self._second.wait_for(
+            WORKLOAD, lambda w: w.role == "primary" and w.running, what="taken over by B", timeout_s=60.0
+        )
+
+        async def told() -> bool:
+            return any(term.restored is not None for term in (await self._second.history(WORKLOAD)).terms)
+
+        await eventually(told, what="B tells how it took over", timeout_s=10.0)
+        return (await self._second.history(WORKLOAD)).terms[-1]
+
+    async def _client_goes_on(self, cut_wall_s: float) -> None:
+        self._screen.step("The client goes on through the same address")
+
+        async def served() -> bool:
+            acknowledged = read_log(self._log)
+            first = next((each for each in acknowledged if each.wall_s > cut_wall_s + 0.05), None)
+            return first is not None and acknowledged[-1].wall_s - first.wall_s > _GO_ON_S
+
+        await eventually(served, what="the client is served by B", timeout_s=30.0)
+
+    async def _judge(self, metrics: WorkloadMetrics, term: TermHistory, cut_wall_s: float) -> DemoReport:
+        restored = term.restored
+        writes: WriteSummary | None = None
+        outage_ms: float | None = None
+        problems: list[str] = []
+        if restored is None:
+            problems.append("B does not say which epoch it restored")
+        elif self._is_redis:
+            frozen_wall_s = self._frozen_wall_s(restored)
+            acknowledged = read_log(self._log)
+            held = await self._present(acknowledged[-1].number)
+            writes = _account(acknowledged, held, cut_wall_s, frozen_wall_s)
+            outage_ms = _outage_ms(acknowledged, cut_wall_s)
+            early = [w.number for w in acknowledged if w.wall_s < frozen_wall_s and w.number not in held]
+            if early:
+                problems.append(f"{len(early)} writes acknowledged before the restored epoch are gone")
+        interval_ms = metrics.interval_ms
+        return DemoReport(
+            schema_version=SCHEMA_VERSION,
+            workload=self._spec.command,
+            rss_bytes=metrics.memory_bytes,
+            epochs_committed=metrics.epochs_acknowledged,
+            epoch_interval_ms=IntervalSummary(
+                configured=float(self._options.interval_ms),
+                p50=_median(interval_ms),
+                max=max(interval_ms, default=0.0),
+            ),
+            freeze_ms=FreezeSummary(
+                p50=_median(metrics.freeze_ms),
+                p99=_percentile(metrics.freeze_ms, 99),
+                max=max(metrics.freeze_ms, default=0.0),
+            ),
+            restored=EpochName(restored.term, restored.epoch) if restored is not None else None,
+            survived=not problems,
+            reason="; ".join(problems) or f"{WORKLOAD} runs on B from epoch {restored}",
+            writes=writes,
+            outage_ms=outage_ms,
+            timeline=term.timeline,
+            bytes=ByteSummary(sent=metrics.bytes_sent, full_equivalent=metrics.bytes_full),
+        )
+
+    def _frozen_wall_s(self, epoch: EpochId) -> float:
+        records = StoreReader.inspect(self._second.config.store_dir, WORKLOAD).records()
+        found = next((record.frozen_wall_s for record in records if record.id == epoch), None)
+        if found is None:
+            raise LabError(f"B restored epoch {epoch}, but its store does not hold it")
+        return found
+
+    async def _present(self, newest: int) -> set[int]:
+        answer = await self._client.run(self._probe("present", "--newest", str(newest)), timeout_s=60.0)
+        return set(json.loads(answer.stdout))
+
+    async def _serves(self) -> bool:
+        answer = await self._client.run(self._probe("present", "--newest", "1"), check=False)
+        return answer.returncode == 0
+
+    def _probe(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "outlive.probe", self._address, str(REDIS_PORT), *words]
+
+
+def _of_workload(metrics: AgentMetrics) -> WorkloadMetrics | None:
+    return next((each for each in metrics.workloads if each.name == WORKLOAD), None)
+
+
+def _account(
+    acknowledged: Sequence[Acknowledged], held: set[int], cut_wall_s: float, frozen_wall_s: float
+) -> WriteSummary:
+    """Count what the client had been promised before the power went, and what of it is there."""
+    promised = [write for write in acknowledged if write.wall_s <= cut_wall_s + 0.05]
+    lost = [write for write in promised if write.number not in held]
+    return WriteSummary(
+        acknowledged=len(promised),
+        present=len(promised) - len(lost),
+        lost=len(lost),
+        lost_window_ms=(max(write.wall_s for write in lost) - frozen_wall_s) * 1000 if lost else 0.0,
+    )
+
+
+def _outage_ms(acknowledged: Sequence[Acknowledged], cut_wall_s: float) -> float:
+    """From the last write acknowledged by A to the first one acknowledged by B."""
+    before = max(write.wall_s for write in acknowledged if write.wall_s <= cut_wall_s + 0.05)
+    after = min(write.wall_s for write in acknowledged if write.wall_s > cut_wall_s + 0.05)
+    return (after - before) * 1000
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else 0.0
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    """Return the smallest value that `percent` of all values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else 0.0

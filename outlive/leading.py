@@ -1,0 +1,183 @@
+"""While this node leads a workload: capture it at its interval, offer every epoch to every replica.
+
+In: the workload's declaration, the term, the incarnation that runs. Out: epochs to the streams, numbers
+for status and benchmarks, events. The workload never waits for any of it: a replica that is slow gets
+the newest epoch when it is ready for one, a capture that fails is tried again, more and more slowly.
+
+The loop takes no epoch that nobody could use: none is taken while no replica is connected, or while
+every replica has one waiting already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from common.config import NodeConfig
+from common.control import ReplicaProgress, WorkloadMetrics
+from common.errors import OutliveError
+from common.events import Event, EventLog
+from common.model import EpochId, WorkloadSpec
+from primary.capture import CaptureBackend, CapturedEpoch
+from primary.numbering import EpochNumbers
+from primary.stream import ReplicaStream, SharedEpoch
+
+log = structlog.get_logger(__name__)
+
+_SERIES = 1000
+"""How many of the newest measurements are kept of each kind."""
+_IDLE_S = 0.02
+"""How often to look whether a replica wants an epoch, while none does."""
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
+_ALARM_AFTER = 3
+"""Failed captures in a row that make an event of their own."""
+
+
+class Leading:
+    """Captures and streams one incarnation of one workload in one term; made by the agent, run once."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        spec: WorkloadSpec,
+        *,
+        term: int,
+        incarnation: str,
+        backend: CaptureBackend,
+        numbers: EpochNumbers,
+        make_stream: Callable[[str, Leading], ReplicaStream],
+        events: EventLog,
+    ) -> None:
+        self.spec = spec
+        self.term = term
+        self.incarnation = incarnation
+        self.captured: EpochId | None = None
+        self.failures = 0
+        self._config = config
+        self._backend = backend
+        self._numbers = numbers
+        self._events = events
+        self._streams: Mapping[str, ReplicaStream] = {
+            node: make_stream(node, self) for node in spec.nodes if node != config.node.name
+        }
+        self._frozen_at: dict[int, float] = {}
+        self._freeze_ms: deque[float] = deque(maxlen=_SERIES)
+        self._epoch_ms: deque[float] = deque(maxlen=_SERIES)
+        self._interval_ms: deque[float] = deque(maxlen=_SERIES)
+        self._epochs_captured = 0
+        self._epochs_acknowledged = 0
+        self._newest_acknowledged: EpochId | None = None
+        self._memory_bytes = 0
+        self._full_wanted = False
+
+    async def run(self) -> None:
+        """Capture and stream until cancelled. The workload is left running, thawed and untouched."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream in self._streams.values():
+                    group.create_task(stream.run())
+                group.create_task(self._capture_for_ever())
+        finally:
+            await self._backend.close()
+
+    def progress(self) -> tuple[ReplicaProgress, ...]:
+        """Return how far each replica is."""
+        return tuple(stream.progress for stream in self._streams.values())
+
+    def metrics(self) -> WorkloadMetrics:
+        """Return what was measured since this began."""
+        return WorkloadMetrics(
+            name=self.spec.name,
+            backend=self._backend.name,
+            epochs_captured=self._epochs_captured,
+            epochs_acknowledged=self._epochs_acknowledged,
+            freeze_ms=tuple(self._freeze_ms),
+            epoch_ms=tuple(self._epoch_ms),
+            interval_ms=tuple(self._interval_ms),
+            commit_ms=tuple(value for stream in self._streams.values() for value in stream.commit_ms),
+            bytes_sent=sum(stream.bytes_sent for stream in self._streams.values()),
+            bytes_full=sum(stream.bytes_full for stream in self._streams.values()),
+            memory_bytes=self._memory_bytes,
+        )
+
+    def acknowledged(self, epoch: EpochId) -> None:
+        """Take note that a replica has committed `epoch`; called by the streams."""
+        if self._newest_acknowledged is not None and epoch <= self._newest_acknowledged:
+            return
+        before = self._newest_acknowledged
+        self._newest_acknowledged = epoch
+        self._epochs_acknowledged += 1
+        if before is not None and before.epoch in self._frozen_at and epoch.epoch in self._frozen_at:
+            gap_s = self._frozen_at[epoch.epoch] - self._frozen_at[before.epoch]
+            self._interval_ms.append(gap_s * 1000)
+        self._frozen_at = {number: at for number, at in self._frozen_at.items() if number >= epoch.epoch}
+
+    async def _capture_for_ever(self) -> None:
+        interval_s = self.spec.epoch_interval_ms / 1000
+        due_s = time.monotonic()
+        while True:
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            while not any(stream.wants_epoch for stream in self._streams.values()):
+                await asyncio.sleep(_IDLE_S)
+            due_s = max(due_s + interval_s, time.monotonic())
+            try:
+                await self._capture_one()
+            except OutliveError as error:
+                self._note_failure(error)
+                due_s = time.monotonic() + self._backoff_s()
+            else:
+                self._note_success()
+
+    async def _capture_one(self) -> None:
+        started_s = time.monotonic()
+        number = await asyncio.to_thread(self._numbers.next)
+        epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number))
+        self._frozen_at[number] = started_s
+        self.captured = epoch.id
+        self._epochs_captured += 1
+        self._memory_bytes = epoch.memory_bytes
+        self._freeze_ms.append(epoch.freeze.total_ms)
+        self._epoch_ms.append((time.monotonic() - started_s) * 1000)
+        shared = SharedEpoch(epoch)
+        try:
+            for stream in self._streams.values():
+                stream.offer(shared)
+        finally:
+            shared.release()
+
+    def _note_failure(self, error: OutliveError) -> None:
+        self.failures += 1
+        log.warning("capture.failed", workload=self.spec.name, in_a_row=self.failures, error=str(error))
+        if self.failures == _ALARM_AFTER:
+            self._events.append(
+                Event.CAPTURE_FAILED,
+                workload=self.spec.name,
+                reason=f"{self.failures} captures in a row failed, the last one: {error}",
+            )
+
+    def _note_success(self) -> None:
+        if self.failures >= _ALARM_AFTER:
+            self._events.append(
+                Event.CAPTURE_RECOVERED,
+                workload=self.spec.name,
+                reason=f"an epoch was captured after {self.failures} failures",
+            )
+        self.failures = 0
+
+    def _backoff_s(self) -> float:
+        return min(_FIRST_BACKOFF_S * 2.0 ** (self.failures - 1), _LONGEST_BACKOFF_S)
+
+
+def clear_images(directory: Path) -> None:
+    """Remove what an earlier agent captured and nobody can send any more."""
+    import shutil
+
+    with contextlib.suppress(FileNotFoundError):
+        for child in directory.iterdir():
+            shutil.rmtree(child, ignore_errors=True)

@@ -1,0 +1,251 @@
+"""One workload on one node, as its agent handles it: carries out the keeper's orders, one at a time.
+
+In: orders (what should be), epochs that a leader sends, the state of the container. Out: a report (what
+is). Orders are level-triggered: `obey` may be called with the same order for ever. An order that starts
+or restores is carried out once, also if the agent is restarted in between: the incarnation says which
+order it came from.
+
+What this file never decides: who leads. It starts and restores only on order, and kills on order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+from replica.readiness import Readiness
+
+from common.config import NodeConfig
+from common.container import (
+    exit_code,
+    incarnation,
+    kill_workload,
+    restore_workload,
+    running_init_pid,
+    start_workload,
+)
+from common.control import Order, WorkloadMetrics, WorkloadReport
+from common.errors import OutliveError, ProtocolError, RestoreError, StaleTermError
+from common.events import Event, EventLog
+from common.model import PAGE_BYTES, WorkloadSpec
+from outlive.leading import Leading
+from replica.store import EpochStore
+from replica.store_reader import EpochRecord
+
+log = structlog.get_logger(__name__)
+
+MakeLeading = Callable[["WorkloadAgent", int, int], Leading]
+"""Makes the capture loop of a workload for a term and the PID of the container's first process."""
+
+
+class WorkloadAgent:
+    """What the agent knows and does of one workload."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        spec: WorkloadSpec,
+        *,
+        criu: Path,
+        store: EpochStore,
+        readiness: Readiness,
+        make_leading: MakeLeading,
+        events: EventLog,
+    ) -> None:
+        self.spec = spec
+        self.store = store
+        self._config = config
+        self._criu = criu
+        self._readiness = readiness
+        self._make_leading = make_leading
+        self._events = events
+        self._order: Order | None = None
+        self._done = 0
+        self._failed = 0
+        self._detail = ""
+        self._restorable = False
+        self._reasons: tuple[str, ...] = ("no epoch is stored here yet",)
+        self._leading: Leading | None = None
+        self._leading_task: asyncio.Task[None] | None = None
+        self._carrying: asyncio.Task[None] | None = None
+
+    # --- what the keeper says ---------------------------------------------------------------------
+
+    def obey(self, order: Order) -> None:
+        """Take the keeper's order and see that it is, or is being, carried out. Never blocks."""
+        if order.spec is not None:
+            self.spec = order.spec
+        if self._carrying is not None and not self._carrying.done():
+            return  # one at a time; the next report brings the newest order again
+        if self._order is None or order.number != self._order.number:
+            self._order = order
+            self._carrying = asyncio.create_task(self._carry_out(order))
+            return
+        self._look_after(order)
+
+    async def close(self) -> None:
+        """Stop capturing and whatever is under way; the workload is left as it is."""
+        if self._carrying is not None and not self._carrying.done():
+            # A start or restore that is cut off would be taken for a failed one: let it end.
+            await asyncio.wait([self._carrying])
+        await self._stop_leading()
+        self.store.close()
+
+    # --- what the leader of another node says -----------------------------------------------------
+
+    def accept(self, node: str, term: int, spec: WorkloadSpec) -> None:
+        """Let `node` send epochs of `term`, or raise: ProtocolError, StaleTermError."""
+        here = self._config.node.name
+        if node not in spec.nodes or here not in spec.nodes:
+            raise ProtocolError(
+                f"{spec.name} is declared for {', '.join(spec.nodes)}: {node} cannot send it to {here}",
+                hint="the `nodes` of the workload and the names of the peers must agree",
+            )
+        if self._order is not None and self._order.role == "lead":
+            raise StaleTermError(f"{here} leads {spec.name} itself, in term {self._order.term}")
+        if running_init_pid(self._config, spec.name) is not None:
+            raise StaleTermError(f"{spec.name} still runs on {here}, so {here} cannot be its replica yet")
+        self.spec = spec
+
+    async def judge(self, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
+        """Say whether a committed epoch could be restored here now, and why not."""
+        verdict = await self._readiness.check(self.spec, record.path, record.pages * PAGE_BYTES)
+        if verdict.restorable != self._restorable or (verdict.reasons != self._reasons and verdict.reasons):
+            self._events.append(
+                Event.REPLICA_RESTORABLE if verdict.restorable else Event.REPLICA_NOT_RESTORABLE,
+                workload=self.spec.name,
+                reason=f"epoch {record.id}: " + ("; ".join(verdict.reasons) or "ready to be restored here"),
+            )
+        self._restorable, self._reasons = verdict.restorable, verdict.reasons
+        return verdict.restorable, verdict.reasons
+
+    # --- what is ----------------------------------------------------------------------------------
+
+    def report(self) -> WorkloadReport:
+        """Return how things stand, for the keeper."""
+        name = self.spec.name
+        pid = running_init_pid(self._config, name)
+        run = incarnation(self._config, name)
+        newest = self.store.newest
+        leading = self._leading
+        return WorkloadReport(
+            name=name,
+            spec=self.spec,
+            running=pid is not None,
+            init_pid=pid or 0,
+            incarnation=run.id if run is not None else "",
+            restored=run.restored if run is not None else None,
+            exit_code=exit_code(self._config, name),
+            stored=newest.id if newest is not None else None,
+            restorable=newest is not None and self._restorable,
+            reasons=self._reasons,
+            captured=leading.captured if leading is not None else None,
+            capture_failures=leading.failures if leading is not None else 0,
+            replicas=leading.progress() if leading is not None else (),
+            order_done=self._done,
+            order_failed=self._failed,
+            order_detail=self._detail,
+            volatile=self.store.volatile,
+        )
+
+    def metrics(self) -> WorkloadMetrics | None:
+        """Return what was measured while leading; None if this node doesn't."""
+        return self._leading.metrics() if self._leading is not None else None
+
+    # --- carrying out -----------------------------------------------------------------------------
+
+    async def _carry_out(self, order: Order) -> None:
+        try:
+            detail = await self._achieve(order)
+        except OutliveError as error:
+            self._failed, self._detail = order.number, str(error)
+            log.error("order.failed", workload=order.workload, order=order.number, error=str(error))
+        else:
+            self._done, self._detail = order.number, detail
+            log.info("order.done", workload=order.workload, order=order.number, detail=detail)
+
+    async def _achieve(self, order: Order) -> str:
+        """Bring about what the order says; return a sentence about it."""
+        name = self.spec.name
+        if order.role != "lead":
+            await self._stop_leading()
+            if running_init_pid(self._config, name) is None:
+                return f"{name} does not run here"
+            await kill_workload(self._config, name)
+            self._events.append(Event.WORKLOAD_KILLED, workload=name, reason="another node leads, or none")
+            return f"{name} was ended here"
+        if (pid := running_init_pid(self._config, name)) is not None:
+            return f"{name} runs (PID {pid})"
+        run = incarnation(self._config, name)
+        if order.action == "none" or (run is not None and run.order == order.number):
+            return f"{name} does not run"
+        if order.action == "restore":
+            return await self._restore(order)
+        pid = await start_workload(self._config, self.spec, order=order.number)
+        self._events.append(Event.WORKLOAD_STARTED, workload=name, reason=f"fresh, PID {pid}")
+        return f"{name} was started (PID {pid})"
+
+    async def _restore(self, order: Order) -> str:
+        """Restore the newest committed epoch, or the one before it if that cannot be."""
+        candidates = self.store.records()[::-1]
+        if not candidates:
+            raise RestoreError(
+                f"no committed epoch of {self.spec.name} is stored here", hint="outlive store list"
+            )
+        failure: RestoreError | None = None
+        for record in candidates[:2]:
+            try:
+                with self.store.hold():
+                    pid = await restore_workload(
+                        self._config, self.spec, record.path, record.id, self._criu, order=order.number
+                    )
+            except RestoreError as error:
+                failure = error
+                log.error("restore.failed", workload=self.spec.name, epoch=str(record.id), error=str(error))
+                continue
+            detail = f"epoch {record.id} was restored (PID {pid})"
+            if failure is not None:
+                detail += f", an older one, because the newest could not be: {failure.message}"
+            self._events.append(Event.WORKLOAD_RESTORED, workload=self.spec.name, reason=detail)
+            return detail
+        assert failure is not None  # noqa: S101 - the loop ran at least once
+        raise failure
+
+    def _look_after(self, order: Order) -> None:
+        """See that the capture loop runs exactly while the workload runs here and this node leads."""
+        pid = running_init_pid(self._config, self.spec.name) if order.role == "lead" else None
+        run = incarnation(self._config, self.spec.name)
+        current = self._leading
+        fits = (
+            current is not None
+            and pid is not None
+            and run is not None
+            and current.incarnation == run.id
+            and current.term == order.term
+            and current.spec == self.spec
+        )
+        if fits and self._leading_task is not None and not self._leading_task.done():
+            return
+        if current is not None:
+            self._carrying = asyncio.create_task(self._stop_leading())
+        elif pid is not None:
+            self._leading = self._make_leading(self, order.term, pid)
+            self._leading_task = asyncio.create_task(self._lead(self._leading))
+
+    async def _lead(self, leading: Leading) -> None:
+        try:
+            await leading.run()
+        except OutliveError as error:
+            log.error("leading.failed", workload=self.spec.name, error=str(error))
+            await asyncio.sleep(1.0)  # begun again by the next report
+
+    async def _stop_leading(self) -> None:
+        task, self._leading_task = self._leading_task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._leading = None
