@@ -16,7 +16,6 @@ survive the round trip; who must not tolerate them (the pagemap) says so itself.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -157,11 +156,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise StoreError(f"the image {path} cannot be read: {error.strerror}") from error
-
-
-def image(kind: ImageKind, messages: Iterable[Message]) -> Image:
-    """Make an image of the given kind from messages."""
-    return Image(kind, tuple(messages))
 
 
 def _kind_of(data: bytes, name: str) -> tuple[ImageKind, int]:

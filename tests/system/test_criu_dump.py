@@ -29,8 +29,8 @@ from common.criu.images import (
     serialize_pagemap,
 )
 from common.criu.locate import locate_criu
-from common.criu.rpc import DumpOptions, Swrk, spawn
-from common.errors import CaptureError, StoreError
+from common.criu.rpc import DumpOptions, RestoreOptions, Swrk, spawn
+from common.errors import CaptureError, RestoreError, StoreError
 
 pytestmark = [
     pytest.mark.system,
@@ -211,6 +211,29 @@ class TestDump:
         starts = {int(line.split("-")[0], 16) for line in maps if "vsyscall" not in line}
         assert {vma.start for vma in memory.vmas} <= starts | {0xFFFFFFFFFF600000}
         assert sum(1 for vma in memory.vmas if vma.status & VMA_ANON_PRIVATE) > 3
+
+
+class TestRestore:
+    async def test_brings_the_process_back_with_its_pid_and_memory(
+        self, target: Target, images: Path, swrk: Swrk
+    ) -> None:
+        options = DumpOptions(pid=target.pid, images_dir=images, leave_running=False)
+        await swrk.dump(options, agree)
+        target.process.wait()
+        ticks = target.ticks
+
+        restore = await spawn(locate_criu(None))
+        pid = await restore.restore(RestoreOptions(images_dir=images), agree)
+        try:
+            assert pid == target.pid
+            assert target.runs_within(2)
+            assert ticks < target.ticks < ticks + 10_000
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+    async def test_of_nothing_says_why(self, images: Path, swrk: Swrk) -> None:
+        with pytest.raises(RestoreError, match="Unexpected EOF"):
+            await swrk.restore(RestoreOptions(images_dir=images), agree)
 
 
 class TestFailingDump:
