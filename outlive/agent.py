@@ -16,9 +16,10 @@ import contextlib
 import os
 import resource
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import msgspec
 import structlog
 import zmq.asyncio
 
@@ -264,8 +265,28 @@ class Agent:
             incarnation=run.id if run is not None else "unknown",
             backend=backend,
             numbers=EpochNumbers(paths.state / "epoch-mark", at_least=newest.id.epoch if newest else 0),
-            make_stream=self._make_stream,
+            make_stream=partial(self._make_stream, spec, term),
             events=self._events,
+        )
+
+    def _make_stream(
+        self, spec: WorkloadSpec, term: int, node: str, on_acknowledged: Callable[[EpochId], None]
+    ) -> ReplicaStream:
+        """Make the stream to one replica. Raises ConfigError if the node is no configured peer."""
+        peer = self._config.peer(node)
+        if peer is None:
+            raise ConfigError(
+                f"{spec.name} names the node {node}, which is no peer of {self._config.node.name}",
+                hint="add a [[peers]] block for it, then restart the agent",
+            )
+        return ReplicaStream(
+            self._context,
+            node=self._config.node.name,
+            keys=self._keys,
+            peer=peer,
+            spec=spec,
+            term=term,
+            on_acknowledged=on_acknowledged,
         )
 
     async def _fold_for_ever(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -24,9 +25,10 @@ from common.control import ReplicaProgress, WorkloadMetrics
 from common.errors import OutliveError
 from common.events import Event, EventLog
 from common.model import EpochId, WorkloadSpec
+from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
 from primary.numbering import EpochNumbers
-from primary.stream import ReplicaStream, SharedEpoch
+from primary.stream import ReplicaStream
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +53,7 @@ class Leading:
         incarnation: str,
         backend: CaptureBackend,
         numbers: EpochNumbers,
-        make_stream: Callable[[str, Leading], ReplicaStream],
+        make_stream: Callable[[str, Callable[[EpochId], None]], ReplicaStream],
         events: EventLog,
     ) -> None:
         self.spec = spec
@@ -64,7 +66,7 @@ class Leading:
         self._numbers = numbers
         self._events = events
         self._streams: Mapping[str, ReplicaStream] = {
-            node: make_stream(node, self) for node in spec.nodes if node != config.node.name
+            node: make_stream(node, self._acknowledged) for node in spec.nodes if node != config.node.name
         }
         self._frozen_at: dict[int, float] = {}
         self._freeze_ms: deque[float] = deque(maxlen=_SERIES)
@@ -74,7 +76,6 @@ class Leading:
         self._epochs_acknowledged = 0
         self._newest_acknowledged: EpochId | None = None
         self._memory_bytes = 0
-        self._full_wanted = False
 
     async def run(self) -> None:
         """Capture and stream until cancelled. The workload is left running, thawed and untouched."""
@@ -92,6 +93,7 @@ class Leading:
 
     def metrics(self) -> WorkloadMetrics:
         """Return what was measured since this began."""
+        counters = [stream.counters for stream in self._streams.values()]
         return WorkloadMetrics(
             name=self.spec.name,
             backend=self._backend.name,
@@ -100,13 +102,13 @@ class Leading:
             freeze_ms=tuple(self._freeze_ms),
             epoch_ms=tuple(self._epoch_ms),
             interval_ms=tuple(self._interval_ms),
-            commit_ms=tuple(value for stream in self._streams.values() for value in stream.commit_ms),
-            bytes_sent=sum(stream.bytes_sent for stream in self._streams.values()),
-            bytes_full=sum(stream.bytes_full for stream in self._streams.values()),
+            commit_ms=tuple(value for each in counters for value in each.commit_latency_ms),
+            bytes_sent=sum(each.bytes_sent for each in counters),
+            bytes_full=sum(each.full_equivalent_bytes for each in counters),
             memory_bytes=self._memory_bytes,
         )
 
-    def acknowledged(self, epoch: EpochId) -> None:
+    def _acknowledged(self, epoch: EpochId) -> None:
         """Take note that a replica has committed `epoch`; called by the streams."""
         if self._newest_acknowledged is not None and epoch <= self._newest_acknowledged:
             return
@@ -123,7 +125,7 @@ class Leading:
         due_s = time.monotonic()
         while True:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            while not any(stream.wants_epoch for stream in self._streams.values()):
+            while not any(stream.wants_epoch for stream in self._streams.values()):  # noqa: ASYNC110 - polled state
                 await asyncio.sleep(_IDLE_S)
             due_s = max(due_s + interval_s, time.monotonic())
             try:
@@ -149,7 +151,7 @@ class Leading:
             for stream in self._streams.values():
                 stream.offer(shared)
         finally:
-            shared.release()
+            shared.drop()
 
     def _note_failure(self, error: OutliveError) -> None:
         self.failures += 1
@@ -176,8 +178,6 @@ class Leading:
 
 def clear_images(directory: Path) -> None:
     """Remove what an earlier agent captured and nobody can send any more."""
-    import shutil
-
     with contextlib.suppress(FileNotFoundError):
         for child in directory.iterdir():
             shutil.rmtree(child, ignore_errors=True)

@@ -59,6 +59,11 @@ class Backlog:
         self._arrived = asyncio.Event()
         self._closed = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return self._waiting is None
+
     def put(self, shared: SharedEpoch, now_s: float) -> None:
         """Hold the epoch and let it wait, instead of what waited. Nothing is kept once closed."""
         if self._closed:
