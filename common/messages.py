@@ -79,6 +79,8 @@ class Welcome(_Message, frozen=True):
     protocol: Count
     node: Name
     newest: EpochId | None
+    newest_frozen_wall_s: WallSeconds | None
+    """The instant that it would go back to."""
     credit_bytes: Annotated[int, Meta(ge=MIN_CREDIT_BYTES, le=1 << 32)]
 
 

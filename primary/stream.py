@@ -64,7 +64,7 @@ class StreamTiming:
     """Without being granted anything while there is something to send."""
     acknowledge_s: float = 120.0
     """From `Commit` until `Ack` or `Nack`: the replica syncs a whole epoch to disk then."""
-    retry_s: float = 0.1
+    retry_s: float = 0.05
     """Pause before the next attempt; doubles with every failure in a row, plus up to half of it by chance."""
     retry_max_s: float = 3.0
 
@@ -131,7 +131,7 @@ class ReplicaStream:
         on_refused: Callable[[Refused], None] = lambda refusal: None,
         need_full: Callable[[], None] = lambda: None,
         software: str = "outlive",
-        timing: StreamTiming = StreamTiming(),  # noqa: B008 - frozen
+        timing: StreamTiming = StreamTiming(),
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
     ) -> None:
@@ -170,6 +170,11 @@ class ReplicaStream:
     def offer(self, shared: SharedEpoch) -> None:
         """Take note of a new epoch and hold it until it is acknowledged or replaced. Never waits."""
         self._backlog.put(shared, self._clock.monotonic_s())
+
+    @property
+    def wants_epoch(self) -> bool:
+        """Whether the replica is there and nothing waits for it: an offer now would not replace another."""
+        return self._connected and self._backlog.empty
 
     @property
     def progress(self) -> ReplicaProgress:
@@ -245,17 +250,18 @@ class ReplicaStream:
             raise _RefusedError(self._peer.name, answer)
         if not isinstance(answer, Welcome) or answer.node != self._peer.name:
             raise ProtocolError(f"{self._peer.name} did not answer the greeting but said {answer}")
-        self._recall(answer.newest)
+        self._recall(answer)
         self._connected = True
         self._note_progress()
         self._log.info("stream.connected", newest=str(answer.newest), base=self._held is not None)
         return _Session(link, answer.credit_bytes)
 
-    def _recall(self, newest: EpochId | None) -> None:
+    def _recall(self, welcome: Welcome) -> None:
         """Find out what the replica stands on: only an epoch whose table is known can be a base.
 
         An epoch that was in flight when the connection broke may have been committed after all.
         """
+        newest = welcome.newest
         unconfirmed, self._unconfirmed = self._unconfirmed, None
         if unconfirmed is not None and unconfirmed[0].id == newest:
             self._remember(*unconfirmed)
@@ -263,7 +269,7 @@ class ReplicaStream:
             self._held = None
             ours = newest is not None and newest.term == self._hello.term
             self._acknowledged = newest if ours else None
-            self._acknowledged_wall_s = None
+            self._acknowledged_wall_s = welcome.newest_frozen_wall_s if ours else None
 
     def _remember(self, held: Held, frozen_wall_s: float) -> None:
         self._held = held
@@ -322,14 +328,14 @@ class ReplicaStream:
         if not self._buffer:
             self._buffer = bytearray(BULK_BYTES)
         session.outcome, session.in_flight = None, epoch.id
+        self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
         try:
-            messages = epoch_messages(epoch, self._hello.term, base, self._buffer)
-            if await self._send_messages(session, messages):
-                self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
+            await self._send_messages(session, epoch_messages(epoch, self._hello.term, base, self._buffer))
             await session.until(
                 lambda: session.outcome is not None, self._timing.acknowledge_s, "has not acknowledged"
             )
         except CaptureError as error:
+            self._unconfirmed = None
             # The receiver drops what it has of it as soon as the next epoch begins.
             self._note_problem("stream.epoch_unreadable", error.message)
             return False
@@ -341,8 +347,8 @@ class ReplicaStream:
             return False
         return self._not_acknowledged(session.outcome, base)
 
-    async def _send_messages(self, session: _Session, messages: Iterator[Frames]) -> bool:
-        """Send as credit allows, drawing about a block at a time in a thread; False: stopped by a `Nack`."""
+    async def _send_messages(self, session: _Session, messages: Iterator[Frames]) -> None:
+        """Send as credit allows, drawing about a block at a time in a thread; a `Nack` ends it early."""
         while batch := await in_thread(_draw, messages):
             for frames in batch:
                 size_bytes = sum(len(frame) for frame in frames)
@@ -354,11 +360,10 @@ class ReplicaStream:
                     "has granted no credit",
                 )
                 if session.outcome is not None:
-                    return False
+                    return
                 session.credit_bytes -= size_bytes
                 self._bytes_sent += size_bytes
                 await session.link.send(frames)
-        return True
 
     def _acknowledge(self, offer: Offer, ack: Ack) -> None:
         epoch = offer.epoch
@@ -391,7 +396,7 @@ class ReplicaStream:
         self.problem = ""
 
     def _pause_s(self) -> float:
-        pause_s = min(self._timing.retry_s * 2 ** min(self._failures, 16), self._timing.retry_max_s)
+        pause_s: float = min(self._timing.retry_s * 2 ** min(self._failures, 16), self._timing.retry_max_s)
         return pause_s * (1 + random.random() / 2)  # noqa: S311 - so that streams don't retry in step
 
 

@@ -1,0 +1,375 @@
+"""Receives epochs from whoever leads, for all workloads that this node follows.
+
+In: messages of authenticated peers. Out: committed epochs in the stores, and what their senders are told.
+Every connection has a session with a task of its own; its messages are taken in by one thread at a time, in
+order, and paid back in credit when they are done with, so that a session never has more than its window in
+memory. What a peer may say when is `replica.assembly`'s business, what a message is `common.messages`'.
+
+    Hello ──▶ right key? right term? does the agent follow? ──▶ Welcome, Readiness ──▶ epochs … ──▶ Ack/Nack
+                 └── no: Refused, the connection counts no more
+
+Keeps this: a workload has one active session, of the newest term; `Ack` is sent after the store's commit and
+never before; a peer that talks nonsense loses its session and costs nobody else anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+import zmq.asyncio
+
+from common.clock import Clock, SystemClock
+from common.config import NodeConfig
+from common.errors import OutliveError, ProtocolError, StaleTermError
+from common.keys import KeyPair
+from common.messages import (
+    BULK_BYTES,
+    MIN_CREDIT_BYTES,
+    PROTOCOL,
+    Ack,
+    Credit,
+    Hello,
+    Message,
+    Nack,
+    Readiness,
+    RefusalCode,
+    Refused,
+    VersionError,
+    Welcome,
+    decode,
+    encode,
+)
+from common.model import WorkloadSpec
+from common.terms import TermGuard
+from common.threads import in_thread
+from common.transport import DEFAULT_TIMING, Incoming, LinkTiming, Server
+from replica.assembly import Assembly, Outcome
+from replica.store import EpochRecord, EpochStore
+
+log = structlog.get_logger(__name__)
+
+StoreOf = Callable[[str], EpochStore]
+"""The store of a workload; may block (it is called in a thread) and raise StoreError."""
+
+Accept = Callable[[Hello], Awaitable[None]]
+"""Returns if this node follows that leader; else raises StaleTermError or another OutliveError."""
+
+Check = Callable[[str, EpochRecord], Awaitable[tuple[bool, tuple[str, ...]]]]
+"""Whether a workload's epoch could be restored here, and why not."""
+
+_LOG_INTERVAL_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverLimits:
+    """How much and how long a session may take."""
+
+    credit_bytes: int = max(4 << 20, MIN_CREDIT_BYTES)
+    """Most bytes of messages under way to this node in one session, in its memory or on the wire."""
+    silence_s: float = 30.0
+    """Longest pause within an epoch; then it is given up with its session."""
+    readiness_s: float = 30.0
+    """Longest check for readiness; an epoch that was not checked in time counts as not restorable."""
+    sessions_per_node: int = 256
+
+
+class _Session:
+    """One connection: the messages that came and were not taken in yet."""
+
+    def __init__(self, connection: bytes, node: str, hello: Hello, window_bytes: int) -> None:
+        self.connection = connection
+        self.node = node
+        self.hello = hello
+        self.window_bytes = window_bytes
+        self.waiting: list[Incoming] = []
+        self.unpaid_bytes = 0
+        """Bytes that came and were not paid back in credit yet; more than the window is an offence."""
+        self.over = ""
+        """Why it ends, once it does."""
+        self.refusal: RefusalCode | None = None
+        """What its peer is told then; None: nothing, because it is gone or speaks elsewhere."""
+        self._changed = asyncio.Event()
+
+    def put(self, incoming: Incoming) -> None:
+        """Queue a message. Past its window the session is over."""
+        if self.over:
+            return
+        self.unpaid_bytes += incoming.size_bytes
+        if self.unpaid_bytes > self.window_bytes:
+            self.waiting.clear()
+            self.end("more was sent than was granted", "nonsense")
+            return
+        self.waiting.append(incoming)
+        self._changed.set()
+
+    def end(self, why: str, refusal: RefusalCode | None = None) -> None:
+        """Let the session end as soon as the message that is being taken in is done with."""
+        if not self.over:
+            self.over, self.refusal = why, refusal
+        self._changed.set()
+
+    async def next(self) -> list[Incoming]:
+        """Wait for messages: about a block's worth, in order; none when the session is over."""
+        while not self.waiting and not self.over:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.over:
+            return []
+        size_bytes, count = 0, 0
+        while count < len(self.waiting) and size_bytes < BULK_BYTES // 2:
+            size_bytes += self.waiting[count].size_bytes
+            count += 1
+        batch, self.waiting = self.waiting[:count], self.waiting[count:]
+        return batch
+
+
+class Receiver:
+    """Listens for leaders while `run()` runs. One a ZeroMQ context."""
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        config: NodeConfig,
+        keys: KeyPair,
+        *,
+        stores: StoreOf,
+        guard: TermGuard,
+        accept: Accept,
+        readiness: Check,
+        restore_options: Callable[[WorkloadSpec], Sequence[str]] = lambda spec: (),
+        limits: ReceiverLimits = ReceiverLimits(),
+        link_timing: LinkTiming = DEFAULT_TIMING,
+        clock: Clock | None = None,
+    ) -> None:
+        """`restore_options` are what stock `criu restore` needs for a workload besides the images."""
+        self._context = context
+        self._config = config
+        self._keys = keys
+        self._stores = stores
+        self._guard = guard
+        self._accept = accept
+        self._readiness = readiness
+        self._restore_options = restore_options
+        self._limits = limits
+        self._link_timing = link_timing
+        self._clock = clock or SystemClock()
+        self._sessions: dict[bytes, _Session] = {}
+        self._active: dict[str, _Session] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._logged_s: dict[tuple[str, str], float] = {}
+        self.listening = asyncio.Event()
+        """Set while peers can connect."""
+        self.port = config.node.agent_port
+        """The port listened on."""
+        self.refusals: Counter[str] = Counter()
+        """How often a session was refused, by code."""
+
+    async def run(self) -> None:
+        """Receive until cancelled. Raises ConfigError if the node's address cannot be listened on."""
+        server = Server(
+            self._context,
+            address=self._config.node.address,
+            port=self._config.node.agent_port,
+            keys=self._keys,
+            peers={peer.public_key: peer.name for peer in self._config.peers},
+            timing=self._link_timing,
+        )
+        self._server = server
+        self.port = server.port
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(server.serve())
+                self.listening.set()
+                while True:
+                    await self._route(tasks, await server.receive())
+        finally:
+            self.listening.clear()
+            server.close()
+
+    async def readiness_changed(self, workload: str, restorable: bool, reasons: tuple[str, ...]) -> None:
+        """Tell a workload's leader, if it is connected, that the answer for the newest epoch changed."""
+        session = self._active.get(workload)
+        if session is not None:
+            await self._tell(session, Readiness(restorable=restorable, reasons=reasons))
+
+    def end_session(self, workload: str, why: str) -> None:
+        """Receive no more of a workload in the session there is, e.g. because it is to be restored here.
+
+        An epoch under way is given up; one that is being committed is. The leader may greet again.
+        """
+        if session := self._active.get(workload):
+            session.end(why, "no-session")
+
+    async def _route(self, tasks: asyncio.TaskGroup, incoming: Incoming) -> None:
+        """Give a message to its session; a greeting makes a new one."""
+        session = self._sessions.get(incoming.connection)
+        if session is not None:
+            session.put(incoming)
+            return
+        try:
+            hello, _ = decode(incoming.frames)
+        except ProtocolError as error:
+            await self._refuse(incoming, _code_of(error, "nonsense"), error.message)
+            return
+        if not isinstance(hello, Hello):
+            await self._refuse(incoming, "no-session", "greet first")
+        elif hello.node != incoming.node:
+            await self._refuse(incoming, "identity", f"this key is {incoming.node}'s, not {hello.node}'s")
+        elif hello.spec.name != hello.workload:
+            await self._refuse(incoming, "nonsense", f"{hello.workload} comes with the spec of another")
+        elif sum(s.node == incoming.node for s in self._sessions.values()) >= self._limits.sessions_per_node:
+            await self._refuse(incoming, "busy", f"{incoming.node} has too many sessions")
+        else:
+            session = _Session(incoming.connection, incoming.node, hello, self._limits.credit_bytes)
+            self._sessions[incoming.connection] = session
+            tasks.create_task(self._work(session), name=f"session {incoming.node} {hello.workload}")
+
+    async def _work(self, session: _Session) -> None:
+        """One session from its greeting to its end; all that is wrong with a peer ends here."""
+        hello = session.hello
+        try:
+            self._guard.check(hello.workload, hello.term, session.node)
+            await self._accept(hello)
+            self._replace(session)
+            async with self._turns.setdefault(hello.workload, asyncio.Lock()):
+                await self._converse(session)
+            if session.refusal:
+                await self._refuse(session, session.refusal, session.over)
+        except StaleTermError as error:
+            known = self._guard.newest(hello.workload)
+            await self._refuse(session, "stale-term", error.message, known.term if known else 0)
+        except ProtocolError as error:
+            await self._refuse(session, _code_of(error, "nonsense"), error.message)
+        except OutliveError as error:
+            await self._refuse(session, "not-followed", str(error))
+        finally:
+            del self._sessions[session.connection]
+            if self._active.get(hello.workload) is session:
+                del self._active[hello.workload]
+
+    def _replace(self, session: _Session) -> None:
+        """Make the session its workload's active one; raises StaleTermError if another leader's is newer."""
+        hello = session.hello
+        old = self._active.get(hello.workload)
+        if old is not None:
+            if old.hello.term > hello.term or (old.hello.term == hello.term and old.node != session.node):
+                raise StaleTermError(
+                    f"{session.node} speaks for {hello.workload} in term {hello.term}, but {old.node} does "
+                    f"in term {old.hello.term}"
+                )
+            old.end(f"{session.node} greeted again for {hello.workload}")
+        self._active[hello.workload] = session
+
+    async def _converse(self, session: _Session) -> None:
+        """Welcome the leader and take in its epochs until the session is over."""
+        hello = session.hello
+        if session.over:
+            return
+        store = await in_thread(self._stores, hello.workload)
+        newest = await in_thread(lambda: store.newest)
+        await self._tell(
+            session,
+            Welcome(
+                protocol=PROTOCOL,
+                node=self._config.node.name,
+                newest=newest.id if newest else None,
+                newest_frozen_wall_s=newest.frozen_wall_s if newest else None,
+                credit_bytes=session.window_bytes,
+            ),
+        )
+        log.info("receive.greeted", workload=hello.workload, leader=session.node, term=hello.term)
+        if newest is not None:
+            restorable, reasons = await self._check(hello.workload, newest)
+            await self._tell(session, Readiness(restorable=restorable, reasons=reasons))
+        assembly = Assembly(
+            hello.workload, session.node, hello.term, store, self._guard, self._restore_options(hello.spec)
+        )
+        try:
+            await self._take_in(session, assembly, store)
+        finally:
+            await in_thread(assembly.abort)
+
+    async def _take_in(self, session: _Session, assembly: Assembly, store: EpochStore) -> None:
+        done_bytes = 0
+        while True:
+            try:
+                async with asyncio.timeout(self._limits.silence_s if assembly.under_way else None):
+                    batch = await session.next()
+            except TimeoutError:
+                why = f"nothing came for {self._limits.silence_s:g} s in the middle of an epoch"
+                session.end(why, "no-session")
+                return
+            if not batch:
+                return
+            outcomes = await in_thread(_take_batch, assembly, batch)
+            done_bytes += sum(incoming.size_bytes for incoming in batch)
+            # Paid back in portions, small enough that what is held back never stops the sender.
+            if outcomes or done_bytes >= BULK_BYTES:
+                session.unpaid_bytes -= done_bytes
+                await self._tell(session, Credit(bytes=done_bytes))
+                done_bytes = 0
+            for outcome in outcomes:
+                await self._tell(session, await self._answer(session, outcome, store))
+
+    async def _answer(self, session: _Session, outcome: Outcome, store: EpochStore) -> Ack | Nack:
+        workload = session.hello.workload
+        if isinstance(outcome, Nack):
+            log.warning(
+                "receive.not_committed", workload=workload, epoch=str(outcome.epoch), reason=outcome.reason
+            )
+            return outcome
+        record = outcome.record
+        restorable, reasons = await self._check(workload, record)
+        log.debug("receive.committed", workload=workload, epoch=str(record.id), restorable=restorable)
+        return Ack(
+            epoch=record.id,
+            restorable=restorable,
+            reasons=reasons,
+            volatile=store.volatile,
+            committed_wall_s=record.committed_wall_s,
+        )
+
+    async def _check(self, workload: str, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
+        """Ask whether an epoch could be restored; what cannot be found out counts as no."""
+        try:
+            async with asyncio.timeout(self._limits.readiness_s):
+                return await self._readiness(workload, record)
+        except TimeoutError:
+            return False, (f"the check for readiness took more than {self._limits.readiness_s:g} s",)
+        except OutliveError as error:
+            return False, (f"the check for readiness failed: {error}",)
+
+    async def _tell(self, session: _Session, message: Message) -> None:
+        """Send to a session's peer; if it is gone the session is over."""
+        if not await self._server.send(session.connection, encode(message)):
+            session.end(f"{session.node} is gone")
+
+    async def _refuse(self, to: _Session | Incoming, code: RefusalCode, reason: str, term: int = 0) -> None:
+        """Say no, count it, and log it once in a while for each node and reason."""
+        self.refusals[code] += 1
+        now_s = self._clock.monotonic_s()
+        last_s = self._logged_s.get((to.node, code))
+        if last_s is None or now_s - last_s >= _LOG_INTERVAL_S:
+            self._logged_s[(to.node, code)] = now_s
+            log.warning("receive.refused", node=to.node, code=code, reason=reason)
+        await self._server.send(to.connection, encode(Refused(code=code, reason=reason[:4096], term=term)))
+
+
+def _take_batch(assembly: Assembly, batch: Sequence[Incoming]) -> list[Outcome]:
+    """Take in messages in order; runs in a thread."""
+    outcomes: list[Outcome] = []
+    for incoming in batch:
+        message, bulk = decode(incoming.frames)
+        outcome = assembly.take(message, bulk, incoming.frames)
+        if outcome is not None:
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _code_of(error: ProtocolError, otherwise: RefusalCode) -> RefusalCode:
+    return "version" if isinstance(error, VersionError) else otherwise
