@@ -108,3 +108,9 @@ class LabError(OutliveError):
     """The lab of test hosts could not be built, driven or torn down."""
 
     exit_code = 15
+
+
+class UnprotectedError(OutliveError):
+    """A workload led here could not be brought to life anywhere else if this node were lost now."""
+
+    exit_code = 16

@@ -1,0 +1,42 @@
+"""The command line: `outlive VERB`. Data on stdout, talk on stderr, exit codes as `common.errors` has them.
+
+`outlive keeper` takes a way of its own that loads neither click nor rich: the keeper's memory is locked and
+counted, and none of that is needed to run it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIG_VARIABLE = "OUTLIVE_CONFIG"
+DEBUG_VARIABLE = "OUTLIVE_DEBUG"
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    arguments = sys.argv[1:]
+    config_path = keeper_config(arguments)
+    if config_path is not None:
+        # structlog looks for rich, and 3.4 MiB come with it; None makes that import fail as if not installed.
+        sys.modules["rich"] = None  # type: ignore[assignment]
+        from outlive.cli.running import run_keeper_process
+
+        sys.exit(run_keeper_process(config_path))
+    from outlive.cli.app import run
+
+    sys.exit(run(arguments))
+
+
+def keeper_config(arguments: Sequence[str]) -> Path | None:
+    """Return the configuration's path if the arguments do nothing but run the keeper, else None."""
+    from common.config import DEFAULT_PATH
+
+    match list(arguments):
+        case ["keeper"]:
+            return Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
+        case ["--config", path, "keeper"] | ["keeper", "--config", path]:
+            return Path(path)
+    return None

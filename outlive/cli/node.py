@@ -1,0 +1,182 @@
+"""The verbs about this node itself: agent, keeper, config, keys, doctor."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import click
+import msgspec
+
+from common.config import NodeConfig
+from common.errors import UnsupportedError
+from outlive.cli.call import Call, Verb, Verbs, examples
+from outlive.cli.output import Answer, Rows
+from outlive.cli.running import run_agent, run_keeper
+
+
+class ConfigCheckAnswer(Answer, frozen=True, kw_only=True):
+    """What a good file says, in short."""
+
+    path: str
+    node: str
+    peers: tuple[str, ...]
+    workloads: tuple[str, ...]
+
+
+class ConfigShowAnswer(Answer, frozen=True, kw_only=True):
+    """The whole configuration, defaults included."""
+
+    path: str
+    config: NodeConfig
+
+
+class ConfigExampleAnswer(Answer, frozen=True, kw_only=True):
+    """The example file."""
+
+    toml: str
+
+
+class KeyAnswer(Answer, frozen=True, kw_only=True):
+    """A node's public key, and where its secret one is."""
+
+    path: str
+    public_key: str
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that `doctor` looked at; `status` is ok, warn or fail."""
+
+    area: str
+    name: str
+    status: str
+    detail: str
+    hint: str
+
+
+class DoctorAnswer(Answer, frozen=True, kw_only=True):
+    """All checks; `fit` if none failed."""
+
+    fit: bool
+    checks: tuple[Check, ...]
+
+
+@click.command(cls=Verb, epilog=examples("outlive agent", "outlive --config ./node.toml agent"))
+@click.pass_obj
+def agent(call: Call) -> None:
+    """Run this node's agent in the foreground until SIGTERM. Workloads outlive it."""
+    run_agent(call.config_path)
+
+
+@click.command(cls=Verb, epilog=examples("outlive keeper", "outlive --config ./node.toml keeper"))
+@click.pass_obj
+def keeper(call: Call) -> None:
+    """Run this node's keeper in the foreground until SIGTERM. Start it first, stop it last."""
+    run_keeper(call.config_path)
+
+
+@click.group(cls=Verbs, epilog=examples("outlive config check", "outlive config example > node.toml"))
+def config() -> None:
+    """Check, show, or begin this node's file. docs/reference/config.md explains every key."""
+
+
+@config.command(epilog=examples("outlive config check", "outlive config check --config ./new.toml"))
+@click.pass_obj
+def check(call: Call) -> None:
+    """Say whether the file is good; if not, what is wrong and with which key (exit code 3)."""
+    found = call.config()
+    answer = ConfigCheckAnswer(
+        path=str(call.config_path),
+        node=found.node.name,
+        peers=tuple(peer.name for peer in found.peers),
+        workloads=tuple(workload.name for workload in found.workloads),
+    )
+    peers, workloads = (", ".join(names) or "none" for names in (answer.peers, answer.workloads))
+    call.show(answer, f"{answer.path} is good: node {answer.node}; peers: {peers}; workloads: {workloads}")
+
+
+@config.command(epilog=examples("outlive config show", "outlive config show --output json"))
+@click.pass_obj
+def show(call: Call) -> None:
+    """Print the whole configuration, with the defaults that the file leaves out."""
+    from outlive.declare import config_text
+
+    found = call.config()
+    call.show(ConfigShowAnswer(path=str(call.config_path), config=found), config_text(found).rstrip("\n"))
+
+
+@config.command(epilog=examples("outlive config example > /etc/outlive/node.toml"))
+@click.pass_obj
+def example(call: Call) -> None:
+    """Print a whole file to start from, with a comment for every key that it has."""
+    text = example_config()
+    call.show(ConfigExampleAnswer(toml=text), text.rstrip("\n"))
+
+
+def example_config() -> str:
+    """Return the example file's text."""
+    return files("outlive").joinpath("example_node.toml").read_text(encoding="utf-8")
+
+
+@click.group(cls=Verbs, epilog=examples("outlive keys generate", "outlive keys show"))
+def keys() -> None:
+    """Make or show the key pair by which peers know this node."""
+
+
+_KEY_PATH = click.option(
+    "--path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The secret key's file; by default what the configuration says.",
+)
+
+
+@keys.command(epilog=examples("outlive keys generate", "outlive keys generate --path /etc/outlive/node.key"))
+@_KEY_PATH
+@click.pass_obj
+def generate(call: Call, path: Path | None) -> None:
+    """Make this node's key pair, and print the public key for its peers' files. Never replaces one."""
+    from common import keys as key_files
+
+    chosen = path or _key_path(call)
+    pair = key_files.generate(chosen)
+    call.talk(f"the secret key is in {chosen}; peers need this, as public_key:")
+    call.show(KeyAnswer(path=str(chosen), public_key=pair.public), pair.public)
+
+
+@keys.command("show", epilog=examples("outlive keys show"))
+@_KEY_PATH
+@click.pass_obj
+def show_key(call: Call, path: Path | None) -> None:
+    """Print this node's public key. The secret one is never printed."""
+    from common import keys as key_files
+
+    chosen = path or _key_path(call)
+    public = key_files.load(chosen).public
+    call.show(KeyAnswer(path=str(chosen), public_key=public), public)
+
+
+@click.command(cls=Verb, epilog=examples("outlive doctor", "outlive doctor redis"))
+@click.argument("workload", required=False)
+@click.pass_context
+def doctor(context: click.Context, workload: str | None) -> None:
+    """Say whether this machine, or a workload, can be protected, and what is missing.
+
+    Exits with 12 if a check failed; warnings do not count.
+    """
+    from outlive.doctor import run_doctor
+
+    call = context.ensure_object(Call)
+    checks = tuple(
+        Check(area=c.area, name=c.name, status=c.status, detail=c.detail, hint=c.hint)
+        for c in run_doctor(call.config(), workload).checks
+    )
+    answer = DoctorAnswer(fit=all(each.status != "fail" for each in checks), checks=checks)
+    rows = [(each.area, each.name, each.status, each.detail) for each in checks]
+    hints = [f"{each.area} {each.name}: {each.hint}" for each in checks if each.hint and each.status != "ok"]
+    call.show(answer, Rows(("AREA", "CHECK", "STATUS", "DETAIL"), rows), *(["", *hints] if hints else []))
+    if not answer.fit:
+        context.exit(UnsupportedError.exit_code)
+
+
+def _key_path(call: Call) -> Path:
+    return Path(call.config().node.key_file)

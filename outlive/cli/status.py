@@ -1,0 +1,190 @@
+"""`outlive status`: how things stand, as the keeper knows it, in small fixed words.
+
+In: the keeper's `NodeStatus`. Out: a line for the node, a table of its peers, a table of its workloads, and
+below it, in sentences, why things are as they are. `docs/reference/status.md` says what each word means.
+"""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from common.config import NodeConfig
+from common.control import (
+    AgentMetrics,
+    AskStatus,
+    NodeStatus,
+    PeerStatus,
+    ReplicaProgress,
+    WorkloadStatus,
+)
+from common.errors import OutliveError, UnprotectedError, UnreachableError
+from common.model import EpochId
+from outlive.cli.call import Call, Verb, examples
+from outlive.cli.output import Answer, Rows, yes_no
+
+REFRESH_S = 1.0
+_NOTHING = "-"
+
+COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "REPLICAS")
+
+
+class StatusAnswer(Answer, frozen=True, kw_only=True):
+    """The keeper's answer, and the workloads led here that could not be restored anywhere else."""
+
+    node: str
+    boot_id: str
+    agent: str
+    peers: tuple[PeerStatus, ...]
+    workloads: tuple[WorkloadStatus, ...]
+    unprotected: tuple[str, ...]
+
+
+@click.command(
+    cls=Verb,
+    epilog=examples(
+        "outlive status",
+        "outlive status --watch",
+        "outlive status --output json | jq '.workloads[].data_at_risk_s'",
+    ),
+)
+@click.option("--watch", is_flag=True, help="Show it again every second, until interrupted.")
+@click.pass_context
+def status(context: click.Context, watch: bool) -> None:
+    """Show this node, its peers and its workloads.
+
+    DATA AT RISK is what would be lost if the primary failed now: the age of the newest epoch that could be
+    restored elsewhere. Exits with 16 if a workload that is led here could not be restored anywhere else,
+    with 4 if this node's keeper does not answer.
+    """
+    call = context.ensure_object(Call)
+    config = call.config()
+    if watch:
+        _watch(call, config)
+    answer = status_answer(ask_status(call, config))
+    call.show(answer, *status_view(answer))
+    if answer.unprotected:
+        context.exit(UnprotectedError.exit_code)
+
+
+def ask_status(call: Call, config: NodeConfig) -> NodeStatus:
+    """Ask the keeper. Raises UnreachableError, which tells whether at least the agent answers."""
+    try:
+        return call.ask(config.keeper_endpoint, AskStatus(), NodeStatus)
+    except UnreachableError as error:
+        try:
+            call.ask(config.agent_endpoint, AskStatus(), AgentMetrics, deadline_s=1.0)
+        except UnreachableError:
+            raise UnreachableError(
+                f"neither keeper nor agent of node {config.node.name} answers: {error.message}",
+                hint="systemctl start outlive-keeper outlive-agent",
+            ) from error
+        raise UnreachableError(
+            f"the agent of node {config.node.name} answers, its keeper does not: "
+            f"nobody watches the peers, and no role can change here ({error.message})",
+            hint="systemctl restart outlive-keeper, which harms no workload",
+        ) from error
+
+
+def status_answer(found: NodeStatus) -> StatusAnswer:
+    """Return what is shown of the keeper's answer."""
+    return StatusAnswer(
+        node=found.node,
+        boot_id=found.boot_id,
+        agent=found.agent,
+        peers=found.peers,
+        workloads=found.workloads,
+        unprotected=tuple(
+            workload.name
+            for workload in found.workloads
+            if workload.role == "primary"
+            and workload.state != "stopped"
+            and not (workload.restorable and found.agent == "alive")
+        ),
+    )
+
+
+def status_view(answer: StatusAnswer) -> list[Rows | str]:
+    """Return the tables and sentences for people."""
+    view: list[Rows | str] = [f"node {answer.node}   keeper alive   agent {answer.agent}"]
+    if answer.peers:
+        view += ["", Rows(("PEER", "KEEPER", "AGENT"), [_peer_row(peer) for peer in answer.peers])]
+    view.append("")
+    if not answer.workloads:
+        return [*view, "no workload is known here; declare one: outlive protect --help"]
+    rows = [_workload_row(workload) for workload in answer.workloads]
+    view.append(Rows(COLUMNS, rows, right=frozenset({"TERM", "DATA AT RISK"})))
+    sentences = [line for workload in answer.workloads for line in _sentences(workload)]
+    if answer.agent != "alive":
+        sentences.insert(0, f"the agent is {answer.agent}: workloads run on, but no epochs are captured")
+    return [*view, "", *sentences] if sentences else view
+
+
+def _peer_row(peer: PeerStatus) -> tuple[str, str, str]:
+    return peer.node, _silence(peer.keeper_silence_ms), _silence(peer.agent_silence_ms)
+
+
+def _silence(silence_ms: int | None) -> str:
+    return "never heard" if silence_ms is None else f"{silence_ms} ms ago"
+
+
+def _workload_row(workload: WorkloadStatus) -> tuple[str, ...]:
+    epoch = workload.captured if workload.role == "primary" else workload.stored
+    ready = sum(replica.restorable for replica in workload.replicas)
+    known = len(workload.replicas)
+    return (
+        workload.name,
+        workload.role,
+        workload.state,
+        str(workload.term),
+        _epoch(epoch),
+        _NOTHING if workload.role == "none" else yes_no(workload.restorable),
+        _seconds(workload.data_at_risk_s),
+        f"{ready} of {known}" if known else _NOTHING,
+    )
+
+
+def _epoch(epoch: EpochId | None) -> str:
+    return _NOTHING if epoch is None else str(epoch)
+
+
+def _seconds(value_s: float | None) -> str:
+    return _NOTHING if value_s is None else f"{value_s:.1f} s"
+
+
+def _sentences(workload: WorkloadStatus) -> list[str]:
+    """Return why this workload is as it is, one sentence a line, each naming it."""
+    name = workload.name
+    lines = [f"{name}: {workload.reason}"] if workload.reason else []
+    if workload.role != "none" and not workload.restorable:
+        lines += [f"{name}: not restorable: {reason}" for reason in workload.reasons or ("no epoch yet",)]
+    lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
+    if workload.exit_code is not None:
+        lines.append(f"{name}: ended by itself with exit code {workload.exit_code}")
+    if workload.volatile:
+        lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
+    return lines
+
+
+def _replica_sentences(name: str, replica: ReplicaProgress) -> list[str]:
+    if not replica.connected:
+        return [f"{name}: replica {replica.node} is not connected"]
+    if replica.restorable:
+        return []
+    return [f"{name}: replica {replica.node} could not restore it: {why}" for why in replica.reasons]
+
+
+def _watch(call: Call, config: NodeConfig) -> None:
+    """Show it for ever. A keeper that does not answer is shown too: it may come back."""
+    while True:
+        try:
+            answer = status_answer(ask_status(call, config))
+        except OutliveError as error:
+            click.clear()
+            call.talk(f"outlive: {error.message}")
+        else:
+            if not call.json:
+                click.clear()
+            call.show(answer, *status_view(answer), one_line=True)
+        time.sleep(REFRESH_S)

@@ -1,0 +1,229 @@
+"""The verbs that change something: protect, unprotect, start, stop, failover.
+
+In: a declaration or a name. Out: an order to the keeper, and how it went, followed until the keeper's role
+machine has come to rest. Declarations go into the node's file first; the keeper is told what they say.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+import click
+
+from common.config import NodeConfig
+from common.container import running_init_pid
+from common.control import Done, Failover, ForgetWorkload, StartWorkload, StopWorkload
+from common.errors import ConfigError, UnreachableError, WorkloadError
+from common.model import FilePath, HealthCheck, WorkloadSpec
+from outlive.cli.call import Call, Verb, examples, shown_command
+from outlive.cli.follow import Outcome, follow_role, newest_term
+from outlive.cli.output import Answer, Rows
+from outlive.cli.status import ask_status
+from outlive.declare import declare_workload, withdraw_workload
+
+
+class WorkloadAnswer(Answer, frozen=True, kw_only=True):
+    """What became of a workload: how the role machine came to rest."""
+
+    workload: str
+    detail: str
+    outcome: Outcome | None
+    """None: the keeper was asked for nothing."""
+
+
+@click.command(
+    cls=Verb,
+    epilog=examples(
+        "outlive protect web --health-tcp 8080 -- python3 -m http.server 8080",
+        "outlive protect redis --node a --node b --vip 10.0.0.100/24 --health-tcp 6379 \\",
+        '    --right-to-lead fence -- redis-server --save "" --appendonly no',
+        "outlive protect worker --no-start --env QUEUE=jobs --files /var/lib/worker -- /srv/worker",
+    ),
+)
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--node",
+    "nodes",
+    multiple=True,
+    metavar="NODE",
+    help="Who may run it, in order of succession; may be repeated. Default: this node, then its peers.",
+)
+@click.option("--vip", metavar="ADDRESS/LEN", help="Virtual address that moves with it.")
+@click.option("--health-tcp", type=click.IntRange(1, 65535), metavar="PORT", help="Healthy: it accepts.")
+@click.option("--health-http", metavar=":PORT/PATH", help="Healthy: it answers with 2xx or 3xx.")
+@click.option("--health-command", metavar="CMD", help="Healthy: this exits with 0 on the node.")
+@click.option("--env", "environment", multiple=True, metavar="KEY=VALUE", help="May be repeated.")
+@click.option("--user", default="0:0", show_default=True, metavar="UID[:GID]")
+@click.option("--working-directory", default="/", show_default=True, metavar="PATH")
+@click.option("--files", multiple=True, metavar="PATH", help="A directory of its own; may be repeated.")
+@click.option("--shared", multiple=True, metavar="PATH", help="A directory that all nodes see alike.")
+@click.option("--interval-ms", default=1000, show_default=True, help="Time between epochs.")
+@click.option("--right-to-lead", type=click.Choice(["manual", "fence"]), default="manual", show_default=True)
+@click.option(
+    "--on-exit", type=click.Choice(["restart", "failover", "stop"]), default="stop", show_default=True
+)
+@click.option("--no-start", is_flag=True, help="Declare it only.")
+@click.pass_obj
+def protect(
+    call: Call,
+    name: str,
+    command: tuple[str, ...],
+    nodes: tuple[str, ...],
+    vip: str | None,
+    health_tcp: int | None,
+    health_http: str | None,
+    health_command: str | None,
+    environment: tuple[str, ...],
+    user: str,
+    working_directory: str,
+    files: tuple[str, ...],
+    shared: tuple[str, ...],
+    interval_ms: int,
+    right_to_lead: str,
+    on_exit: str,
+    no_start: bool,
+) -> None:
+    """Declare a workload in this node's file, and start it.
+
+    The file keeps its comments; it is replaced at once, and only if it is good with the new block in it.
+    docs/reference/config.md has more keys than there are options here.
+    """
+    config = call.config()
+    health = None
+    if health_tcp is not None or health_http is not None or health_command is not None:
+        words = tuple(shlex.split(health_command)) if health_command is not None else None
+        health = HealthCheck(tcp=health_tcp, http=health_http, command=words)
+    spec = WorkloadSpec(
+        name=name,
+        nodes=nodes or (config.node.name, *(peer.name for peer in config.peers)),
+        command=command,
+        environment=dict(_pair(text) for text in environment),
+        user=user,
+        working_directory=working_directory,
+        files=(*(FilePath(path=path) for path in files), *(FilePath(path=p, shared=True) for p in shared)),
+        vip=vip,
+        health=health,
+        right_to_lead="fence" if right_to_lead == "fence" else "manual",
+        on_exit="restart" if on_exit == "restart" else "failover" if on_exit == "failover" else "stop",
+        epoch_interval_ms=interval_ms,
+    )
+    config = declare_workload(call.config_path, spec)
+    call.talk(f"{name}: {shown_command(command)} is declared in {call.config_path}")
+    if no_start:
+        answer = WorkloadAnswer(workload=name, detail="declared, not started", outcome=None)
+        call.show(answer, f"{name} is declared; start it with: outlive start {name}")
+        return
+    _start(call, config, spec)
+
+
+@click.command(cls=Verb, epilog=examples("outlive stop redis && outlive unprotect redis"))
+@click.argument("name")
+@click.pass_obj
+def unprotect(call: Call, name: str) -> None:
+    """Protect a stopped workload no longer: the keeper forgets it, its block leaves this node's file.
+
+    Stored epochs are not deleted.
+    """
+    config = call.config()
+    _declared(call, config, name)
+    if running_init_pid(config, name) is not None:
+        raise WorkloadError(f"{name} runs here", hint=f"outlive stop {name}")
+    detail = f"{name} was not known to the keeper"
+    if any(workload.name == name for workload in ask_status(call, config).workloads):
+        detail = call.ask(config.keeper_endpoint, ForgetWorkload(workload=name), Done).detail
+    withdraw_workload(call.config_path, name)
+    answer = WorkloadAnswer(workload=name, detail=detail, outcome=None)
+    call.show(answer, f"{name} is protected no longer")
+
+
+@click.command(cls=Verb, epilog=examples("outlive start redis"))
+@click.argument("name")
+@click.pass_obj
+def start(call: Call, name: str) -> None:
+    """Start a declared workload here. Refused where it may run elsewhere (exit code 10)."""
+    config = call.config()
+    _start(call, config, _declared(call, config, name))
+
+
+@click.command(cls=Verb, epilog=examples("outlive stop redis"))
+@click.argument("name")
+@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to wait for its end.")
+@click.pass_obj
+def stop(call: Call, name: str, timeout_s: float) -> None:
+    """End a workload and keep it ended: nobody takes it over. Start it again with `outlive start`."""
+    config = call.config()
+    done = call.ask(config.keeper_endpoint, StopWorkload(workload=name), Done)
+    outcome = follow_role(call, config, name, goal="stopped", since_term=0, timeout_s=timeout_s)
+    _show(call, name, done.detail, outcome)
+
+
+@click.command(
+    cls=Verb,
+    epilog=examples(
+        "outlive failover redis --accept-data-loss",
+        "outlive failover redis --accept-data-loss --old-primary-is-off a",
+    ),
+)
+@click.argument("name")
+@click.option("--accept-data-loss", is_flag=True, help="What the newest epoch here does not hold is lost.")
+@click.option(
+    "--old-primary-is-off",
+    default="",
+    metavar="NODE",
+    help="You have made sure yourself that this node is off. If it is not, two of them will run.",
+)
+@click.option("--timeout", "timeout_s", default=300.0, show_default=True, help="Seconds to follow it.")
+@click.pass_obj
+def failover(
+    call: Call, name: str, accept_data_loss: bool, old_primary_is_off: str, timeout_s: float
+) -> None:
+    """Let this node take a workload over, and follow that until it serves from here.
+
+    The old primary is fenced first; if that is not confirmed, nothing happens (exit code 10).
+    """
+    config = call.config()
+    before = newest_term(call, config, name)
+    request = Failover(
+        workload=name, accept_data_loss=accept_data_loss, old_primary_is_off=old_primary_is_off
+    )
+    done = call.ask(config.keeper_endpoint, request, Done)
+    outcome = follow_role(call, config, name, goal="leading", since_term=before + 1, timeout_s=timeout_s)
+    _show(call, name, done.detail, outcome)
+
+
+def _start(call: Call, config: NodeConfig, spec: WorkloadSpec) -> None:
+    before = newest_term(call, config, spec.name)
+    try:
+        done = call.ask(config.keeper_endpoint, StartWorkload(spec=spec), Done)
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{spec.name} is declared, but not started: {error.message}",
+            hint=f"start the keeper and the agent, then: outlive start {spec.name}",
+        ) from error
+    outcome = follow_role(call, config, spec.name, goal="leading", since_term=before, timeout_s=60.0)
+    _show(call, spec.name, done.detail, outcome)
+
+
+def _declared(call: Call, config: NodeConfig, name: str) -> WorkloadSpec:
+    found = next((workload for workload in config.workloads if workload.name == name), None)
+    if found is None:
+        raise WorkloadError(
+            f"no workload {name!r} is declared in {call.config_path}",
+            hint=f"declare it: outlive protect {name} -- COMMAND…",
+        )
+    return found
+
+
+def _show(call: Call, name: str, detail: str, outcome: Outcome) -> None:
+    answer = WorkloadAnswer(workload=name, detail=detail, outcome=outcome)
+    row = (name, outcome.role, outcome.state, str(outcome.term), f"{outcome.took_s:.1f} s", outcome.reason)
+    columns = ("WORKLOAD", "ROLE", "STATE", "TERM", "TOOK", "REASON")
+    call.show(answer, Rows(columns, [row], frozenset({"TERM", "TOOK"})))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--env {text!r} is not KEY=VALUE", hint="e.g. --env LANG=C.UTF-8")
+    return key, value
