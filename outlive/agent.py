@@ -22,8 +22,10 @@ from pathlib import Path
 
 import structlog
 import zmq.asyncio
+from common.heartbeat import AgentBeater
+from common.sd_notify import notify
 
-from common.bundle import WorkloadPaths, restore_command
+from common.bundle import WorkloadPaths, restore_options
 from common.config import NodeConfig
 from common.container import incarnation
 from common.control import (
@@ -32,6 +34,7 @@ from common.control import (
     AskStatus,
     Done,
     EndFreeze,
+    Order,
     Orders,
     Refused,
     Report,
@@ -39,14 +42,14 @@ from common.control import (
 from common.control_channel import ControlServer, ask
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
-from common.errors import CaptureError, ConfigError, OutliveError
-from common.events import Event, EventLog
-from common.heartbeat import AgentBeater
+from common.errors import CaptureError, ConfigError, OutliveError, ProtocolError, StaleTermError
+from common.events import Event, EventLog, event_file
 from common.keys import load
+from common.messages import Hello
 from common.model import EpochId, WorkloadSpec
 from common.origin import encode_origin, read_origin
-from common.sd_notify import notify
 from common.terms import TermGuard
+from outlive.heard_terms import HeardTerms
 from outlive.leading import Leading, clear_images
 from outlive.workload_agent import WorkloadAgent
 from primary.identity import PageHasher
@@ -61,6 +64,7 @@ log = structlog.get_logger(__name__)
 
 _KEEPER_DEADLINE_S = 1.0
 _FOLD_EVERY_S = 1.0
+_JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
 
 
@@ -102,7 +106,7 @@ class _KeeperGuard:
             answer = await ask(self._endpoint, request, _KEEPER_DEADLINE_S)
         except OutliveError as error:
             raise CaptureError(
-                f"the keeper does not answer, and nothing is frozen without its thaw deadline: {error.message}",
+                f"no keeper answers, and nothing is frozen without its thaw deadline: {error.message}",
                 hint="start it: systemctl start outlive-keeper",
             ) from error
         if not isinstance(answer, Done):
@@ -131,45 +135,46 @@ class Agent:
         self._guard = TermGuard(heard.record, heard.read_all())
         self._attachments: dict[str, bytes] = {}
         self._keeper_lost = False
+        self._context = zmq.asyncio.Context()
+        self._receiver = Receiver(
+            self._context,
+            config,
+            self._keys,
+            stores=lambda name: self._workloads[name].store,
+            guard=self._guard,
+            accept=self._accept,
+            readiness=lambda name, record: self._workloads[name].judge(record),
+            restore_options=lambda spec: restore_options(spec, WorkloadPaths(config, spec.name)),
+        )
 
     async def run(self) -> None:
         """Serve until cancelled."""
         images = Path(self._config.node.image_dir)
         images.mkdir(mode=0o700, parents=True, exist_ok=True)
         await asyncio.to_thread(clear_images, images)
-        swrk = await spawn(self._criu)
-        criu_version = str(await swrk.version())
+        criu_version = str(await (await spawn(self._criu)).version())
         self._attachments = {"origin.json": encode_origin(read_origin(criu_version))}
-        context = zmq.asyncio.Context()
-        control = ControlServer(context, self._config.agent_endpoint, self._answer)
-        receiver = Receiver(
-            context,
-            self._config,
-            self._keys,
-            stores=lambda name: self._workloads[name].store,
-            guard=self._guard,
-            accept=self._accept,
-            readiness=lambda name, record: self._workloads[name].judge(record),
-        )
+        control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
         self._events.append(Event.AGENT_STARTED, reason=f"CRIU {criu_version}, PID {os.getpid()}")
         log.info("agent.started", node=self._config.node.name, criu=criu_version)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(control.serve())
-                group.create_task(receiver.run())
-                group.create_task(AgentBeater(self._config, self._keys, context).run())
+                group.create_task(self._receiver.run())
+                group.create_task(AgentBeater(self._config, self._keys, self._context).run())
                 group.create_task(self._report_for_ever())
                 group.create_task(self._fold_for_ever())
+                group.create_task(self._judge_for_ever())
                 notify("READY=1")
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SHUTDOWN_S):
                     for workload in self._workloads.values():
                         await workload.close()
-            self._events.append(Event.AGENT_STOPPED, reason="workloads run on unprotected")
+            self._events.append(Event.AGENT_STOPPED, reason="workloads run on, unprotected")
             self._events.close()
             control.close()
-            context.destroy(linger=0)
+            self._context.destroy(linger=0)
 
     async def _report_for_ever(self) -> None:
         """Tell the keeper what is, take its orders; at its heartbeat's interval."""
@@ -229,19 +234,20 @@ class Agent:
             store=store,
             readiness=self._readiness,
             make_leading=self._make_leading,
+            end_session=self._receiver.end_session,
             events=self._events,
         )
         self._workloads[spec.name] = workload
         return workload
 
-    async def _accept(self, node: str, name: str, term: int, spec: WorkloadSpec) -> None:
-        """Say whether `node` may send epochs of a workload; raises if not."""
-        workload = self._workloads.get(name)
+    async def _accept(self, hello: Hello) -> None:
+        """Say whether the greeting node may send epochs of a workload; raises if not."""
+        workload = self._workloads.get(hello.workload)
         if workload is None:
-            if self._config.node.name not in spec.nodes:
-                raise ProtocolError(f"{name} is not declared for {self._config.node.name}")
-            workload = await asyncio.to_thread(self._take_up, spec)
-        workload.accept(node, term, spec)
+            if self._config.node.name not in hello.spec.nodes:
+                raise ProtocolError(f"{hello.workload} is not declared for {self._config.node.name}")
+            workload = await asyncio.to_thread(self._take_up, hello.spec)
+        workload.accept(hello)
 
     def _make_leading(self, workload: WorkloadAgent, term: int, init_pid: int) -> Leading:
         spec = workload.spec
@@ -299,6 +305,16 @@ class Agent:
                         await asyncio.to_thread(workload.store.fold)
                     except OutliveError as error:
                         log.error("fold.failed", workload=workload.spec.name, error=str(error))
+
+    async def _judge_for_ever(self) -> None:
+        """Ask again whether what is stored could be restored: the node changes, not only the epochs."""
+        while True:
+            await asyncio.sleep(_JUDGE_EVERY_S)
+            for name, workload in list(self._workloads.items()):
+                newest = workload.store.newest
+                if newest is not None and workload.follows:
+                    restorable, reasons = await workload.judge(newest)
+                    await self._receiver.readiness_changed(name, restorable, reasons)
 
     async def _answer(self, request: object) -> AgentMetrics | Refused:
         """Answer the command line and the benchmarks."""

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
-from replica.readiness import Readiness
 
 from common.config import NodeConfig
 from common.container import (
@@ -30,8 +29,10 @@ from common.container import (
 from common.control import Order, WorkloadMetrics, WorkloadReport
 from common.errors import OutliveError, ProtocolError, RestoreError, StaleTermError
 from common.events import Event, EventLog
+from common.messages import Hello
 from common.model import PAGE_BYTES, WorkloadSpec
 from outlive.leading import Leading
+from replica.readiness import Readiness
 from replica.store import EpochStore
 from replica.store_reader import EpochRecord
 
@@ -53,14 +54,17 @@ class WorkloadAgent:
         store: EpochStore,
         readiness: Readiness,
         make_leading: MakeLeading,
+        end_session: Callable[[str, str], None],
         events: EventLog,
     ) -> None:
+        """`end_session` ends what a leader is sending of the workload, and says why."""
         self.spec = spec
         self.store = store
         self._config = config
         self._criu = criu
         self._readiness = readiness
         self._make_leading = make_leading
+        self._end_session = end_session
         self._events = events
         self._order: Order | None = None
         self._done = 0
@@ -96,9 +100,9 @@ class WorkloadAgent:
 
     # --- what the leader of another node says -----------------------------------------------------
 
-    def accept(self, node: str, term: int, spec: WorkloadSpec) -> None:
-        """Let `node` send epochs of `term`, or raise: ProtocolError, StaleTermError."""
-        here = self._config.node.name
+    def accept(self, hello: Hello) -> None:
+        """Let the greeting node send epochs, or raise: ProtocolError, StaleTermError."""
+        node, spec, here = hello.node, hello.spec, self._config.node.name
         if node not in spec.nodes or here not in spec.nodes:
             raise ProtocolError(
                 f"{spec.name} is declared for {', '.join(spec.nodes)}: {node} cannot send it to {here}",
@@ -109,6 +113,13 @@ class WorkloadAgent:
         if running_init_pid(self._config, spec.name) is not None:
             raise StaleTermError(f"{spec.name} still runs on {here}, so {here} cannot be its replica yet")
         self.spec = spec
+
+    @property
+    def follows(self) -> bool:
+        """Whether this node is a replica of the workload, or was never told what else to be."""
+        return (self._order is None or self._order.role == "follow") and running_init_pid(
+            self._config, self.spec.name
+        ) is None
 
     async def judge(self, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
         """Say whether a committed epoch could be restored here now, and why not."""
@@ -179,6 +190,7 @@ class WorkloadAgent:
             return f"{name} was ended here"
         if (pid := running_init_pid(self._config, name)) is not None:
             return f"{name} runs (PID {pid})"
+        self._end_session(name, f"{self._config.node.name} leads {name} itself, in term {order.term}")
         run = incarnation(self._config, name)
         if order.action == "none" or (run is not None and run.order == order.number):
             return f"{name} does not run"
