@@ -15,7 +15,7 @@ from outlive import __version__
 from outlive.cli import DEBUG_VARIABLE
 from outlive.cli.call import Call, Verbs, examples, group_config_option, output_option
 from outlive.cli.node import agent, config, doctor, keeper, keys
-from outlive.cli.output import error_answer, print_answer
+from outlive.cli.output import Answer, error_answer, print_answer
 from outlive.cli.records import events, history
 from outlive.cli.running import print_error
 from outlive.cli.status import status
@@ -25,6 +25,13 @@ from outlive.cli.workloads import failover, protect, start, stop, unprotect
 
 _COMPLETION_VARIABLE = "_OUTLIVE_COMPLETE"
 _INTERRUPTED = 130
+
+
+class CompletionAnswer(Answer, frozen=True, kw_only=True):
+    """The text that a shell is to evaluate."""
+
+    shell: str
+    script: str
 
 
 @click.group(
@@ -49,11 +56,13 @@ def outlive() -> None:
 
 @outlive.command(epilog=examples('eval "$(outlive completion bash)"'))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
+@click.pass_obj
+def completion(call: Call, shell: str) -> None:
     """Print what makes a shell complete verbs and options."""
     complete = get_completion_class(shell)
     assert complete is not None  # noqa: S101 - the choice above has only shells that click knows
-    click.echo(complete(outlive, {}, "outlive", _COMPLETION_VARIABLE).source())
+    script = complete(outlive, {}, "outlive", _COMPLETION_VARIABLE).source()
+    call.show(CompletionAnswer(shell=shell, script=script), script)
 
 
 for _verb in (

@@ -22,7 +22,9 @@ POLL_S = 0.1
 SETTLED_S = 2.0
 """A state in which nothing is under way must last as long before it counts as the end."""
 
-UNDER_WAY = frozenset({"starting", "launching", "acquiring", "taking_over", "yielding", "suspecting"})
+UNDER_WAY = frozenset(
+    {"starting", "launching", "acquiring", "taking_over", "yielding", "suspecting", "deposed"}
+)
 """States of the role machine (`common.roles.MEANING`) that lead on to another one by themselves."""
 
 

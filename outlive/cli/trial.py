@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import sys
-from typing import TYPE_CHECKING
+from contextlib import closing
 
 import click
 import msgspec
 
 from outlive.cli.call import Call, Verb, Verbs, examples
-from outlive.cli.output import Answer, Rows, plain, print_json, print_view, yes_no
+from outlive.cli.output import Answer, Rows, plain, print_json, yes_no
 from outlive.cli.running import configure_logs
-
-if TYPE_CHECKING:  # loads the lab and the store: only when it runs
-    from outlive.demo import DemoReport
 
 
 class ShownLab(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +57,10 @@ def demo(
 
     Needs root. Nothing is left behind. Exits with 0 only if the workload survived.
     """
+    from rich.console import Console
+
     from outlive.demo import DemoOptions, run_demo
+    from outlive.demo_screen import SilentScreen, TerminalScreen
 
     configure_logs("warning")
     call = context.ensure_object(Call)
@@ -72,42 +71,14 @@ def demo(
         interval_ms=interval_ms,
         keep=keep,
     )
-    report = asyncio.run(run_demo(options, StepScreen(call.json)))
+    if call.json:
+        report = asyncio.run(run_demo(options, SilentScreen()))
+        print_json(plain(report))
+    else:
+        with closing(TerminalScreen(Console(stderr=True))) as screen:
+            report = asyncio.run(run_demo(options, screen))
     if not report.survived:
         context.exit(1)
-
-
-class StepScreen:
-    """Tells steps on stderr as they come, and the report on stdout."""
-
-    def __init__(self, json: bool) -> None:
-        self._json = json
-        self._live = sys.stderr.isatty()
-        self._line_is_open = False
-
-    def step(self, text: str) -> None:
-        """Begin a line of its own."""
-        self._end_line()
-        print(f"== {text}", file=sys.stderr, flush=True)
-
-    def progress(self, text: str) -> None:
-        """Replace the line of progress; without a terminal there is none."""
-        if self._live:
-            print(f"\r\x1b[K   {text}", end="", file=sys.stderr, flush=True)
-            self._line_is_open = True
-
-    def report(self, report: DemoReport) -> None:
-        """Print the end of the story."""
-        self._end_line()
-        if self._json:
-            print_json(plain(report))
-        else:
-            print_view(*_story(report))
-
-    def _end_line(self) -> None:
-        if self._line_is_open:
-            print(file=sys.stderr)
-        self._line_is_open = False
 
 
 @click.group(cls=Verbs, epilog=examples("outlive lab list", "outlive lab down"))
@@ -151,33 +122,3 @@ def down(call: Call, name: str | None) -> None:
     for each in chosen:
         asyncio.run(lab_reaper.tear_down(lab_state.check_lab_name(each)))
     call.show(LabDownAnswer(removed=chosen), f"removed: {', '.join(chosen) or 'nothing'}")
-
-
-def _story(report: DemoReport) -> list[Rows | str]:
-    """Return the timeline, the figures and the verdict."""
-    steps = [(f"{step.at_ms:.0f}", step.event, step.reason) for step in report.timeline]
-    freeze, interval = report.freeze_ms, report.epoch_interval_ms
-    share = report.bytes.sent / max(report.bytes.full_equivalent, 1)
-    figures = [
-        ("memory protected", f"{report.rss_bytes / (1 << 20):.0f} MiB"),
-        ("epochs committed", f"{report.epochs_committed}, one every {interval.p50:.0f} ms (p50)"),
-        ("frozen for an epoch", f"{freeze.p50:.0f} ms p50, {freeze.p99:.0f} ms p99"),
-        ("sent", f"{report.bytes.sent / (1 << 20):.0f} MiB, {share:.1%} of sending every epoch whole"),
-    ]
-    if report.restored is not None:
-        figures.append(("restored", f"epoch t{report.restored.term}-e{report.restored.epoch}"))
-    if report.outage_ms is not None:
-        figures.append(("the client was without", f"{report.outage_ms:.0f} ms"))
-    if (writes := report.writes) is not None:
-        kept = f"{writes.present} of {writes.acknowledged}"
-        figures.append(("confirmed writes still there", f"{kept}, {writes.lost} lost"))
-        figures.append(("time whose writes are lost", f"{writes.lost_window_ms:.0f} ms"))
-    verdict = "IT OUTLIVED ITS MACHINE" if report.survived else "IT DID NOT SURVIVE"
-    return [
-        "",
-        Rows(("AT MS", "STEP", "REASON"), steps, frozenset({"AT MS"})),
-        "",
-        Rows(("WHAT", "HOW MUCH"), figures),
-        "",
-        f"{verdict}: {report.reason}",
-    ]
