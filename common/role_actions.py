@@ -1,0 +1,252 @@
+"""What the transitions of the role machine do: from a `Role` to the next one, and the effects on the way.
+
+Every action here is a pure function of the role, the event and the moment. When a transition happens, and
+where it leads, stands in `common.role_table`.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from common.control import Done, Refused, TermHistory, TimelineEntry
+from common.role_events import (
+    Answer,
+    DropVip,
+    Effect,
+    Event,
+    FenceResult,
+    Heard,
+    KillWorkload,
+    LiftHold,
+    OperatorFailover,
+    OperatorStart,
+    PersistTerm,
+    RunFence,
+    SaveHistory,
+    SaveSpec,
+    StepFailed,
+)
+from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
+from common.succession import contender, last_heard_s
+
+Acted = tuple[Role, tuple[Effect, ...]]
+
+_TIMELINE_ENTRIES = 100
+"""A workload that keeps ending and starting in one term writes no endless story."""
+
+_VIP_STEPS = ("hold", "add_vip", "lift", "announce")
+
+
+# --- building blocks --------------------------------------------------------------------------------
+
+
+def nothing(role: Role, event: Event, now: Instant) -> Acted:
+    """Change nothing but the state."""
+    return role, ()
+
+
+def noted(role: Role, now: Instant, event: str, reason: str) -> Role:
+    """Add an entry to the timeline."""
+    at_ms = (now.monotonic_s - role.timeline_from_s) * 1000
+    entry = TimelineEntry(at_ms=round(at_ms, 3), wall_s=now.wall_s, event=event, reason=reason)
+    return replace(role, timeline=(*role.timeline[-_TIMELINE_ENTRIES + 1 :], entry))
+
+
+def persist(role: Role, record: TermRecord) -> Acted:
+    """Send a record to the disk; nothing is done because of it before it is there."""
+    return replace(role, wanted=record, retry_at_s=0.0), (PersistTerm(record),)
+
+
+def remark(role: Role, mark: Mark) -> Acted:
+    """Record how far this term's leader is."""
+    return persist(role, replace(role.newest, mark=mark, boot_id=role.boot_id))
+
+
+def next_term(role: Role, mark: Mark, cause: str, now: Instant) -> Acted:
+    """Send the next term, led by this node, to the disk."""
+    record = TermRecord(
+        term=role.newest.term + 1,
+        leader=role.me,
+        mark=mark,
+        boot_id=role.boot_id,
+        cause=cause,
+        began_wall_s=now.wall_s,
+    )
+    return persist(role, record)
+
+
+def history(role: Role) -> SaveHistory:
+    """Return this term's story as it is now."""
+    ours = role.record.leader == role.me
+    story = TermHistory(
+        workload=role.spec.name,
+        term=role.record.term,
+        leader=role.record.leader,
+        cause=role.record.cause,
+        began_wall_s=role.record.began_wall_s,
+        restored=role.report.restored if ours and role.report is not None else None,
+        timeline=role.timeline if ours else (),
+    )
+    return SaveHistory(story)
+
+
+def undo(role: Role, *steps: Clean) -> Acted:
+    """Begin to undo what a node that may not lead must not have; goes on until it succeeds."""
+    wanted = frozenset(step for step in steps if step == "kill" or role.spec.vip is not None)
+    return replace(role, undo=role.undo | wanted, undo_at_s=0.0), undoing(wanted)
+
+
+def undoing(steps: frozenset[Clean]) -> tuple[Effect, ...]:
+    """Return the effects that undo these steps: the processes first, they do the harm."""
+    effects: list[Effect] = []
+    if "kill" in steps:
+        effects.append(KillWorkload())
+    if "drop_vip" in steps:
+        effects.append(DropVip())
+    if "lift" in steps:
+        effects.append(LiftHold())
+    return tuple(effects)
+
+
+def answered(role: Role, answer: Done | Refused) -> Acted:
+    """Answer the operator's pending request, if there is one."""
+    if role.request is None:
+        return role, ()
+    return replace(role, request=None, vouched=""), (Answer(request=role.request, answer=answer),)
+
+
+def both(first: Acted, second: Acted) -> Acted:
+    """Join two actions, the second of which began where the first ended."""
+    return second[0], (*first[1], *second[1])
+
+
+# --- hearing of others ------------------------------------------------------------------------------
+
+
+def adopt(role: Role, event: Heard, now: Instant) -> Acted:
+    """Record the newer term that was heard of."""
+    owns = event.claim in OWNING
+    mark: Mark = "leads"
+    if event.claim == "stopped" or event.claim == "yielded":
+        mark = event.claim
+    record = TermRecord(
+        term=event.term,
+        leader=event.node if owns else "",
+        mark=mark,
+        boot_id=role.boot_id,
+        cause=f"heard from {event.node}",
+        began_wall_s=now.wall_s,
+    )
+    refusal = Refused(error="NoRightToLeadError", message=f"{event.node} knows the newer term {event.term}")
+    cleared = replace(role, fence_attempt=role.fence_attempt + 1, by_operator=False, step=None)
+    told = answered(cleared, refusal)
+    return both(told, persist(told[0], record))
+
+
+def depose(role: Role, event: Heard, now: Instant) -> Acted:
+    """Kill what runs here, drop the address, record the newer term."""
+    killing = undo(role, "kill", "drop_vip", "lift")
+    return both(killing, adopt(killing[0], event, now))
+
+
+def give_way(role: Role, event: Heard, now: Instant) -> Acted:
+    """Follow the newer term with nothing of the old one left here."""
+    cleaning = undo(role, "drop_vip", "lift")
+    return both(cleaning, adopt(cleaning[0], event, now))
+
+
+def record_resignation(role: Role, event: Heard, now: Instant) -> Acted:
+    """Record that the leader stopped or gave up its term."""
+    return remark(role, "yielded" if event.claim == "yielded" else "stopped")
+
+
+def give_way_quietly(role: Role, event: Event, now: Instant) -> Acted:
+    """Leave nothing of an earlier leadership here; an earlier keeper may have died before it had done so."""
+    return undo(role, "drop_vip", "lift")
+
+
+def kill(role: Role, event: Event, now: Instant) -> Acted:
+    """Kill what runs here without a right."""
+    return undo(role, "kill", "drop_vip", "lift")
+
+
+# --- going for the lead -----------------------------------------------------------------------------
+
+
+def suspect(role: Role, event: Event, now: Instant) -> Acted:
+    """Begin the timeline at the leader's last sign of life."""
+    at = last_heard_s(role, role.record.leader)
+    began_s = role.listening_since_s if at is None else at
+    what = "last heard" if at is not None else "listening"
+    who = role.record.leader
+    reason = f"the last heartbeat of {who}" if at is not None else f"{who} has not been heard since"
+    ago_s = now.monotonic_s - began_s
+    role = replace(role, timeline=(), timeline_from_s=began_s, retries=0, retry_at_s=0.0)
+    return noted(role, Instant(began_s, now.wall_s - ago_s), what, reason), ()
+
+
+def pursue(role: Role, event: Event, now: Instant) -> Acted:
+    """Fence whoever may lead, or record the new term at once if nobody may."""
+    rival = contender(role, now)
+    if not rival:
+        own = role.record.leader == role.me
+        given = "this node holds" if own else f"{role.record.leader} has given up"
+        return acquired(role, now, f"{given} term {role.record.term}")
+    if rival not in role.fenceable:  # refused before, unless an operator vouches
+        return acquired(role, now, f"the operator vouches that {rival} is off")
+    role = replace(role, fence_attempt=role.fence_attempt + 1)
+    return role, (RunFence(rival, role.fence_attempt),)
+
+
+def acquired(role: Role, now: Instant, reason: str) -> Acted:
+    """The right to lead is there: record the new term before anything else."""
+    role = noted(role, now, "right acquired", reason)
+    return next_term(role, "taking_over", _cause(role, reason), now)
+
+
+def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
+    """Go on with what the fence confirmed, or else with the operator's word."""
+    if event.outcome == "confirmed":
+        return acquired(role, now, event.reason)
+    return acquired(role, now, f"{event.reason}; the operator vouches that {event.node} is off")
+
+
+def unfenced(role: Role, event: FenceResult, now: Instant) -> Acted:
+    """Wait and try again later, less and less often."""
+    delay_s = min(role.timing.retry_first_s * 2**role.retries, role.timing.retry_most_s)
+    role = replace(role, retries=role.retries + 1, retry_at_s=now.monotonic_s + delay_s, by_operator=False)
+    refusal = Refused(
+        error="NoRightToLeadError",
+        message=f"the fence of {event.node}: {event.outcome}: {event.reason}",
+        hint=f"power {event.node} off, then: --old-primary-is-off {event.node}",
+    )
+    return answered(noted(role, now, "not fenced", event.reason), refusal)
+
+
+def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
+    """Go for the lead on an operator's word."""
+    if role.name in ("following", "failed"):
+        role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
+    role = replace(role, request=event.request, vouched=event.old_primary_is_off, by_operator=True)
+    return pursue(noted(role, now, "failover", "asked for by an operator"), event, now)
+
+
+def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
+    """Record the term of a fresh start."""
+    role = replace(role, spec=event.spec, request=event.request, timeline=(), timeline_from_s=now.monotonic_s)
+    lost = " (memory content of earlier terms is not restored)" if role.record.term else ""
+    role = noted(role, now, "start", f"asked for by an operator{lost}")
+    saved: Acted = (role, (SaveSpec(event.spec),))
+    return both(saved, next_term(role, "launching", f"started by an operator{lost}", now))
+
+
+def not_recorded(role: Role, event: StepFailed, now: Instant) -> Acted:
+    """Tell the operator; it is tried again, for nobody knows whether the disk holds it after all."""
+    message = f"this could not be recorded and is tried again: {event.reason}"
+    return answered(role, Refused(error="StoreError", message=message))
+
+
+def _cause(role: Role, reason: str) -> str:
+    if role.by_operator:
+        return f"failover by an operator: {reason}"
+    return f"takeover from {role.record.leader}: {reason}"

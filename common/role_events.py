@@ -1,0 +1,223 @@
+"""What may happen to the role machine, and what it wants done about it.
+
+Events go into `common.role_table.step`, effects come out of it, in the order in which they have to be done.
+The keeper does the real ones, the simulator (`tests/sim`) those of a simulated cluster.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from common.control import Done, Order, Refused, TermHistory, WorkloadReport
+from common.model import WorkloadSpec
+from common.roles import Claim, Clean, StateName, Step, TermRecord
+
+# --- what may happen --------------------------------------------------------------------------------
+
+
+class KeeperStarted(msgspec.Struct, frozen=True):
+    """The first event of every machine. `running`: a container of the workload is here."""
+
+    running: bool
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed; several times within `suspect_after_s`."""
+
+
+class Heard(msgspec.Struct, frozen=True, kw_only=True):
+    """A heartbeat of a peer, authenticated, newer than all before. `term` and the rest: keeper's only."""
+
+    node: str
+    origin: Literal["keeper", "agent"]
+    boot_id: str = ""
+    term: int = 0
+    claim: Claim | None = None
+    alive: bool = False
+
+
+class AgentReport(msgspec.Struct, frozen=True):
+    """The own agent's report about the workload."""
+
+    report: WorkloadReport
+
+
+class WorkloadEnded(msgspec.Struct, frozen=True):
+    """The keeper saw the container's first process end (or it is gone and the agent says so)."""
+
+    exit_code: int | None = None
+
+
+class TermPersisted(msgspec.Struct, frozen=True):
+    """The record is on disk."""
+
+    record: TermRecord
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True):
+    """An effect of this machine succeeded."""
+
+    step: Step | Clean
+    detail: str = ""
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """An effect of this machine failed."""
+
+    step: Step | Clean | Literal["persist"]
+    reason: str
+
+
+class FenceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the fence methods for `node` answered in that attempt."""
+
+    node: str
+    attempt: int
+    outcome: Literal["confirmed", "refused", "unknown"]
+    reason: str
+
+
+class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive failover`. `request` comes back in the `Answer`."""
+
+    request: int
+    accept_data_loss: bool
+    old_primary_is_off: str
+
+
+class OperatorStart(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive start`: a fresh start, without what was in memory."""
+
+    request: int
+    spec: WorkloadSpec
+    peers_are_off: tuple[str, ...] = ()
+
+
+class OperatorStop(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive stop`."""
+
+    request: int
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive unprotect`, after a stop."""
+
+    request: int
+
+
+Event = (
+    KeeperStarted
+    | Tick
+    | Heard
+    | AgentReport
+    | WorkloadEnded
+    | TermPersisted
+    | StepDone
+    | StepFailed
+    | FenceResult
+    | OperatorFailover
+    | OperatorStart
+    | OperatorStop
+    | Forget
+)
+
+# --- what is to be done -----------------------------------------------------------------------------
+
+
+class PersistTerm(msgspec.Struct, frozen=True):
+    """Make the record durable, then say `TermPersisted`; else `StepFailed("persist")`. In order."""
+
+    record: TermRecord
+
+
+class SaveSpec(msgspec.Struct, frozen=True):
+    """Keep the workload's declaration beside its term."""
+
+    spec: WorkloadSpec
+
+
+class RunFence(msgspec.Struct, frozen=True):
+    """Ask the node's fence methods in order, then say `FenceResult` with this attempt."""
+
+    node: str
+    attempt: int
+
+
+class HoldVip(msgspec.Struct, frozen=True):
+    """Drop the packets of the virtual address (step `hold`)."""
+
+
+class AddVip(msgspec.Struct, frozen=True):
+    """Give this node the virtual address (step `add_vip`)."""
+
+
+class DropVip(msgspec.Struct, frozen=True):
+    """Take the virtual address from this node (step `drop_vip`)."""
+
+
+class LiftHold(msgspec.Struct, frozen=True):
+    """Let the packets of the virtual address pass (step `lift`)."""
+
+
+class Announce(msgspec.Struct, frozen=True):
+    """Tell the neighbours where the address is (step `announce`)."""
+
+
+class OrderAgent(msgspec.Struct, frozen=True):
+    """From now on the agent's reports are answered with this order."""
+
+    order: Order
+
+
+class CheckHealth(msgspec.Struct, frozen=True):
+    """Check until the workload is healthy or its grace is over (step `health`)."""
+
+
+class KillWorkload(msgspec.Struct, frozen=True):
+    """Kill every process of the workload at once, whatever the agent does (step `kill`)."""
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """Something changed and why; for the log."""
+
+    state: StateName
+    event: str
+    reason: str
+
+
+class SaveHistory(msgspec.Struct, frozen=True):
+    """Keep this term's story; replaces what is kept of the same term."""
+
+    history: TermHistory
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to the operator's request of that number."""
+
+    request: int
+    answer: Done | Refused
+
+
+class ForgetFiles(msgspec.Struct, frozen=True):
+    """Remove the declaration and this machine; the term stays on disk, for terms are never reused."""
+
+
+Effect = (
+    PersistTerm
+    | SaveSpec
+    | RunFence
+    | HoldVip
+    | AddVip
+    | DropVip
+    | LiftHold
+    | Announce
+    | OrderAgent
+    | CheckHealth
+    | KillWorkload
+    | Note
+    | SaveHistory
+    | Answer
+    | ForgetFiles
+)

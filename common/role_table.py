@@ -1,0 +1,396 @@
+"""The role machine: one table of transitions, and `step`, which applies it. Pure.
+
+In: a `Role`, an `Event`, an `Instant`. Out: the next `Role` and `Effect`s, to be carried out in their order.
+A row applies if its guard returns a sentence; the first row that applies is taken, and its sentence becomes
+the reason that is logged, kept and shown. After a transition the rows for `Tick` are asked again, so that a
+node never stays where it has nothing to wait for. `docs/concepts/roles.md` is drawn from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from common.control import Done, Order, Refused
+from common.role_actions import (
+    Acted,
+    ask_failover,
+    ask_start,
+    depose,
+    fenced,
+    give_way,
+    give_way_quietly,
+    kill,
+    not_recorded,
+    nothing,
+    pursue,
+    record_resignation,
+    suspect,
+    undoing,
+    unfenced,
+)
+from common.role_events import (
+    AgentReport,
+    Answer,
+    Effect,
+    Event,
+    FenceResult,
+    Forget,
+    Heard,
+    KeeperStarted,
+    Note,
+    OperatorFailover,
+    OperatorStart,
+    OperatorStop,
+    OrderAgent,
+    PersistTerm,
+    SaveSpec,
+    StepDone,
+    StepFailed,
+    TermPersisted,
+    Tick,
+    WorkloadEnded,
+)
+from common.role_guards import (
+    Guard,
+    alone_after_boot,
+    asked,
+    asked_but_unrecorded,
+    cleaned_up,
+    died_after_restore,
+    ended_restart,
+    ended_stop,
+    ended_yield,
+    found,
+    found_after_boot,
+    found_elsewhere,
+    found_running_elsewhere,
+    heir_heard_after_boot,
+    heir_not_heard,
+    last_step,
+    leader_audible,
+    leader_resigned,
+    leader_silent,
+    may_go_for_lead,
+    may_not_lead,
+    more_steps,
+    never_started,
+    newer,
+    newer_while_alive,
+    not_confirmed,
+    not_confirmed_and_audible,
+    order_failed,
+    overdue,
+    recorded,
+    repair_due,
+    restart_due,
+    restart_failed,
+    right_confirmed,
+    runs_though_it_must_not,
+    runs_without_right,
+    stop_recorded,
+    undone,
+    up_last_step,
+    up_more_steps,
+)
+from common.role_steps import (
+    advance,
+    begin,
+    clean_up,
+    fail,
+    forget,
+    give_up,
+    lead,
+    lead_again,
+    relaunch,
+    repair,
+    restart,
+    resume,
+    stop,
+    stopped,
+)
+from common.roles import LEADING, PURSUING, Instant, PeerView, Role, StateName
+from common.succession import failover_refusal, start_refusal
+
+Action = Callable[[Role, Any, Instant], Acted]
+
+_UNDO_AGAIN_S = 1.0
+_CHAIN = 8
+"""More transitions than this at one moment would be a circle in the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """In one of `sources`, at `event`, if `guard` returns a reason: do `action` and go to `target`.
+
+    `target` None: stay. `label` names the condition in the diagram.
+    """
+
+    sources: tuple[StateName, ...]
+    event: type
+    label: str
+    guard: Guard
+    target: StateName | None
+    action: Action
+
+
+def step(role: Role, event: Event, now: Instant) -> tuple[Role, tuple[Effect, ...]]:
+    """Take in one event. Never raises for what peers, agents or operators say."""
+    effects: list[Effect] = []
+    role, first = _learn(role, event, now)
+    effects += first
+    current: Event = event
+    if not _refused(role, event, now, effects):
+        for _ in range(_CHAIN):
+            found = _row_for(role, current, now)
+            if found is None:
+                break
+            row, reason = found
+            role, more = _apply(role, row, reason, current, now)
+            effects += more
+            current = Tick()
+    role, last = _reorder(role)
+    return role, (*effects, *last)
+
+
+def _row_for(role: Role, event: Event, now: Instant) -> tuple[Row, str] | None:
+    """Return the first row that applies, and its reason."""
+    for row in _INDEX.get((role.name, type(event)), ()):
+        if reason := row.guard(role, event, now):
+            return row, reason
+    return None
+
+
+def _apply(role: Role, row: Row, reason: str, event: Event, now: Instant) -> Acted:
+    moved = row.target is not None and row.target != role.name
+    role, effects = row.action(role, event, now)
+    role = replace(role, name=row.target or role.name, reason=reason)
+    note = Note(state=role.name, event=row.label, reason=reason)
+    return role, (*effects, note) if moved or effects else effects
+
+
+def _refused(role: Role, event: Event, now: Instant, effects: list[Effect]) -> bool:
+    """Answer what an operator may not do; append the answer and return True if so."""
+    answer: Done | Refused | None = None
+    if isinstance(event, OperatorFailover):
+        answer = failover_refusal(role, event, now)
+    elif isinstance(event, OperatorStart):
+        answer = (
+            Done(detail=f"it is led here already: {role.reason}")
+            if role.name in LEADING
+            else start_refusal(role, event, now)
+        )
+    elif isinstance(event, OperatorStop):
+        answer = _stop_refusal(role)
+    elif isinstance(event, Forget) and (role.alive or role.name in LEADING or role.name == "acquiring"):
+        answer = Refused(error="WorkloadError", message="it runs here", hint=f"outlive stop {role.spec.name}")
+    if answer is None:
+        return False
+    assert isinstance(event, OperatorFailover | OperatorStart | OperatorStop | Forget)  # noqa: S101
+    effects.append(Answer(request=event.request, answer=answer))
+    return True
+
+
+def _stop_refusal(role: Role) -> Done | Refused | None:
+    if role.name in ("stopped", "yielded"):
+        return Done(detail=f"it does not run here: {role.reason}")
+    if role.request is not None:
+        return Refused(
+            error="WorkloadError", message="another request is being carried out", hint="ask again"
+        )
+    if role.name in (*LEADING, "starting", "failed"):
+        return None
+    leader = role.record.leader
+    return Refused(
+        error="WorkloadError", message=f"{leader or 'another node'} leads it", hint=f"stop it on {leader}"
+    )
+
+
+# --- what is learned whatever the state -------------------------------------------------------------
+
+
+def _learn(role: Role, event: Event, now: Instant) -> Acted:
+    match event:
+        case Heard():
+            return _learn_peer(role, event, now), ()
+        case AgentReport(report):
+            known = replace(
+                role, report=report, agent_at_s=now.monotonic_s, alive=role.alive or report.running
+            )
+            if report.exit_code is not None and not report.running:
+                known = replace(known, exit_code=report.exit_code)
+            if report.spec != role.spec and role.name in PURSUING and role.newest.leader != role.me:
+                return replace(known, spec=report.spec), (SaveSpec(report.spec),)
+            return known, ()
+        case WorkloadEnded(exit_code):
+            return replace(role, alive=False, exit_code=exit_code), ()
+        case KeeperStarted(running):
+            return replace(role, alive=running), ()
+        case TermPersisted(record) if record == role.wanted:
+            return replace(role, record=record, wanted=None, retry_at_s=0.0), ()
+        case StepDone(step=done):
+            alive = role.alive and done != "kill"
+            healthy = "" if done == "health" else role.unhealthy
+            return replace(role, undo=role.undo - {done}, alive=alive, unhealthy=healthy), ()
+        case StepFailed(step=failed) if failed in role.undo:
+            return replace(role, undo_at_s=now.monotonic_s + _UNDO_AGAIN_S), ()
+        case StepFailed(step="health", reason=reason) if role.name == "leading":
+            return replace(role, unhealthy=f"not healthy: {reason}"), ()
+        case StepFailed(step=failed, reason=reason) if role.name == "leading" and failed != "persist":
+            return replace(role, vip_problem=f"{failed}: {reason}"), ()
+        case StepFailed(step="persist") if role.wanted is not None:
+            return replace(role, retry_at_s=now.monotonic_s + role.timing.retry_first_s), ()
+        case Tick():
+            return _learn_time(role, now)
+    return role, ()
+
+
+def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
+    """Keep what a peer says; the states decide what follows from it."""
+    view = role.peers.get(event.node, PeerView())
+    if event.origin == "agent":
+        view = replace(view, agent_at_s=now.monotonic_s)
+    else:
+        view = replace(
+            view,
+            keeper_at_s=now.monotonic_s,
+            boot_id=event.boot_id,
+            term=event.term,
+            claim=event.claim,
+            alive=event.alive,
+        )
+    return replace(role, peers={**role.peers, event.node: view})
+
+
+def _learn_time(role: Role, now: Instant) -> Acted:
+    """Notice that this process did not run, and try again what failed."""
+    effects: tuple[Effect, ...] = ()
+    if now.monotonic_s - role.ticked_at_s > role.timing.suspect_after_s / 2:
+        role = replace(role, listening_since_s=now.monotonic_s)
+    if role.undo and 0 < role.undo_at_s <= now.monotonic_s:
+        role, effects = replace(role, undo_at_s=0.0), undoing(role.undo)
+    if (wanted := role.wanted) is not None and 0 < role.retry_at_s <= now.monotonic_s:
+        role, effects = replace(role, retry_at_s=0.0), (*effects, PersistTerm(wanted))
+    return replace(role, ticked_at_s=now.monotonic_s), effects
+
+
+def _reorder(role: Role) -> Acted:
+    """Give the agent a new order if it is to do something else from now on."""
+    old = role.order
+    order = Order(
+        workload=role.spec.name,
+        number=old.number,
+        role=_order_role(role),
+        term=role.record.term,
+        action=_order_action(role),
+        leader=role.record.leader,
+    )
+    if order == old:
+        return role, ()
+    order = replace(order, number=old.number + 1)
+    return replace(role, order=order), (OrderAgent(order),)
+
+
+def _order_role(role: Role) -> Any:
+    if role.name == "taking_over" and role.step in ("hold", "add_vip", None):
+        return "follow"
+    if role.name in ("launching", "leading", "taking_over"):
+        return "lead"
+    return "follow" if role.name in (*PURSUING, "deposed") and role.record.leader != role.me else "idle"
+
+
+def _order_action(role: Role) -> Any:
+    if role.name in ("launching", "taking_over") and role.step not in ("hold", "add_vip", None):
+        return "start" if role.name == "launching" else "restore"
+    return "none"
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+_BRINGING_UP: tuple[StateName, ...] = ("launching", "taking_over")
+_AT_REST: tuple[StateName, ...] = ("starting", "stopped", "yielded", "failed")
+_WATCHING: tuple[StateName, ...] = ("following", "suspecting", "waiting")
+_LEADING: tuple[StateName, ...] = ("launching", "leading", "taking_over", "yielding")
+
+TABLE: tuple[Row, ...] = (
+    Row(("starting",), KeeperStarted, "led, same boot", found("leads"), "leading", lead_again),
+    Row(("starting",), KeeperStarted, "was launching", found("launching"), "launching", resume),
+    Row(("starting",), KeeperStarted, "was taking over", found("taking_over"), "taking_over", resume),
+    Row(("starting",), KeeperStarted, "was stopped", found("stopped"), "stopped", stopped),
+    Row(("starting",), KeeperStarted, "had failed", found("failed"), "failed", kill),
+    Row(("starting",), KeeperStarted, "had yielded", found("yielded"), "yielded", kill),
+    Row(("starting",), KeeperStarted, "led, another boot", found_after_boot, None, kill),
+    Row(("starting",), KeeperStarted, "runs, others lead", found_running_elsewhere, "deposed", kill),
+    Row(("starting",), KeeperStarted, "others lead", found_elsewhere, "following", give_way_quietly),
+    Row(("starting",), KeeperStarted, "never started", never_started, "stopped", stopped),
+    # A newer term is known: whatever this node did, it follows.
+    Row((*_LEADING, "deposed"), Heard, "newer term", newer, "deposed", depose),
+    Row((*_AT_REST, *_WATCHING, "acquiring"), Heard, "newer term", newer_while_alive, "deposed", depose),
+    Row((*_AT_REST, *_WATCHING, "acquiring"), Heard, "newer term", newer, "following", give_way),
+    Row(_WATCHING, Heard, "leader resigned", leader_resigned, None, record_resignation),
+    Row(_WATCHING, Tick, "runs", runs_without_right, "deposed", kill),
+    Row(("deposed",), Tick, "killed", undone, "following", nothing),
+    Row(("deposed", "failed", "yielded", "starting"), Tick, "runs", runs_though_it_must_not, None, kill),
+    # From silence to the right to lead.
+    Row(("suspecting", "waiting"), Heard, "heard again", leader_audible, "following", nothing),
+    Row(("suspecting", "waiting"), Tick, "heard again", leader_audible, "following", nothing),
+    Row(("following",), Tick, "silence", leader_silent, "suspecting", suspect),
+    Row(_WATCHING, Tick, "may not lead", may_not_lead, "waiting", nothing),
+    Row(_WATCHING, Tick, "may lead", may_go_for_lead, "acquiring", pursue),
+    Row(("acquiring",), FenceResult, "leader is off", right_confirmed, None, fenced),
+    Row(
+        ("acquiring",), FenceResult, "not confirmed, heard", not_confirmed_and_audible, "following", unfenced
+    ),
+    Row(("acquiring",), FenceResult, "not confirmed", not_confirmed, "waiting", unfenced),
+    Row(("acquiring",), TermPersisted, "term recorded", recorded("taking_over"), "taking_over", begin),
+    Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin),
+    # Operators; what they may not do was refused before.
+    Row((*_AT_REST, *_WATCHING), OperatorStart, "start", asked, "acquiring", ask_start),
+    Row((*_WATCHING, "failed"), OperatorFailover, "failover", asked, "acquiring", ask_failover),
+    Row((*_LEADING, "starting", "failed"), OperatorStop, "stop", asked, None, stop),
+    Row((*_AT_REST, *_WATCHING, "deposed"), Forget, "forget", asked, None, forget),
+    Row((*_LEADING, "acquiring"), StepFailed, "not recorded", asked_but_unrecorded, None, not_recorded),
+    # Bringing the workload up, step by step. A step that fails (but the order) does not stop it: a workload
+    # that serves badly, and says so, is better than none.
+    Row(_BRINGING_UP, StepDone, "last step", last_step, "leading", lead),
+    Row(_BRINGING_UP, StepDone, "next step", more_steps, None, advance),
+    Row(_BRINGING_UP, StepFailed, "last step", last_step, "leading", lead),
+    Row(_BRINGING_UP, StepFailed, "next step", more_steps, None, advance),
+    Row(("launching",), AgentReport, "could not restart", restart_failed, None, restart),
+    Row(_BRINGING_UP, AgentReport, "could not", order_failed, "failed", fail),
+    Row(_BRINGING_UP, AgentReport, "runs, last step", up_last_step, "leading", lead),
+    Row(_BRINGING_UP, AgentReport, "runs", up_more_steps, None, advance),
+    Row(("launching",), Tick, "restart due", restart_due, None, relaunch),
+    Row(("taking_over",), WorkloadEnded, "ended", died_after_restore, "failed", fail),
+    # Leading, and its end.
+    Row(("leading",), Tick, "ended: failover", ended_yield, "yielding", clean_up),
+    Row(("leading",), Tick, "ended: restart", ended_restart, "launching", restart),
+    Row(("leading",), Tick, "ended: stop", ended_stop, None, stop),
+    Row(("launching",), WorkloadEnded, "ended: failover", ended_yield, "yielding", clean_up),
+    Row(("launching",), WorkloadEnded, "ended: restart", ended_restart, None, restart),
+    Row(("launching",), WorkloadEnded, "ended: stop", ended_stop, None, stop),
+    Row(("leading",), Tick, "repair", repair_due, None, repair),
+    Row((*_LEADING, "starting", "failed"), TermPersisted, "stop recorded", stop_recorded, "stopped", stopped),
+    Row(("yielding",), Tick, "cleaned up", cleaned_up, None, give_up),
+    Row(("yielding", "starting"), TermPersisted, "yield recorded", recorded("yielded"), "yielded", nothing),
+    Row(("stopped",), Tick, "not ended in time", overdue, None, kill),
+    # After a boot: the term may be another's by now.
+    Row(("starting",), Tick, "nobody else", alone_after_boot, None, stop),
+    Row(("starting",), Tick, "successor heard", heir_heard_after_boot, None, give_up),
+    Row(("starting",), Tick, "successor not heard", heir_not_heard, None, nothing),
+)
+"""Every transition there is. Earlier rows win."""
+
+
+def _index() -> dict[tuple[StateName, type], tuple[Row, ...]]:
+    index: dict[tuple[StateName, type], tuple[Row, ...]] = {}
+    for row in TABLE:
+        for source in row.sources:
+            index[(source, row.event)] = (*index.get((source, row.event), ()), row)
+    return index
+
+
+_INDEX = _index()

@@ -1,0 +1,243 @@
+"""Who may lead: the questions that the role machine asks before every transition. Pure judgments.
+
+In: a `Role` and the moment. Out: yes or no, or the sentence that says why not. Nothing is decided by what
+was heard of a peer long ago; where a peer's silence matters, it counts from this keeper's own start.
+"""
+
+from __future__ import annotations
+
+from common.control import Refused
+from common.model import WorkloadSpec
+from common.role_events import Heard, OperatorFailover, OperatorStart
+from common.roles import LEADING, OWNING, PURSUING, Instant, PeerView, Role
+
+_UNHEARD = PeerView()
+
+
+def successor(spec: WorkloadSpec, leader: str) -> str:
+    """Return the first node of `nodes` that isn't the leader; empty if there is none."""
+    return next((node for node in spec.nodes if node != leader), "")
+
+
+def holder(role: Role) -> str:
+    """Return whose right it is to create the next term; empty if that isn't known."""
+    if role.record.mark == "yielded":
+        return successor(role.spec, role.record.leader)
+    return role.record.leader
+
+
+def contender(role: Role, now: Instant) -> str:
+    """Return the node that has to be off before this one may lead; empty if none has to.
+
+    The holder's own right is beyond doubt under the boot in which it was recorded. After another boot,
+    others may have been told that this node is off; the one that yielded has to repeat it.
+    """
+    owner = holder(role)
+    if owner != role.me:
+        return owner
+    if role.record.boot_id == role.boot_id:
+        return ""
+    leader = role.record.leader
+    view = role.peers.get(leader, _UNHEARD)
+    says_so = view.claim == "yielded" and view.term == role.record.term
+    return "" if says_so and keeper_speaks(role, leader, now) else leader
+
+
+def last_heard_s(role: Role, node: str) -> float | None:
+    """Return when the node's keeper or agent was heard last; None if never."""
+    view = role.peers.get(node, _UNHEARD)
+    heard = [at for at in (view.keeper_at_s, view.agent_at_s) if at is not None]
+    return max(heard, default=None)
+
+
+def silence_s(role: Role, node: str, now: Instant) -> float:
+    """Return for how long neither keeper nor agent of the node was heard, while this keeper listened."""
+    at = last_heard_s(role, node)
+    since = role.listening_since_s if at is None else max(at, role.listening_since_s)
+    return now.monotonic_s - since
+
+
+def is_silent(role: Role, node: str, now: Instant) -> bool:
+    """Tell whether the node's silence is long enough to suspect it."""
+    never = last_heard_s(role, node) is None
+    limit_s = role.timing.listen_s if never else role.timing.suspect_after_s
+    return silence_s(role, node, now) > limit_s
+
+
+def keeper_speaks(role: Role, node: str, now: Instant) -> bool:
+    """Tell whether the node's keeper was heard within the suspicion time."""
+    at = role.peers.get(node, _UNHEARD).keeper_at_s
+    return at is not None and now.monotonic_s - at <= role.timing.suspect_after_s
+
+
+def has_listened(role: Role, now: Instant) -> bool:
+    """Tell whether every other node of the workload was heard, or had the time to be."""
+    if now.monotonic_s - role.listening_since_s >= role.timing.listen_s:
+        return True
+    return all(keeper_speaks(role, node, now) for node in role.spec.nodes if node != role.me)
+
+
+def agent_alive(role: Role, now: Instant) -> bool:
+    """Tell whether this node's agent reported lately."""
+    at = role.agent_at_s
+    return at is not None and now.monotonic_s - at <= role.timing.agent_silent_after_s
+
+
+def supersedes(role: Role, event: Heard) -> bool:
+    """Tell whether the sender knows a newer term, or leads the same one with the better claim.
+
+    A term has two leaders only if operators used their powers on two nodes at once. Then the first by name
+    stays, so that one of them gives way and never both.
+    """
+    newest = role.newest
+    if event.term != newest.term:
+        return event.term > newest.term
+    if event.term == 0 or event.claim not in OWNING or event.node == newest.leader:
+        return False
+    return newest.leader == "" or event.node < newest.leader
+
+
+def unready(role: Role, now: Instant) -> str:
+    """Return why nothing could be restored here; empty if something could."""
+    if not agent_alive(role, now):
+        return "this node's agent is silent: nobody could restore here"
+    report = role.report
+    if report is None or report.stored is None:
+        return "no epoch is stored here"
+    if not report.restorable:
+        return f"{report.stored} is stored here but could not be restored: {'; '.join(report.reasons)}"
+    return ""
+
+
+def obstacle(role: Role, now: Instant) -> str:
+    """Return why this node may not go for the lead by itself; empty if it may, after a fence if needed."""
+    record, name = role.record, role.spec.name
+    if not record.leader:
+        return f"nobody here knows who led term {record.term}: outlive status on the other nodes"
+    if successor(role.spec, record.leader) != role.me:
+        return f"{successor(role.spec, record.leader)} is the successor of {record.leader}, not this node"
+    if problem := unready(role, now):
+        return problem
+    assert role.report is not None  # noqa: S101 - unready() looked
+    stored = role.report.stored
+    if stored is not None and stored.term < record.term:
+        return (
+            f"the newest epoch here, {stored}, is older than term {record.term}: "
+            f"outlive failover {name} --accept-data-loss"
+        )
+    rival = contender(role, now)
+    confirmed = not rival
+    if role.spec.right_to_lead == "manual" and not (confirmed and role.spec.on_exit == "failover"):
+        return f"right_to_lead is manual: outlive failover {name} --accept-data-loss"
+    if rival and rival not in role.fenceable:
+        return (
+            f"no fence method is configured for {rival}: "
+            f"outlive failover {name} --accept-data-loss --old-primary-is-off {rival}"
+        )
+    return ""
+
+
+def has_heir(role: Role) -> bool:
+    """Tell whether, by the agent's last report, the successor could restore the workload."""
+    heir = successor(role.spec, role.me)
+    replicas = role.report.replicas if role.report is not None else ()
+    return any(replica.node == heir and replica.connected and replica.restorable for replica in replicas)
+
+
+def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
+    """Return why the operator's failover cannot even begin."""
+    record, spec = role.record, role.spec
+    if role.name in LEADING:
+        return _refused("this node leads it already")
+    if role.request is not None or role.wanted is not None or role.name == "acquiring":
+        return _refused("another change of role is under way", "ask again in a moment")
+    if role.name not in (*PURSUING, "failed"):
+        if record.term == 0:
+            return _refused("it was never started anywhere", f"outlive start {spec.name} on {spec.nodes[0]}")
+        return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")
+    if role.me not in spec.nodes:
+        return _refused(f"{role.me} is not one of its nodes ({', '.join(spec.nodes)})")
+    if not event.accept_data_loss:
+        return _refused("what was not committed here would be lost", "say so: --accept-data-loss")
+    if problem := unready(role, now):
+        return Refused(error="RestoreError", message=problem)
+    if not record.leader:
+        return _refused(f"nobody here knows who led term {record.term}", "outlive status on the other nodes")
+    rival = contender(role, now)
+    if not rival:
+        return None
+    heir = successor(spec, rival)
+    if heir != role.me and spec.right_to_lead == "fence":
+        return _refused(f"{heir} may take over by itself at any time", f"run it on {heir}")
+    if heir != role.me and keeper_speaks(role, heir, now):
+        return _refused(f"{heir} is first in the line of succession and alive", f"run it on {heir}")
+    if rival not in role.fenceable:
+        return unvouched(role, event.old_primary_is_off, now)
+    return None
+
+
+def unvouched(role: Role, vouched: str, now: Instant) -> Refused | None:
+    """Return why an operator's word is not enough to take the lead from its holder; None if it is."""
+    rival = contender(role, now)
+    if rival and vouched != rival:
+        return _refused(
+            f"{rival} may still run it: no fence confirmed that it is off",
+            f"power it off, then: --old-primary-is-off {rival}",
+        )
+    if rival and not is_silent(role, rival, now):
+        silence_ms = silence_s(role, rival, now) * 1000
+        return _refused(f"{rival} is not off: it was heard {silence_ms:.0f} ms ago", f"power {rival} off")
+    return None
+
+
+def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | None:
+    """Return why a fresh start here could make two primaries, or cannot be; None if it is safe."""
+    record, spec, me = role.record, event.spec, role.me
+    if me not in spec.nodes:
+        return _refused(f"{me} is not one of its nodes ({', '.join(spec.nodes)})")
+    if role.request is not None or role.wanted is not None or role.name in ("acquiring", "deposed"):
+        return _refused("another change of role is under way", "ask again in a moment")
+    if role.alive or "kill" in role.undo:
+        return _refused("what ran here before is still being ended", "ask again in a moment")
+    for node, view in role.peers.items():
+        busy = view.claim in ("leading", "acquiring") and view.term >= record.term
+        if busy and keeper_speaks(role, node, now):
+            return _refused(f"{node} leads it or is about to, in term {view.term}")
+    if record.term == 0:
+        if me != spec.nodes[0]:
+            return _refused(
+                "it was never started, and the first start is for the first of its nodes",
+                f"outlive start {spec.name} on {spec.nodes[0]}",
+            )
+        return None if has_listened(role, now) else _refused("peers were not heard yet", "ask again")
+    owner = holder(role)
+    if owner == me and record.boot_id == role.boot_id:
+        return None
+    if owner != me and successor(spec, owner) != me:
+        return _refused(
+            f"the right to start it is {owner or 'unknown'}'s", f"run it on {owner or 'the leader'}"
+        )
+    return _unaccounted(role, event, owner, now)
+
+
+def _unaccounted(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:
+    """Return which node could lead it unheard; None if all spoke or are vouched for.
+
+    The holder itself, if that is another node, cannot speak itself out of the lead: it must be off.
+    """
+    for node in event.spec.nodes:
+        if node == role.me:
+            continue
+        vouched = node in event.peers_are_off and is_silent(role, node, now)
+        spoke = node != owner and has_listened(role, now) and keeper_speaks(role, node, now)
+        if not (vouched or spoke):
+            why = "holds the right to it" if node == owner else "was not heard and may lead it by now"
+            return _refused(
+                f"{node} {why}",
+                f"outlive start {event.spec.name} on {node}, or power it off and say --off {node}",
+            )
+    return None
+
+
+def _refused(message: str, hint: str = "") -> Refused:
+    return Refused(error="NoRightToLeadError", message=message, hint=hint)
