@@ -36,8 +36,8 @@ class FoldAbandonedError(Exception):
 
 
 def fold_due(levels: int, max_levels: int) -> bool:
-    """Tell whether a chain of `levels` is long enough to be folded: two levels before the longest allowed."""
-    return levels >= max(2, max_levels - 2)
+    """Tell whether a chain of `levels` is long enough: two before the longest allowed, longer than folded."""
+    return levels >= max(max_levels - 2, max_levels // 2 + 1)
 
 
 def plan_fold(sizes_bytes: Sequence[int], max_levels: int) -> int:

@@ -298,7 +298,6 @@ class EpochStore(StoreReader):
                 )
                 self._levels[level.id] = level
                 self._stale.append(newest.path)
-                self._disk.sync_dir(self._layout.views, op="fold.sync-views")
                 return level
         except FoldAbandonedError:
             return None
@@ -383,9 +382,12 @@ class EpochStore(StoreReader):
                 return
             # Newest first: at no moment does one stand on what is not there.
             garbage = self._garbage()
+            if not garbage and not self._stale:
+                return
             for level in garbage:
                 del self._levels[level.id]
                 self._disk.unlink(self._layout.view(level.id), op="collect.view")
+            # What a fold replaced goes only when no power loss can make a view lead there again.
             self._disk.sync_dir(self._layout.views, op="collect.sync-views")
             while self._stale:
                 throw_away(self._layout, self._disk, self._stale[-1])

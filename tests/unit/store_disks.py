@@ -1,0 +1,262 @@
+"""Disks that fail, and a reader that follows `parent` as CRIU does; shared by the store's tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey, expand, page_images, read_pagemap
+from common.durable import Disk, RealDisk, Writer
+from common.errors import NoSpaceError, StoreError
+from common.model import EpochId
+from replica.store import ZERO, EpochHeader, EpochRecord, EpochStore
+
+Content = dict[SpaceKey, dict[int, int]]
+"""What an epoch holds: for each page of each space, the byte that fills it."""
+
+
+class PowerLossError(Exception):
+    """The machine stops here: nothing that the program does any more has an effect."""
+
+
+class UnsyncedDisk(RealDisk):
+    """A disk whose syncs take no time; for tests in which the machine lives on."""
+
+    def sync_files(self, paths: Iterable[Path], *, op: str) -> None:
+        pass
+
+    def sync_dir(self, path: Path, *, op: str) -> None:
+        pass
+
+
+@dataclass
+class _Name:
+    """A name that came, went or changed, and is not synced; `path` moves with the directories above it."""
+
+    path: Path
+    undo: Callable[[Path], None]
+    came_from: Path | None = None
+
+    def synced_by(self, directory: Path) -> bool:
+        return directory in (self.path.parent, self.came_from and self.came_from.parent)
+
+    def moved(self, source: Path, target: Path) -> None:
+        self.path = _moved(self.path, source, target)
+
+
+class FaultyDisk:
+    """Counts operations, fails the n-th, and knows what a power loss would take back.
+
+    `fault` is what happens at operation `fault_at`: "error" or "full" fail it once, "stop" ends the machine.
+    Worst case: all that could be lost is. A rename is durable when one of the two directories was synced,
+    any other name when its directory was,
+    and a file's content when the file was.
+    """
+
+    def __init__(self, fault_at: int = -1, fault: str = "stop") -> None:
+        self.ops: list[str] = []
+        self._real: Disk = UnsyncedDisk()
+        self._fault_at = fault_at
+        self._fault = fault
+        self._stopped = False
+        self._unsynced_files: set[Path] = set()
+        self._unsynced_names: list[_Name] = []
+
+    def lose_power(self) -> None:
+        """Take back all that was not synced, the latest first."""
+        for path in self._unsynced_files:
+            if path.exists():
+                os.truncate(path, 0)
+        for place, name in reversed(list(enumerate(self._unsynced_names))):
+            if not name.path.parent.exists():
+                continue
+            name.undo(name.path)
+            if name.came_from:
+                for earlier in self._unsynced_names[:place]:
+                    earlier.moved(name.path, name.came_from)
+
+    def make_dir(self, path: Path, *, op: str) -> None:
+        self._count(op)
+        self._real.make_dir(path, op=op)
+        self._named(path, lambda path: RealDisk().remove_tree(path, op=op))
+
+    def write_file(self, path: Path, data: bytes, *, op: str) -> None:
+        self._count(op)
+        self._real.write_file(path, data, op=op)
+        self._created(path)
+
+    def create(self, path: Path, *, op: str) -> Writer:
+        self._count(op)
+        self._created(path)
+        return _CountingWriter(self._real.create(path, op=op), lambda: self._count(op))
+
+    def sync_files(self, paths: Iterable[Path], *, op: str) -> None:
+        for path in paths:
+            self._count(op)
+            self._unsynced_files.discard(path)
+
+    def sync_dir(self, path: Path, *, op: str) -> None:
+        self._count(op)
+        self._unsynced_names = [name for name in self._unsynced_names if not name.synced_by(path)]
+
+    def rename(self, source: Path, target: Path, *, op: str) -> None:
+        self._count(op)
+        self._real.rename(source, target, op=op)
+        self._unsynced_files = {_moved(path, source, target) for path in self._unsynced_files}
+        for name in self._unsynced_names:
+            name.moved(source, target)
+
+        def undo(path: Path) -> None:
+            if path.exists():
+                path.rename(source)
+
+        self._unsynced_names.append(_Name(target, undo, came_from=source))
+
+    def point(self, link: Path, target: str, *, op: str) -> None:
+        self._count(op)
+        before = os.readlink(link) if link.is_symlink() else None
+        self._real.point(link, target, op=op)
+
+        def undo(path: Path) -> None:
+            path.unlink(missing_ok=True)
+            if before is not None:
+                path.symlink_to(before)
+
+        self._named(link, undo)
+
+    def link(self, source: Path, target: Path, *, op: str) -> None:
+        self._count(op)
+        self._real.link(source, target, op=op)
+        self._named(target, lambda path: path.unlink(missing_ok=True))
+
+    def unlink(self, path: Path, *, op: str) -> None:
+        self._count(op)
+        before = os.readlink(path) if path.is_symlink() else None
+        self._real.unlink(path, op=op)
+        if before is not None:
+            self._named(path, lambda path: path.symlink_to(before))
+
+    def remove_tree(self, path: Path, *, op: str) -> None:
+        self._count(op)
+        self._real.remove_tree(path, op=op)
+
+    def free_bytes(self, path: Path) -> int:
+        return 1 << 40
+
+    def is_volatile(self, path: Path) -> bool:
+        return False
+
+    def _count(self, op: str) -> None:
+        if self._stopped:
+            raise PowerLossError
+        self.ops.append(op)
+        if len(self.ops) - 1 == self._fault_at:
+            if self._fault == "stop":
+                self._stopped = True
+                raise PowerLossError
+            raise NoSpaceError(op) if self._fault == "full" else StoreError(op)
+
+    def _created(self, path: Path) -> None:
+        self._unsynced_files.add(path)
+        self._named(path, lambda path: path.unlink(missing_ok=True))
+
+    def _named(self, path: Path, undo: Callable[[Path], None]) -> None:
+        self._unsynced_names.append(_Name(path, undo))
+
+
+class _CountingWriter:
+    def __init__(self, real: Writer, count: Callable[[], None]) -> None:
+        self._real = real
+        self._count = count
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._count()
+        self._real.write(data)
+
+    def skip(self, size_bytes: int) -> None:
+        self._real.skip(size_bytes)
+
+    def close(self) -> None:
+        self._real.close()
+
+
+def _moved(path: Path, source: Path, target: Path) -> Path:
+    return target / path.relative_to(source) if path.is_relative_to(source) else path
+
+
+def header(epoch: EpochId, base: EpochId | None) -> EpochHeader:
+    return EpochHeader(workload="web", id=epoch, base=base, incarnation="one", frozen_wall_s=epoch.epoch)
+
+
+def commit(
+    store: EpochStore,
+    epoch: EpochId,
+    content: Content,
+    base: EpochId | None = None,
+    held: Content | None = None,
+    *,
+    chunk_bytes: int = 10_000,
+    lazy: bool = False,
+    resend: int = 0,
+    finish: bool = True,
+) -> EpochRecord | None:
+    """Send `content` as a primary does that knows that the store holds `held` as `base`.
+
+    `resend` > 0: every page whose number it divides is sent though it is unchanged. Without `finish` the
+    epoch is left as it is after its last page.
+    """
+    arriving = store.begin(header(epoch, base))
+    try:
+        arriving.metadata("inventory.img", f"inventory of {epoch}".encode(), more=True)
+        arriving.metadata("inventory.img", b", whole")
+        for key, pages in content.items():
+            before = (held or {}).get(key, {})
+            flags, sent = [], bytearray()
+            for number, fill in sorted(pages.items()):
+                if before.get(number) == fill and not (resend and number % resend == 0):
+                    flag = PE_PARENT
+                elif fill:
+                    flag = PE_PRESENT
+                    sent += bytes([fill]) * 4096
+                else:
+                    flag = ZERO
+                flags.append(flag | (PE_LAZY if lazy else 0))
+            arriving.space(key, np.array(sorted(pages), dtype=np.uint64), np.array(flags, dtype=np.uint8))
+            for start in range(0, len(sent), chunk_bytes):
+                arriving.pages(key, memoryview(sent)[start : start + chunk_bytes])
+        return arriving.commit() if finish else None
+    except (StoreError, NoSpaceError):
+        arriving.abort()
+        raise
+
+
+def composed(directory: Path) -> Content:
+    """Read an epoch as CRIU does: each page from the first level on the way down that has its bytes."""
+    return {
+        image.key: {
+            number: _read_page(directory, image.key, number) for number in _pages(directory, image.key)
+        }
+        for image in page_images(directory)
+    }
+
+
+def _pages(directory: Path, key: SpaceKey) -> dict[int, tuple[int, int]]:
+    """Give the flags of each page and its place in the file of pages."""
+    numbers, flags = expand(read_pagemap(directory / key.pagemap_name).entries)
+    place = np.cumsum((flags & PE_PRESENT) != 0) - 1
+    return {int(n): (int(f), int(p)) for n, f, p in zip(numbers, flags, place, strict=True)}
+
+
+def _read_page(directory: Path, key: SpaceKey, number: int) -> int:
+    flags, place = _pages(directory, key)[number]
+    if flags & PE_PARENT:
+        return _read_page(directory / "parent", key, number)
+    pages_id = read_pagemap(directory / key.pagemap_name).pages_id
+    data = (directory / f"pages-{pages_id}.img").read_bytes()[place * 4096 : (place + 1) * 4096]
+    assert len(data) == 4096
+    assert data == data[:1] * 4096
+    return data[0]
