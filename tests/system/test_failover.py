@@ -1,0 +1,111 @@
+"""The main job: a redis outlives its host, again and again, and everybody sees what happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from common.control import WorkloadStatus
+from outlive.cluster import eventually
+from tests.system.clusters import NAME, protected_redis
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+
+def test_the_demo_survives_and_prints_one_object() -> None:
+    command = [sys.executable, "-m", "outlive.cli", "demo", "--output", "json"]
+    small = ["--size-mib", "32", "--epochs", "5", "--interval-ms", "400"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["survived"] is True
+    assert report["epochs_committed"] >= 5
+    assert report["writes"]["acknowledged"] > 100
+    assert report["writes"]["present"] + report["writes"]["lost"] == report["writes"]["acknowledged"]
+    assert report["writes"]["lost_window_ms"] <= 2 * report["epoch_interval_ms"]["max"] + 1000
+    assert report["bytes"]["sent"] < report["bytes"]["full_equivalent"]
+    assert [entry["event"] for entry in report["timeline"]]
+    assert all(entry["reason"] for entry in report["timeline"])
+
+
+async def test_a_restored_workload_is_protected_and_restored_again_three_times() -> None:
+    async with protected_redis(("a", "b")) as cluster:
+        leader, replica = "a", "b"
+        for turn in range(3):
+            await cluster.redis("set", f"turn:{turn}", f"value {turn}")
+            await cluster.wait_for_epochs(2, leader)
+            await cluster.lab.power_off(leader)
+            await cluster.nodes[replica].wait_for(
+                NAME, lambda w: w.role == "primary" and w.running, what="taken over"
+            )
+            await eventually(cluster.answers, what=f"redis answers after takeover {turn}")
+            for earlier in range(turn + 1):
+                assert await cluster.redis("get", f"turn:{earlier}") == f"value {earlier}"
+            await cluster.lab.power_on(leader)
+            await cluster.nodes[leader].start()
+            leader, replica = replica, leader
+            status = await cluster.wait_until_protected(leader, replica)
+            assert status.term == turn + 2
+
+
+async def test_manual_failover_is_refused_without_accepting_loss_and_works_with_it() -> None:
+    async with protected_redis(("a", "b"), right_to_lead="manual", fenced=False) as cluster:
+        second = cluster.nodes["b"]
+        await cluster.redis("set", "kept", "yes")
+        await cluster.wait_for_epochs(2)
+        await cluster.lab.power_off("a")
+        waiting = await second.wait_for(NAME, lambda w: w.state == "waiting", what="waiting")
+        assert "failover" in waiting.reason
+        refused = await second.cli("failover", NAME, check=False)
+        assert refused.returncode == 10
+        unsure = await second.cli("failover", NAME, "--accept-data-loss", check=False)
+        assert unsure.returncode == 10
+        assert "old-primary-is-off" in unsure.stderr
+        await second.cli("failover", NAME, "--accept-data-loss", "--old-primary-is-off", "a")
+        await second.wait_for(NAME, lambda w: w.role == "primary" and w.running, what="led by b")
+        await eventually(cluster.answers, what="redis answers")
+        assert await cluster.redis("get", "kept") == "yes"
+
+
+async def test_an_unfenced_silent_primary_is_never_replaced_and_goes_on_after_the_partition() -> None:
+    settings = {"heartbeat": {"interval_ms": 50, "suspect_after_ms": 300}}
+    async with protected_redis(("a", "b"), fenced=False, settings=settings) as cluster:
+        await cluster.lab.cut("a")
+        waiting = await cluster.nodes["b"].wait_for(NAME, lambda w: w.state == "waiting", what="waiting")
+        assert not waiting.running
+        first = await cluster.nodes["a"].workload(NAME)
+        assert first is not None
+        assert first.running
+        await cluster.lab.mend("a")
+        await cluster.nodes["b"].wait_for(NAME, lambda w: w.state == "following", what="following again")
+        await cluster.wait_for_epochs(2)
+
+
+async def test_a_primary_that_was_replaced_while_cut_off_ends_its_copy_when_it_hears_of_it() -> None:
+    async with protected_redis(("a", "b"), fenced=False, right_to_lead="manual") as cluster:
+        await cluster.lab.cut("a")
+        second = cluster.nodes["b"]
+        await second.wait_for(NAME, lambda w: w.state == "waiting", what="waiting")
+        await second.cli("failover", NAME, "--accept-data-loss", "--old-primary-is-off", "a")
+        await second.wait_for(NAME, lambda w: w.role == "primary" and w.running, what="led by b")
+        await cluster.lab.mend("a")
+
+        def follows(status: WorkloadStatus) -> bool:
+            return status.role == "replica" and not status.running and status.leader == "b"
+
+        await cluster.nodes["a"].wait_for(NAME, follows, what="a replica of b")
+        await cluster.wait_until_protected("b", "a")
+        assert await cluster.answers()
+
+
+async def test_idle_epochs_cost_less_than_a_hundredth_of_the_memory() -> None:
+    async with protected_redis(("a", "b"), fill_mib=64) as cluster:
+        await cluster.wait_for_epochs(3)
+        before = (await cluster.nodes["a"].metrics()).workloads[0]
+        await cluster.wait_for_epochs(5)
+        after = (await cluster.nodes["a"].metrics()).workloads[0]
+        epochs = after.epochs_acknowledged - before.epochs_acknowledged
+        assert (after.bytes_sent - before.bytes_sent) / epochs < 0.01 * after.memory_bytes
