@@ -336,9 +336,20 @@ def ended_stop(role: Role, event: Event, now: Instant) -> str:
     return f"{how_it_ended(role)}: {_policy(role)}" if _ended(role) else ""
 
 
-def died_after_restore(role: Role, event: WorkloadEnded, now: Instant) -> str:
-    """It was restored and ended before it served; what came of a running order the agent tells."""
-    if role.step in ("hold", "add_vip", "order"):
+def briefly(guard: Guard) -> Guard:
+    """Return that guard for a workload that the agent started, and that ended before anybody saw it run."""
+
+    def began_and_ended(role: Role, event: AgentReport, now: Instant) -> str:
+        report = event.report
+        executed = role.step == "order" and report.order_done >= role.order.number
+        return guard(role, event, now) if executed and not report.running and not role.alive else ""
+
+    return began_and_ended
+
+
+def died_after_restore(role: Role, event: Event, now: Instant) -> str:
+    """It was restored and ended before it served; what comes of an order the agent's report tells."""
+    if isinstance(event, WorkloadEnded) and role.step in ("hold", "add_vip", "order"):
         return ""
     again = f"outlive failover {role.spec.name} --accept-data-loss restores it again"
     return f"{how_it_ended(role)} right after it was restored: {again}"

@@ -59,6 +59,7 @@ from common.role_guards import (
     alone_after_boot,
     asked,
     asked_but_unrecorded,
+    briefly,
     cleaned_up,
     died_after_restore,
     ended_restart,
@@ -280,6 +281,8 @@ def _learn_time(role: Role, now: Instant) -> Acted:
 def _reorder(role: Role) -> Acted:
     """Give the agent a new order if it is to do something else from now on."""
     old = role.order
+    if role.name == "taking_over" and role.step in ("hold", "add_vip"):
+        return role, ()  # what is still on its way from the old leader may be committed until the restore
     order = Order(
         workload=role.spec.name,
         number=old.number,
@@ -287,6 +290,7 @@ def _reorder(role: Role) -> Acted:
         term=role.record.term,
         action=_order_action(role),
         leader=role.record.leader,
+        spec=role.spec,
     )
     if order == old:
         return role, ()
@@ -295,8 +299,6 @@ def _reorder(role: Role) -> Acted:
 
 
 def _order_role(role: Role) -> Any:
-    if role.name == "taking_over" and role.step in ("hold", "add_vip", None):
-        return "follow"
     if role.name in ("launching", "leading", "taking_over"):
         return "lead"
     return "follow" if role.name in (*PURSUING, "deposed") and role.record.leader != role.me else "idle"
@@ -363,6 +365,10 @@ TABLE: tuple[Row, ...] = (
     Row(_BRINGING_UP, AgentReport, "could not", order_failed, "failed", fail),
     Row(_BRINGING_UP, AgentReport, "runs, last step", up_last_step, "leading", lead),
     Row(_BRINGING_UP, AgentReport, "runs", up_more_steps, None, advance),
+    Row(("launching",), AgentReport, "ended: failover", briefly(ended_yield), "yielding", clean_up),
+    Row(("launching",), AgentReport, "ended: restart", briefly(ended_restart), None, restart),
+    Row(("launching",), AgentReport, "ended: stop", briefly(ended_stop), None, stop),
+    Row(("taking_over",), AgentReport, "ended", briefly(died_after_restore), "failed", fail),
     Row(("launching",), Tick, "restart due", restart_due, None, relaunch),
     Row(("taking_over",), WorkloadEnded, "ended", died_after_restore, "failed", fail),
     # Leading, and its end.

@@ -206,7 +206,9 @@ def new_role(
 
     The next event must be `KeeperStarted`.
     """
-    order = Order(workload=spec.name, number=first_order, role="idle", term=record.term, leader=record.leader)
+    order = Order(
+        workload=spec.name, number=first_order, role="idle", term=record.term, leader=record.leader, spec=spec
+    )
     return Role(
         me=me,
         boot_id=boot_id,
