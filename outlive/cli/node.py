@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.resources import files
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def doctor(context: click.Context, workload: str | None) -> None:
     call = context.ensure_object(Call)
     checks = tuple(
         Check(area=c.area, name=c.name, status=c.status, detail=c.detail, hint=c.hint)
-        for c in run_doctor(call.config(), workload).checks
+        for c in asyncio.run(run_doctor(call.config(), workload)).checks
     )
     answer = DoctorAnswer(fit=all(each.status != "fail" for each in checks), checks=checks)
     rows = [(each.area, each.name, each.status, each.detail) for each in checks]

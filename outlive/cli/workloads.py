@@ -193,8 +193,8 @@ def failover(
 
 
 def _start(call: Call, config: NodeConfig, spec: WorkloadSpec) -> None:
-    before = newest_term(call, config, spec.name)
     try:
+        before = newest_term(call, config, spec.name)
         done = call.ask(config.keeper_endpoint, StartWorkload(spec=spec), Done)
     except UnreachableError as error:
         raise UnreachableError(

@@ -1,0 +1,413 @@
+"""Verbs that ask a keeper, against a control server that answers as told: views, JSON, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq.asyncio
+from msgspec.structs import replace
+
+from common.config import load_config
+from common.control import (
+    AgentMetrics,
+    AskHistory,
+    AskStatus,
+    Done,
+    Failover,
+    ForgetWorkload,
+    History,
+    KeeperAnswer,
+    KeeperRequest,
+    NodeStatus,
+    PeerStatus,
+    Refused,
+    ReplicaProgress,
+    StartWorkload,
+    StopWorkload,
+    TermHistory,
+    TimelineEntry,
+    WorkloadStatus,
+)
+from common.control_channel import ControlServer
+from common.model import EpochId
+from outlive.cli import follow
+from outlive.cli.app import run
+
+NODE = """\
+[node]
+name = "a"
+address = "127.0.0.1"
+run_dir = "{directory}/run"
+state_dir = "{directory}/state"
+
+[[peers]]
+name = "b"
+address = "127.0.0.2"
+public_key = "rq:rM>}}U?@Lns47E1%kR.o@n%FcmmsL/@{{H8]yf7"
+
+[[workloads]]
+name = "redis"
+nodes = ["a", "b"]
+command = ["redis-server"]
+"""
+
+LEADING = WorkloadStatus(
+    name="redis",
+    role="primary",
+    state="leading",
+    reason="nobody else leads",
+    term=3,
+    leader="a",
+    running=True,
+    restorable=True,
+    data_at_risk_s=0.42,
+    captured=EpochId(3, 1042),
+    replicas=(ReplicaProgress(node="b", connected=True, acknowledged=EpochId(3, 1041), restorable=True),),
+)
+WAITING = replace(
+    LEADING,
+    role="replica",
+    state="waiting",
+    reason="b is silent and the right to lead is manual",
+    leader="b",
+    running=False,
+    captured=None,
+    stored=EpochId(3, 1041),
+    replicas=(),
+)
+TERM = TermHistory(
+    workload="redis",
+    term=4,
+    leader="a",
+    cause="an operator said so",
+    began_wall_s=1_764_000_000.5,
+    restored=EpochId(3, 1041),
+    timeline=(
+        TimelineEntry(at_ms=1.25, wall_s=1_764_000_000.5, event="fence", reason="b is off, an operator says"),
+        TimelineEntry(at_ms=99.0, wall_s=1_764_000_000.6, event="announce", reason="healthy"),
+    ),
+)
+
+
+def node_status(*workloads: WorkloadStatus, **changes: object) -> NodeStatus:
+    status = NodeStatus(
+        node="a",
+        boot_id="boot-1",
+        agent="alive",
+        peers=(PeerStatus(node="b", keeper_silence_ms=31, agent_silence_ms=None),),
+        workloads=workloads,
+    )
+    return replace(status, **changes)
+
+
+class FakeNode:
+    """A node whose processes answer from a table: request type to answer, or to a function that makes one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config_path = directory / "node.toml"
+        self.config_path.write_text(NODE.format(directory=directory))
+        self.config = load_config(self.config_path)
+        self.answers: dict[type, KeeperAnswer | Callable[[], KeeperAnswer]] = {AskHistory: History(terms=())}
+        self.asked: list[KeeperRequest] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._context = zmq.asyncio.Context()
+        self._servers: list[tuple[ControlServer, asyncio.Task[None]]] = []
+        self._thread.start()
+
+    def listen(self, endpoint: str) -> None:
+        asyncio.run_coroutine_threadsafe(self._serve(endpoint), self._loop).result(5)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+        self._context.destroy(linger=0)
+
+    def run(self, *words: str) -> int:
+        return run(["--config", str(self.config_path), *words])
+
+    async def _serve(self, endpoint: str) -> None:
+        server = ControlServer(self._context, endpoint, self._answer)
+        self._servers.append((server, asyncio.create_task(server.serve())))
+
+    async def _stop(self) -> None:
+        for server, task in self._servers:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            server.close()
+
+    async def _answer(self, request: KeeperRequest) -> KeeperAnswer:
+        if not isinstance(request, AskStatus | AskHistory):
+            self.asked.append(request)
+        answer = self.answers[type(request)]
+        return answer() if callable(answer) else answer
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[FakeNode]:
+    """A node on which nothing answers."""
+    node = FakeNode(tmp_path)
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def node(silent: FakeNode, monkeypatch: pytest.MonkeyPatch) -> FakeNode:
+    """A node whose keeper answers."""
+    monkeypatch.setattr(follow, "SETTLED_S", 0.15)
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    silent.listen(silent.config.keeper_endpoint)
+    return silent
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+def read_json(capsys: Captured) -> dict[str, object]:
+    """Return the one object on stdout."""
+    value = json.loads(capsys.readouterr().out)
+    assert isinstance(value, dict)
+    assert value["schema_version"] == 1
+    return value
+
+
+# --- status -----------------------------------------------------------------------------------------
+
+
+def test_status_shows_small_words_in_columns(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(LEADING)
+    assert node.run("status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "node a   keeper alive   agent alive"
+    assert lines[3].split() == ["b", "31", "ms", "ago", "never", "heard"]
+    assert lines[5].split("  ")[0] == "WORKLOAD"
+    row = ["redis", "primary", "leading", "3", "t3-e1042", "yes"]
+    assert lines[6].split() == [*row, "0.4", "s", "1", "of", "1"]
+    assert "redis: nobody else leads" in lines
+
+
+def test_status_as_json_keeps_its_keys(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(LEADING)
+    assert node.run("status", "--output", "json") == 0
+    status = read_json(capsys)
+    assert list(status) == [
+        *("schema_version", "node", "boot_id", "agent", "peers", "workloads", "unprotected"),
+    ]
+    (workload,) = status["workloads"]
+    assert workload["captured"] == {"term": 3, "epoch": 1042}
+    assert workload["replicas"][0]["acknowledged"] == {"term": 3, "epoch": 1041}
+    assert workload["data_at_risk_s"] == 0.42
+    assert status["peers"] == [
+        {"node": "b", "keeper_silence_ms": 31, "agent_silence_ms": None, "boot_id": ""}
+    ]
+
+
+def test_status_of_an_unprotected_workload_says_why_and_has_its_own_exit_code(
+    node: FakeNode, capsys: Captured
+) -> None:
+    replica = ReplicaProgress(node="b", connected=True, reasons=("b has 1 GiB of memory free, 2 are needed",))
+    node.answers[AskStatus] = node_status(
+        replace(LEADING, restorable=False, reasons=("no replica could restore it",), replicas=(replica,))
+    )
+    assert node.run("status") == 16
+    shown = capsys.readouterr().out
+    assert "redis: not restorable: no replica could restore it" in shown
+    assert "redis: replica b could not restore it: b has 1 GiB of memory free, 2 are needed" in shown
+    assert "0 of 1" in shown
+    assert node.run("status", "--output", "json") == 16
+    assert read_json(capsys)["unprotected"] == ["redis"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (node_status(LEADING, agent="silent"), 16),
+        (node_status(replace(LEADING, role="replica", restorable=False)), 0),
+        (node_status(replace(LEADING, state="stopped", running=False, restorable=False)), 0),
+        (node_status(), 0),
+    ],
+    ids=["agent dead", "not led here", "stopped on purpose", "none"],
+)
+def test_only_what_is_led_here_and_could_be_lost_is_unprotected(
+    node: FakeNode, status: NodeStatus, code: int
+) -> None:
+    node.answers[AskStatus] = status
+    assert node.run("status") == code
+
+
+def test_status_without_any_process_says_so(silent: FakeNode, capsys: Captured) -> None:
+    assert silent.run("status") == 4
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("outlive: neither keeper nor agent of node a answers")
+    assert "hint: systemctl start outlive-keeper outlive-agent" in told.err
+
+
+def test_status_with_the_agent_alone_says_what_that_means(silent: FakeNode, capsys: Captured) -> None:
+    silent.listen(silent.config.agent_endpoint)
+    silent.answers[AskStatus] = AgentMetrics(node="a", pid=7, rss_bytes=0, cpu_s=0.0, workloads=())
+    assert silent.run("status", "--output", "json") == 4
+    error = read_json(capsys)["error"]
+    assert error["kind"] == "UnreachableError"
+    assert error["retryable"] is True
+    assert "the agent of node a answers, its keeper does not" in error["message"]
+
+
+# --- failover ---------------------------------------------------------------------------------------
+
+
+def in_turn(*answers: KeeperAnswer) -> Callable[[], KeeperAnswer]:
+    """Answer each in turn, the last one for ever."""
+    left = list(answers)
+    return lambda: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_failover_is_followed_until_it_leads(node: FakeNode, capsys: Captured) -> None:
+    taking_over = replace(WAITING, role="primary", state="taking_over", term=4, leader="a")
+    node.answers[AskStatus] = in_turn(
+        node_status(WAITING),
+        node_status(WAITING),
+        node_status(taking_over),
+        node_status(replace(taking_over, state="leading", running=True)),
+    )
+    node.answers[AskHistory] = History(terms=(TERM,))
+    node.answers[Failover] = Done(detail="taking over")
+    words = ("failover", "redis", "--accept-data-loss", "--old-primary-is-off", "b")
+    assert node.run(*words, "--output", "json") == 0
+    told = capsys.readouterr()
+    assert node.asked == [Failover(workload="redis", accept_data_loss=True, old_primary_is_off="b")]
+    answer = json.loads(told.out)
+    assert list(answer) == ["schema_version", "workload", "detail", "outcome"]
+    assert (answer["outcome"]["state"], answer["outcome"]["term"]) == ("leading", 4)
+    assert [step["event"] for step in answer["outcome"]["timeline"]] == ["fence", "announce"]
+    assert told.err.count("b is off, an operator says") == 1  # each step is told once
+
+
+def test_a_term_that_led_before_is_not_taken_for_the_failover(node: FakeNode) -> None:
+    node.answers[AskStatus] = node_status(LEADING)
+    node.answers[Failover] = Done()
+    assert node.run("failover", "redis", "--accept-data-loss") == 5
+
+
+def test_a_refused_failover_exits_with_the_code_of_its_reason(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(WAITING)
+    node.answers[Failover] = Refused(
+        error="NoRightToLeadError", message="b may still run it", hint="--old-primary-is-off b"
+    )
+    assert node.run("failover", "redis") == 10
+    assert capsys.readouterr().err == "outlive: b may still run it\n   hint: --old-primary-is-off b\n"
+
+
+def test_a_failover_that_comes_to_rest_waiting_had_no_right(node: FakeNode, capsys: Captured) -> None:
+    acquiring = replace(WAITING, state="acquiring")
+    node.answers[AskStatus] = in_turn(node_status(WAITING), node_status(acquiring), node_status(WAITING))
+    node.answers[Failover] = Done()
+    assert node.run("failover", "redis", "--accept-data-loss") == 10
+    assert "redis is waiting, not leading" in capsys.readouterr().err
+
+
+def test_a_failover_whose_restore_fails_says_so(node: FakeNode) -> None:
+    failed = replace(WAITING, role="primary", state="failed", term=4)
+    node.answers[AskStatus] = in_turn(node_status(WAITING), node_status(failed))
+    node.answers[Failover] = Done()
+    assert node.run("failover", "redis", "--accept-data-loss") == 9
+
+
+@pytest.mark.parametrize("name", ["NoSuchError", "Exception", "ClassVar", ""])
+def test_a_refusal_of_an_unknown_kind_is_still_an_error(node: FakeNode, name: str) -> None:
+    node.answers[AskStatus] = node_status(WAITING)
+    node.answers[Failover] = Refused(error=name, message="no")
+    assert node.run("failover", "redis") == 1
+
+
+# --- start, stop, protect, unprotect, history -------------------------------------------------------
+
+
+def test_start_hands_the_declaration_to_the_keeper(node: FakeNode) -> None:
+    node.answers[AskStatus] = in_turn(node_status(), node_status(LEADING))
+    node.answers[StartWorkload] = Done()
+    assert node.run("start", "redis") == 0
+    assert node.asked == [StartWorkload(spec=node.config.workloads[0])]
+
+
+def test_start_of_what_is_not_declared_is_an_error_with_the_next_command(
+    node: FakeNode, capsys: Captured
+) -> None:
+    assert node.run("start", "nothing") == 5
+    assert "hint: declare it: outlive protect nothing -- COMMAND" in capsys.readouterr().err
+
+
+def test_stop_waits_until_it_is_ended(node: FakeNode, capsys: Captured) -> None:
+    stopped = replace(LEADING, role="none", state="stopped", running=False, reason="an operator stopped it")
+    node.answers[AskStatus] = in_turn(node_status(LEADING), node_status(stopped))
+    node.answers[StopWorkload] = Done()
+    assert node.run("stop", "redis", "--timeout", "5") == 0
+    assert "an operator stopped it" in capsys.readouterr().out
+
+
+def test_protect_declares_and_starts(node: FakeNode) -> None:
+    web = replace(LEADING, name="web", term=1)
+    node.answers[AskStatus] = in_turn(node_status(), node_status(web))
+    node.answers[StartWorkload] = Done()
+    options = ("--health-tcp", "8080", "--env", "LANG=C=D", "--files", "/data", "--on-exit", "restart")
+    assert node.run("protect", "web", *options, "--", "python3", "-m", "http.server", "--bind", "::") == 0
+    spec = load_config(node.config_path).workloads[1]
+    assert node.asked == [StartWorkload(spec=spec)]
+    assert spec.command == ("python3", "-m", "http.server", "--bind", "::")
+    assert spec.nodes == ("a", "b")
+    assert spec.environment == {"LANG": "C=D"}
+    assert spec.health is not None
+    assert spec.health.tcp == 8080
+    assert [item.path for item in spec.files] == ["/data"]
+    assert spec.on_exit == "restart"
+
+
+def test_protect_without_a_keeper_declares_and_says_that_it_is_not_started(
+    silent: FakeNode, capsys: Captured
+) -> None:
+    assert silent.run("protect", "web", "--", "true") == 4
+    assert len(load_config(silent.config_path).workloads) == 2
+    assert "web is declared, but not started" in capsys.readouterr().err
+    assert silent.run("protect", "idle", "--no-start", "--", "true") == 0
+
+
+def test_unprotect_forgets_and_removes_the_block(node: FakeNode) -> None:
+    stopped = replace(LEADING, role="none", state="stopped", running=False)
+    node.answers[AskStatus] = node_status(stopped)
+    node.answers[ForgetWorkload] = Done()
+    assert node.run("unprotect", "redis") == 0
+    assert node.asked == [ForgetWorkload(workload="redis")]
+    assert load_config(node.config_path).workloads == ()
+
+
+def test_unprotect_of_what_the_keeper_will_not_forget_changes_nothing(node: FakeNode) -> None:
+    before = node.config_path.read_text()
+    node.answers[AskStatus] = node_status(LEADING)
+    node.answers[ForgetWorkload] = Refused(error="WorkloadError", message="it runs")
+    assert node.run("unprotect", "redis") == 5
+    assert node.config_path.read_text() == before
+
+
+def test_history_shows_each_term_with_its_steps(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskHistory] = History(terms=(replace(TERM, term=3, timeline=(), restored=None), TERM))
+    assert node.run("history", "redis") == 0
+    shown = capsys.readouterr().out
+    assert "term 4: a led from 20" in shown
+    assert ", restored t3-e1041" in shown
+    assert "an operator said so" in shown
+    assert [line.split()[:2] for line in shown.splitlines()[-2:]] == [["1.2", "fence"], ["99.0", "announce"]]
+    assert node.run("history", "redis", "--output", "json") == 0
+    terms = read_json(capsys)["terms"]
+    assert [term["term"] for term in terms] == [3, 4]
+    assert terms[1]["restored"] == {"term": 3, "epoch": 1041}
+
+
+def test_history_of_the_unknown_is_an_error(node: FakeNode) -> None:
+    assert node.run("history", "nothing") == 5
