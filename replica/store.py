@@ -387,7 +387,8 @@ class EpochStore(StoreReader):
             for level in garbage:
                 del self._levels[level.id]
                 self._disk.unlink(self._layout.view(level.id), op="collect.view")
-            # What a fold replaced goes only when no power loss can make a view lead there again.
+            # What a fold replaced goes only when no power loss can make its view lead there again: the
+            # command beside an epoch works without our recovery too.
             self._disk.sync_dir(self._layout.views, op="collect.sync-views")
             while self._stale:
                 throw_away(self._layout, self._disk, self._stale[-1])
