@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from common.config import NodeConfig
 from common.errors import UnsupportedError
 from outlive.cli.call import Call, Verb, Verbs, examples
 from outlive.cli.output import Answer, Rows
 from outlive.cli.running import run_agent, run_keeper
+
+if TYPE_CHECKING:  # the doctor loads what it examines: only when it is called
+    from outlive.doctor import Check
 
 
 class ConfigCheckAnswer(Answer, frozen=True, kw_only=True):
@@ -43,16 +46,6 @@ class KeyAnswer(Answer, frozen=True, kw_only=True):
 
     path: str
     public_key: str
-
-
-class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that `doctor` looked at; `status` is ok, warn or fail."""
-
-    area: str
-    name: str
-    status: str
-    detail: str
-    hint: str
 
 
 class DoctorAnswer(Answer, frozen=True, kw_only=True):
@@ -167,11 +160,9 @@ def doctor(context: click.Context, workload: str | None) -> None:
     from outlive.doctor import run_doctor
 
     call = context.ensure_object(Call)
-    checks = tuple(
-        Check(area=c.area, name=c.name, status=c.status, detail=c.detail, hint=c.hint)
-        for c in asyncio.run(run_doctor(call.config(), workload)).checks
-    )
-    answer = DoctorAnswer(fit=all(each.status != "fail" for each in checks), checks=checks)
+    report = asyncio.run(run_doctor(call.config(), workload))
+    checks = report.checks
+    answer = DoctorAnswer(fit=report.fit, checks=checks)
     rows = [(each.area, each.name, each.status, each.detail) for each in checks]
     hints = [f"{each.area} {each.name}: {each.hint}" for each in checks if each.hint and each.status != "ok"]
     call.show(answer, Rows(("AREA", "CHECK", "STATUS", "DETAIL"), rows), *(["", *hints] if hints else []))

@@ -155,7 +155,7 @@ def show(call: Call, workload: str, epoch: EpochId | None) -> None:
         f"size         {_mebibytes(record.bytes_on_disk)} in {len(details.files)} files",
         f"pages        {record.pages}, of which {record.pages_present} lie here and the rest below",
         f"restore reads {', '.join(map(str, answer.chain))}",
-        "by hand, as root, in that directory:",
+        "by hand, as root:",
         f"  {details.command}",
     ]
     call.show(answer, *lines)

@@ -1,0 +1,96 @@
+"""The node's file: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.config import load_config, parse_config
+from common.errors import ConfigError
+from common.model import WorkloadSpec
+
+NODE = '[node]\nname = "a"\naddress = "10.0.0.1"\n'
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+PEER = f'[[peers]]\nname = "b"\naddress = "10.0.0.2"\npublic_key = "{KEY}"\n'
+WORKLOAD = '[[workloads]]\nname = "w"\nnodes = ["a"]\ncommand = ["true"]\n'
+
+
+def test_two_lines_are_a_node() -> None:
+    config = parse_config(NODE, origin="x")
+    assert config.store_dir == Path("/var/lib/outlive/store")
+    assert config.agent_endpoint == "ipc:///run/outlive/agent.sock"
+    assert config.keeper_endpoint == "ipc:///run/outlive/keeper.sock"
+    assert config.runc_root == Path("/run/outlive/runc")
+
+
+def test_peers_are_found_by_name() -> None:
+    config = parse_config(NODE + PEER, origin="x")
+    found = config.peer("b")
+    assert found is not None
+    assert found.address == "10.0.0.2"
+    assert config.peer("c") is None
+
+
+def test_a_missing_file_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(tmp_path / "none.toml")
+    assert "there is no configuration" in raised.value.message
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[node"])
+def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "node.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(path)):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "node"),
+        (NODE + "colour = 1\n", "colour"),
+        (NODE + "[color]\n", "color"),
+        (NODE + WORKLOAD + "[workloads.health]\ntpc = 1\n", "tpc"),
+        (NODE + 'agent_port = "7701"\n', r"\$.node.agent_port"),
+        ('[node]\nname = "A b"\naddress = "10.0.0.1"\n', "node name 'A b'"),
+        ('[node]\nname = "a"\naddress = "localhost"\n', "'localhost' is not an IP address"),
+        (NODE + PEER.replace('"b"', '"a"'), "'a' is used twice"),
+        (NODE + PEER + PEER.replace('"b"', '"c"'), "belongs to two peers"),
+        (NODE + PEER.replace(KEY, "short"), "40 characters"),
+        (NODE + "[heartbeat]\ninterval_ms = 1\n", "heartbeat.interval_ms"),
+        (NODE + "[heartbeat]\ninterval_ms = 200\n", "three times"),
+        (NODE + "[store]\nmax_levels = 1\n", "store.max_levels"),
+        (NODE + '[[fences]]\nnode = "z"\ncommand = ["true"]\n', "no node is called 'z'"),
+        (NODE + '[[fences]]\nnode = "a"\ncommand = []\n', "empty command"),
+        (NODE + WORKLOAD + WORKLOAD, "'w' is declared twice"),
+        (NODE + WORKLOAD + 'vip = "10.0.0.9/24"\n', "vip_interface"),
+        (NODE + WORKLOAD.replace('["a"]', '["a", "q"]'), "'q' is neither this node nor a peer"),
+        (NODE + WORKLOAD.replace('["a"]', '["a", "a"]'), "twice"),
+        (NODE + WORKLOAD.replace('["a"]', "[]"), "nodes is empty"),
+        (NODE + WORKLOAD.replace('["true"]', "[]"), "command is empty"),
+        (NODE + WORKLOAD.replace('"w"', '"-w"'), "name: use"),
+        (NODE + WORKLOAD + 'root = "x"\n', "root must be an absolute path"),
+        (NODE + WORKLOAD + 'working_directory = "x"\n', "working_directory must be an absolute path"),
+        (NODE + WORKLOAD + 'files = [{ path = "/a/../b" }]\n', "absolute path below /"),
+        (NODE + WORKLOAD + 'user = "root"\n', "user must be numeric"),
+        (NODE + WORKLOAD + 'vip = "10.0.0.9"\n', "prefix length"),
+        (NODE + WORKLOAD + "health = {}\n", "exactly one"),
+        (NODE + WORKLOAD + 'health = { tcp = 1, http = ":1/" }\n', "exactly one"),
+        (NODE + WORKLOAD + "epoch_interval_ms = 1\n", "epoch_interval_ms"),
+        (NODE + WORKLOAD + "freeze_deadline_ms = 1\n", "freeze_deadline_ms"),
+        (NODE + WORKLOAD + 'on_exit = "explode"\n', "explode"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        parse_config(text, origin="node.toml")
+    assert raised.value.message.startswith("node.toml")
+    assert raised.value.hint
+
+
+def test_the_thaw_deadline_leaves_a_second_for_the_agent() -> None:
+    spec = WorkloadSpec(name="w", nodes=("a",), command=("true",), freeze_deadline_ms=500)
+    assert spec.thaw_deadline_ms == 1500
