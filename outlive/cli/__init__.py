@@ -14,14 +14,17 @@ from pathlib import Path
 CONFIG_VARIABLE = "OUTLIVE_CONFIG"
 DEBUG_VARIABLE = "OUTLIVE_DEBUG"
 
+_NOT_FOR_THE_KEEPER = ("rich", "ssl", "_hashlib")
+"""What structlog, asyncio and hashlib load where they find it and do without where not: 8 of 34 MiB."""
+
 
 def main() -> None:
     """Run the command line of this process and exit."""
     arguments = sys.argv[1:]
     config_path = keeper_config(arguments)
     if config_path is not None:
-        # structlog looks for rich, and 3.4 MiB come with it; None makes that import fail as if not installed.
-        sys.modules["rich"] = None  # type: ignore[assignment]
+        for name in _NOT_FOR_THE_KEEPER:
+            sys.modules[name] = None  # type: ignore[assignment]  # its import fails as if not installed
         from outlive.cli.running import run_keeper_process
 
         sys.exit(run_keeper_process(config_path))
