@@ -1,0 +1,58 @@
+"""`outlive doctor`: can this machine, and can this workload, be protected? Looks, changes nothing.
+
+In: the node's configuration, and a workload's name or none (then: every workload that runs here). Out: a
+`DoctorReport`. `node` looks at the machine, `workload` judges what a live process tree uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from common.config import NodeConfig
+from common.container import workload_pids
+from common.errors import ConfigError
+from common.inspection import inspect_tree
+from common.model import WorkloadSpec
+from outlive.doctor.node import check_node
+from outlive.doctor.report import Check, DoctorReport
+from outlive.doctor.workload import judge_fencing, judge_tree
+
+__all__ = ["Check", "DoctorReport", "run_doctor"]
+
+
+async def run_doctor(config: NodeConfig, workload: str | None) -> DoctorReport:
+    """Check the node, then the named workload or all configured ones.
+
+    Takes about a second, or up to a few if peers do not answer. Raises ConfigError for a workload that the
+    configuration does not have; whatever else is wrong is a check that failed.
+    """
+    chosen = [spec for spec in config.workloads if workload in {None, spec.name}]
+    if workload is not None and not chosen:
+        raise ConfigError(
+            f"no workload is called {workload!r}",
+            hint=f"configured are: {', '.join(spec.name for spec in config.workloads) or 'none'}",
+        )
+    checks = await check_node(config)
+    for spec in chosen:
+        checks += await _check_workload(config, spec)
+    return DoctorReport(tuple(checks))
+
+
+async def _check_workload(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:
+    pids = await asyncio.to_thread(workload_pids, config, spec.name)
+    if not pids:
+        return [
+            Check(
+                spec.name,
+                "processes",
+                "ok",
+                "it does not run on this node, so what it uses cannot be looked at here",
+                "run outlive doctor on the node that runs it",
+            ),
+            *judge_fencing(config, spec),
+        ]
+    try:
+        tree = await asyncio.to_thread(inspect_tree, pids)
+    except PermissionError as error:
+        return [Check(spec.name, "processes", "fail", f"its processes cannot be read: {error}", "be root")]
+    return [*judge_tree(spec, tree), *judge_fencing(config, spec)]
