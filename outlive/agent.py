@@ -22,8 +22,6 @@ from pathlib import Path
 
 import structlog
 import zmq.asyncio
-from common.heartbeat import AgentBeater
-from common.sd_notify import notify
 
 from common.bundle import WorkloadPaths, restore_options
 from common.config import NodeConfig
@@ -42,12 +40,22 @@ from common.control import (
 from common.control_channel import ControlServer, ask
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
-from common.errors import CaptureError, ConfigError, OutliveError, ProtocolError, StaleTermError
+from common.errors import (
+    CaptureError,
+    ConfigError,
+    NoSpaceError,
+    OutliveError,
+    ProtocolError,
+    StaleTermError,
+    StoreError,
+)
 from common.events import Event, EventLog, event_file
+from common.heartbeat import AgentBeater
 from common.keys import load
 from common.messages import Hello
 from common.model import EpochId, WorkloadSpec
 from common.origin import encode_origin, read_origin
+from common.sd_notify import notify
 from common.terms import TermGuard
 from outlive.heard_terms import HeardTerms
 from outlive.leading import Leading, clear_images
@@ -297,14 +305,30 @@ class Agent:
 
     async def _fold_for_ever(self) -> None:
         """Keep every store's chain short; in a thread, never on an epoch's path."""
+        low: set[str] = set()
         while True:
             await asyncio.sleep(_FOLD_EVERY_S)
-            for workload in list(self._workloads.values()):
-                if workload.store.fold_due():
-                    try:
-                        await asyncio.to_thread(workload.store.fold)
-                    except OutliveError as error:
-                        log.error("fold.failed", workload=workload.spec.name, error=str(error))
+            for name, workload in list(self._workloads.items()):
+                store = workload.store
+                if store.space_warning and name not in low:
+                    reason = f"{self._config.store_dir} has less than twice store.min_free_bytes free"
+                    self._events.append(Event.STORE_LOW_SPACE, workload=name, reason=reason)
+                    low.add(name)
+                elif not store.space_warning:
+                    low.discard(name)
+                if store.fold_due():
+                    await self._fold(name, store)
+
+    async def _fold(self, name: str, store: EpochStore) -> None:
+        try:
+            await asyncio.to_thread(store.fold)
+        except NoSpaceError as error:
+            log.warning("fold.postponed", workload=name, reason=str(error))
+        except StoreError as error:
+            # Restoring damaged memory would be worse than restoring none: the leader sends it all anew.
+            for epoch in await asyncio.to_thread(_set_damaged_aside, store):
+                reason = f"epoch {epoch} was damaged on disk and set aside: {error.message}"
+                self._events.append(Event.STORE_RECOVERED, workload=name, reason=reason)
 
     async def _judge_for_ever(self) -> None:
         """Ask again whether what is stored could be restored: the node changes, not only the epochs."""
@@ -330,3 +354,12 @@ class Agent:
             cpu_s=sum(each.ru_utime + each.ru_stime for each in usage),
             workloads=tuple(each for each in metrics if each is not None),
         )
+
+
+def _set_damaged_aside(store: EpochStore) -> list[EpochId]:
+    """Read the whole store; set aside what is damaged and all that stands on it. Blocking, slow."""
+    damaged = sorted({problem.epoch for problem in store.verify()})
+    for epoch in damaged:
+        if any(record.id == epoch for record in store.records()):
+            store.discard(epoch, "its content is not what was committed")
+    return damaged
