@@ -1,8 +1,8 @@
 """The demonstration: a real workload on host A, A's power goes, the workload lives on at B.
 
 In: what to run and how long. Out: a `DemoReport`, the one object that `outlive demo --output json` prints
-(`docs/reference/benchmarks.md` has its fields). Everything is real: agents, keepers, CRIU, runc, redis, sockets;
-only the hosts are network namespaces, and the power switch cuts the link before it kills.
+(`docs/reference/benchmarks.md` has its fields). Everything is real: agents, keepers, CRIU, runc, redis,
+sockets; only the hosts are network namespaces, and the power switch cuts the link before it kills.
 """
 
 from __future__ import annotations

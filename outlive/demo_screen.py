@@ -1,6 +1,6 @@
 """What a person sees of the demonstration: steps with a live line while they go on, then the story's end.
 
-In: steps, progress, the report. Out: text on stderr (data belongs on stdout).
+In: steps, progress, the report. Out: the steps on stderr, because they are talk; the report on stdout.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class TerminalScreen:
     def report(self, report: DemoReport) -> None:
         """See `outlive.demo.Screen`."""
         self._finish()
-        self._console.print()
-        self._console.print(_timeline(report))
-        self._console.print(_figures(report))
-        self._console.print(_verdict(report))
+        out = Console()
+        out.print()
+        for part in (_timeline(report), _figures(report), _verdict(report)):
+            out.print(part)
 
     def close(self) -> None:
         """Stop the spinner, if the demonstration ended before its report."""
