@@ -62,7 +62,8 @@ def test_deleted_files_keep_their_name(start: Start, tmp_path: Path) -> None:
 
 def test_direct_io(start: Start, tmp_path: Path) -> None:
     use = start(
-        "open('r', 'w').close()\ntry: d = os.open('r', os.O_RDWR | os.O_DIRECT)\nexcept OSError as e: print(e)"
+        "open('r', 'w').close()\n"
+        "try: d = os.open('r', os.O_RDWR | os.O_DIRECT)\nexcept OSError as e: print(e)"
     )
     assert named(use, f"{tmp_path}/r").direct
 
