@@ -127,6 +127,8 @@ class StartWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Operator to keeper: start the workload here (refused where it may run elsewhere)."""
 
     spec: WorkloadSpec
+    peers_are_off: tuple[str, ...] = ()
+    """Nodes that the operator vouches for, because they cannot say themselves that they do not lead."""
 
 
 class StopWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -238,6 +240,8 @@ class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     agent: Literal["alive", "silent", "never seen"]
     peers: tuple[PeerStatus, ...]
     workloads: tuple[WorkloadStatus, ...]
+    warnings: tuple[str, ...] = ()
+    """What is wrong with this keeper itself, one sentence each."""
 
 
 class TermHistory(msgspec.Struct, frozen=True, kw_only=True):

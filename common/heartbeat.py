@@ -2,7 +2,8 @@
 
 In: what a node says of its workloads. Out: `Beat`s on the wire, each dropped rather than queued if it cannot
 leave now; and from received ones those that are newer than all before. A keeper and its node's agent both
-beat, each with a sequence of its own that starts at the wall clock, so that it grows across restarts.
+beat, each with a sequence of its own that starts at the time since boot, so that it grows across restarts;
+after another boot it begins anew, under another boot id.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BEAT_TIMING = LinkTiming(ping_ms=500, dead_after_ms=1500, connect_ms=500, retry_
 """A peer that is back is heard within a few hundred milliseconds."""
 
 _AUTH_PAUSE_S = 5.0
+_BOOTS_KEPT = 16
 
 
 def read_boot_id(config: NodeConfig) -> str:
@@ -116,6 +118,8 @@ class BeatFilter:
 
     def __init__(self) -> None:
         self._newest: dict[tuple[str, str], int] = {}
+        self._boots: dict[str, list[str]] = {}
+        """Boot ids heard of each node, the present one last."""
 
     def read(self, incoming: Incoming) -> Beat | None:
         """Return a beat that is newer than all before; None if it is not.
@@ -127,6 +131,13 @@ class BeatFilter:
             raise ProtocolError(f"{incoming.node} sent a keeper something that is no heartbeat")
         if message.node != incoming.node:
             raise ProtocolError(f"{incoming.node} speaks in the name of {message.node}")
+        boots = self._boots.setdefault(message.node, [])
+        if message.boot_id not in boots:
+            boots.append(message.boot_id)
+            del boots[:-_BOOTS_KEPT]
+            self._newest = {who: at for who, at in self._newest.items() if who[0] != message.node}
+        elif message.boot_id != boots[-1]:
+            return None
         sender = (message.node, message.origin)
         if message.sequence <= self._newest.get(sender, -1):
             return None
@@ -135,8 +146,8 @@ class BeatFilter:
 
 
 def first_sequence() -> int:
-    """Return a number that is greater than every one used before this process, unless the clock was set back.
+    """Return a number greater than every sequence number used since the host booted: microseconds since then.
 
-    After it was, peers take the beats for old ones until it has caught up: silence, hence safe.
+    Holds as long as nobody beats more often than every microsecond.
     """
-    return time.time_ns() // 1000
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000

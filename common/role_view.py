@@ -1,0 +1,83 @@
+"""How a role looks to a person: from a `Role` to a `WorkloadStatus`. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from common.control import ReplicaProgress, WorkloadStatus
+from common.roles import LEADING, Instant, Role
+from common.succession import agent_alive
+
+
+def workload_status(role: Role, now: Instant) -> WorkloadStatus:
+    """Return what `status` shows of the workload on this node."""
+    report, record = role.report, role.record
+    primary = record.term > 0 and record.leader == role.me
+    replicas = report.replicas if report is not None and role.name in LEADING else ()
+    restorable, reasons = _restorable(role, replicas, now)
+    return WorkloadStatus(
+        name=role.spec.name,
+        role=_role(role, primary),
+        state=role.name,
+        reason=_reason(role, now),
+        term=record.term,
+        leader=record.leader,
+        running=role.alive,
+        restorable=restorable,
+        reasons=reasons,
+        data_at_risk_s=_data_at_risk_s(replicas, now),
+        captured=report.captured if report is not None else None,
+        stored=report.stored if report is not None else None,
+        replicas=replicas,
+        exit_code=None if role.alive else role.exit_code,
+        volatile=report.volatile if report is not None else False,
+    )
+
+
+def _role(role: Role, primary: bool) -> Literal["primary", "replica", "none"]:
+    if primary:
+        return "replica" if role.name in ("yielded", "deposed") else "primary"
+    return "replica" if role.record.term > 0 and role.me in role.spec.nodes else "none"
+
+
+def _restorable(
+    role: Role, replicas: tuple[ReplicaProgress, ...], now: Instant
+) -> tuple[bool, tuple[str, ...]]:
+    """Primary: could another node restore it. Replica: could this one."""
+    silent = () if agent_alive(role, now) else ("this node's agent is silent",)
+    if role.record.leader == role.me or role.report is None:
+        if any(replica.connected and replica.restorable for replica in replicas) and not silent:
+            return True, ()
+        said = tuple(f"{replica.node}: {reason}" for replica in replicas for reason in replica.reasons)
+        away = tuple(f"{replica.node} is not connected" for replica in replicas if not replica.connected)
+        return False, (*silent, *away, *said) or ("no replica is known yet",)
+    return role.report.restorable and not silent, (*silent, *role.report.reasons)
+
+
+def _data_at_risk_s(replicas: tuple[ReplicaProgress, ...], now: Instant) -> float | None:
+    """Age of the newest epoch that could be restored elsewhere."""
+    frozen = [
+        replica.acknowledged_wall_s
+        for replica in replicas
+        if replica.restorable and replica.acknowledged_wall_s is not None
+    ]
+    return max(0.0, now.wall_s - max(frozen)) if frozen else None
+
+
+def _reason(role: Role, now: Instant) -> str:
+    """The machine's reason; of a leader first of all whether the workload is protected, and how well it is."""
+    if role.name != "leading":
+        return role.reason
+    replicas = role.report.replicas if role.report is not None else ()
+    ready = [replica.node for replica in replicas if replica.connected and replica.restorable]
+    syncing = [replica.node for replica in replicas if replica.connected and not replica.restorable]
+    if not agent_alive(role, now):
+        protection = "unprotected: this node's agent is silent; the workload runs on, uncaptured"
+    elif ready:
+        protection = f"protected by {', '.join(ready)}"
+    elif syncing:
+        protection = f"unprotected: {', '.join(syncing)} is being synchronised"
+    else:
+        protection = "unprotected: no replica is connected"
+    parts = (role.unhealthy, role.vip_problem, protection, role.reason)
+    return "; ".join(dict.fromkeys(part for part in parts if part))

@@ -1,0 +1,136 @@
+"""What a node's keeper must never forget, a directory of small files a workload, each replaced atomically.
+
+    STATE_DIR/terms/WORKLOAD/term.json      the newest term known: who leads it, how far it is
+                             spec.json      the workload's declaration
+                             history.json   the last 50 terms with their timelines
+    STATE_DIR/terms/starts                  how often this keeper was started
+
+In: records. Out: the same, after any crash. Invariant: a term on disk is never lowered, and its leader
+changes only from nobody, or from this node to another (when it gives way). Blocking: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from common.control import TermHistory
+from common.durable import Disk, atomic_write
+from common.errors import StaleTermError, StoreError
+from common.model import NAME_PATTERN, WorkloadSpec
+from common.roles import TermRecord
+
+HISTORY_TERMS = 50
+"""Terms that history keeps for each workload."""
+
+_T = TypeVar("_T")
+
+
+class TermFiles:
+    """All term files of one node. One keeper at a time: it holds the control socket.
+
+    Every method raises StoreError or NoSpaceError, with operation, path and cause.
+    """
+
+    def __init__(self, state_dir: Path, node: str, disk: Disk | None = None) -> None:
+        self._directory = state_dir / "terms"
+        self._node = node
+        self._disk = disk
+
+    def count_start(self) -> int:
+        """Count one more start of the keeper, durably; the first is 1."""
+        self._make(self._directory)
+        path = self._directory / "starts"
+        count = (_read(path, int) or 0) + 1
+        atomic_write(path, msgspec.json.encode(count), op="keeper.start", disk=self._disk)
+        return count
+
+    def workloads(self) -> tuple[str, ...]:
+        """Return the names of all workloads with a declaration on disk."""
+        return tuple(sorted(path.parent.name for path in self._directory.glob("*/spec.json")))
+
+    def load(self, workload: str) -> TermRecord:
+        """Return the newest term recorded; term 0 if none ever was.
+
+        A damaged file is an error and never taken for none: a forgotten term could be led twice.
+        """
+        return _read(self._path(workload) / "term.json", TermRecord) or TermRecord()
+
+    def record(self, workload: str, record: TermRecord) -> None:
+        """Make a record durable before returning. Raises StaleTermError for what the invariant forbids."""
+        known = self.load(workload)
+        if record.term < known.term:
+            raise StaleTermError(f"term {record.term} of {workload} is older than {known.term} on disk")
+        same_leader = known.leader in ("", record.leader) or known.leader == self._node != record.leader
+        if record.term == known.term and known.term > 0 and not same_leader:
+            raise StaleTermError(f"term {record.term} of {workload} is led by {known.leader}")
+        self._make(self._path(workload))
+        self._write(self._path(workload) / "term.json", record, "term.record")
+
+    def load_spec(self, workload: str) -> WorkloadSpec | None:
+        """Return the declaration on disk, if there is one."""
+        return _read(self._path(workload) / "spec.json", WorkloadSpec)
+
+    def save_spec(self, spec: WorkloadSpec) -> None:
+        """Keep a declaration, durably."""
+        self._make(self._path(spec.name))
+        self._write(self._path(spec.name) / "spec.json", spec, "term.spec")
+
+    def forget_spec(self, workload: str) -> None:
+        """Remove the declaration; term and history stay, for a term is never used twice."""
+        (self._path(workload) / "spec.json").unlink(missing_ok=True)
+
+    def history(self, workload: str) -> tuple[TermHistory, ...]:
+        """Return what is kept of past terms, oldest first."""
+        return _read(self._path(workload) / "history.json", tuple[TermHistory, ...]) or ()
+
+    def save_history(self, entry: TermHistory) -> None:
+        """Add a term's story, or replace what is kept of the same term by a longer one."""
+        kept = [each for each in self.history(entry.workload) if each.term != entry.term]
+        terms = sorted([*kept, entry], key=lambda each: each.term)[-HISTORY_TERMS:]
+        self._make(self._path(entry.workload))
+        self._write(self._path(entry.workload) / "history.json", terms, "term.history")
+
+    def _path(self, workload: str) -> Path:
+        if not NAME_PATTERN.match(workload):
+            raise StoreError(f"{workload!r} cannot be the name of a workload")
+        return self._directory / workload
+
+    def _make(self, path: Path) -> None:
+        """Make a directory that survives a power loss with what is written into it."""
+        if path.is_dir():
+            return
+        if path != self._directory:
+            self._make(self._directory)
+        try:
+            path.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {path}: {error.strerror}") from error
+        _sync_directory(path.parent)
+
+    def _write(self, path: Path, value: object, op: str) -> None:
+        atomic_write(path, msgspec.json.format(msgspec.json.encode(value)), op=op, disk=self._disk)
+
+
+def _read(path: Path, kind: type[_T]) -> _T | None:
+    """Return what a file holds; None if there is none. Raises StoreError if it cannot be read or decoded."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise StoreError(
+            f"{path} cannot be read: {error}",
+            hint="restore it, or move it away once you know that no node runs the workload",
+        ) from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
