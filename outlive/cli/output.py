@@ -95,7 +95,9 @@ def print_view(*parts: Rows | str) -> None:
             table.add_column(column, justify="right" if column in part.right else "left", no_wrap=True)
         for row in part.rows:
             table.add_row(*(_styled(cell) for cell in row))
-        console.print(table)
+        with console.capture() as drawn:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in drawn.get().splitlines()))  # the last column is padded too
     sys.stdout.flush()
 
 

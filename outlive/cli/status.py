@@ -159,7 +159,8 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     lines = [f"{name}: {workload.reason}"] if workload.reason else []
     if workload.role != "none" and not workload.restorable:
         lines += [f"{name}: not restorable: {reason}" for reason in workload.reasons or ("no epoch yet",)]
-    lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
+    else:  # what stands against single replicas is among the reasons otherwise
+        lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
     if workload.exit_code is not None:
         lines.append(f"{name}: ended by itself with exit code {workload.exit_code}")
     if workload.volatile:

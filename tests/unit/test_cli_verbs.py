@@ -212,17 +212,31 @@ def test_status_as_json_keeps_its_keys(node: FakeNode, capsys: Captured) -> None
 def test_status_of_an_unprotected_workload_says_why_and_has_its_own_exit_code(
     node: FakeNode, capsys: Captured
 ) -> None:
-    replica = ReplicaProgress(node="b", connected=True, reasons=("b has 1 GiB of memory free, 2 are needed",))
+    reason = "b: 1 GiB of memory is free, 2 are needed"
+    replica = ReplicaProgress(node="b", connected=True, reasons=(reason,))
     node.answers[AskStatus] = node_status(
-        replace(LEADING, restorable=False, reasons=("no replica could restore it",), replicas=(replica,))
+        replace(LEADING, restorable=False, reasons=(reason,), replicas=(replica,))
     )
     assert node.run("status") == 16
     shown = capsys.readouterr().out
-    assert "redis: not restorable: no replica could restore it" in shown
-    assert "redis: replica b could not restore it: b has 1 GiB of memory free, 2 are needed" in shown
+    assert shown.count(reason) == 1
+    assert f"redis: not restorable: {reason}" in shown
     assert "0 of 1" in shown
     assert node.run("status", "--output", "json") == 16
     assert read_json(capsys)["unprotected"] == ["redis"]
+
+
+def test_a_replica_that_is_not_ready_is_named_though_another_is(node: FakeNode, capsys: Captured) -> None:
+    others = (
+        ReplicaProgress(node="c", connected=False),
+        ReplicaProgress(node="d", connected=True, reasons=("port 6379 is taken",)),
+    )
+    node.answers[AskStatus] = node_status(replace(LEADING, replicas=(*LEADING.replicas, *others)))
+    assert node.run("status") == 0
+    shown = capsys.readouterr().out
+    assert "1 of 3" in shown
+    assert "redis: replica c is not connected" in shown
+    assert "redis: replica d could not restore it: port 6379 is taken" in shown
 
 
 @pytest.mark.parametrize(
