@@ -3,10 +3,13 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench clean
+.PHONY: help setup demo check test bench sim kill-series clean
+
+SEEDS := 5000
+ROUNDS := 120
 
 help:  ## what can be made
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup:  ## packages, .venv and a CRIU that works on this kernel; nothing is done twice
 	@setup/setup.sh
@@ -29,6 +32,12 @@ test: check  ## check and the system tests, with branch coverage of all of them
 
 bench: setup  ## benchmark an epoch; JSON on stdout
 	@$(BIN)/python -m $(BENCHMARK) --output json
+
+sim: setup  ## simulated clusters, SEEDS of them (5000)
+	@$(BIN)/python -m tests.sim.campaign --seeds $(SEEDS)
+
+kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120); JSON on stdout
+	@$(BIN)/python -m tests.campaigns.kill_series --rounds $(ROUNDS)
 
 clean:  ## remove what setup and the tools made in this checkout
 	rm -rf .venv .criu .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

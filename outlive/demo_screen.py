@@ -135,8 +135,8 @@ def _verdict(report: DemoReport) -> Panel:
     )
     if report.writes is not None and report.writes.lost:
         text.append(
-            f"\nWhat clients were told in the last {report.writes.lost_window_ms:.0f} ms is lost: replication "
-            "is asynchronous, the newest epoch had not arrived. A shorter interval loses less.",
+            f"\nWhat clients were told in the last {report.writes.lost_window_ms:.0f} ms is lost: "
+            "replication is asynchronous, the newest epoch had not arrived. A shorter interval loses less.",
             style="default",
         )
     return Panel(text, border_style="green")
