@@ -66,7 +66,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine failed."""
 
-    step: Step | Clean | Literal["persist"]
+    step: Step | Clean | Literal["persist", "history"]
     reason: str
 
 

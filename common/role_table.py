@@ -240,7 +240,10 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             return replace(role, undo_at_s=now.monotonic_s + _UNDO_AGAIN_S), ()
         case StepFailed(step="health", reason=reason) if role.name == "leading":
             return replace(role, unhealthy=f"not healthy: {reason}"), ()
-        case StepFailed(step=failed, reason=reason) if role.name == "leading" and failed != "persist":
+        case StepFailed(step=failed, reason=reason) if role.name == "leading" and failed not in (
+            "persist",
+            "history",
+        ):
             return replace(role, vip_problem=f"{failed}: {reason}"), ()
         case StepFailed(step="persist") if role.wanted is not None:
             return replace(role, retry_at_s=now.monotonic_s + role.timing.retry_first_s), ()

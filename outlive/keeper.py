@@ -1,0 +1,364 @@
+"""The keeper: one small process a node that decides who runs what, and never does heavy work.
+
+    agent ── reports, freezes ──▶ ┐                           ┌──▶ address, processes, fences, term files
+    operator ── requests ───────▶ ├─▶ role machine (one a ───▶├──▶ orders, in the answer to each report
+    peers ── heartbeats ────────▶ ┘   workload, pure)         └──▶ heartbeats to every peer
+
+It holds no bulk data, has a ZeroMQ context of its own and its memory locked, and works while the agent is
+dead. When it ends, workloads run on; when it starts again it finds its terms on disk and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import zmq.asyncio
+
+from common.config import NodeConfig
+from common.container import thaw_cgroup
+from common.control import (
+    AnnounceFreeze,
+    AskHistory,
+    AskStatus,
+    Done,
+    EndFreeze,
+    Failover,
+    ForgetWorkload,
+    History,
+    KeeperAnswer,
+    KeeperRequest,
+    NodeStatus,
+    Orders,
+    Refused,
+    Report,
+    StartWorkload,
+    StopWorkload,
+)
+from common.control_channel import ControlServer
+from common.errors import ProtocolError, WorkloadError
+from common.events import Event as LogEvent
+from common.events import EventLog, event_file
+from common.fencing import fenceable
+from common.heartbeat import BEAT_TIMING, Beater, BeatFilter, first_sequence, read_boot_id
+from common.keys import load
+from common.messages import Beat
+from common.model import WorkloadSpec
+from common.role_events import (
+    Forget,
+    OperatorFailover,
+    OperatorStart,
+    OperatorStop,
+    Tick,
+)
+from common.roles import Instant, Timing
+from common.sd_notify import notify, watchdog_interval_s
+from common.terms_file import TermFiles
+from common.threads import in_thread
+from common.transport import Server
+from outlive.freeze_watch import FreezeWatch
+from outlive.keeper_effects import Hands, RealHands
+from outlive.keeper_process import lock_memory, log_to_stderr, rss_bytes
+from outlive.kept_workload import KeptWorkload
+from outlive.peers_heard import PeersHeard, heard_of
+
+log = logging.getLogger(__name__)
+
+_AGENT_SILENT_S = 2.0
+_LISTEN_POLL_S = 0.05
+
+
+async def run_keeper(config: NodeConfig, hands: Hands | None = None) -> None:
+    """Run this node's keeper until SIGTERM or SIGINT. Raises OutliveError if it cannot start.
+
+    Workloads and addresses are left as they are, whatever ends it.
+    """
+    log_to_stderr()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    keeper = Keeper(config, hands or RealHands(config))
+    await keeper.run(stop)
+
+
+class Keeper:
+    """Everything the keeper holds: one `KeptWorkload` a workload, its sockets, and what it has heard."""
+
+    def __init__(self, config: NodeConfig, hands: Hands) -> None:
+        """Read the term files, listen on both sockets. Raises ConfigError, AuthError, StoreError."""
+        self._config = config
+        self._hands = hands
+        self._keys = load(Path(config.node.key_file))
+        self._boot_id = read_boot_id(config)
+        self._timing = timing_of(config)
+        self._context = zmq.asyncio.Context()
+        try:
+            # First: whoever holds this socket is the only keeper that touches the term files.
+            self._control = ControlServer(self._context, config.keeper_endpoint, self._answer)
+            self._server = Server(
+                self._context,
+                address=config.node.address,
+                port=config.node.keeper_port,
+                keys=self._keys,
+                peers={peer.public_key: peer.name for peer in config.peers},
+                timing=BEAT_TIMING,
+            )
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._files = TermFiles(Path(config.node.state_dir), config.node.name)
+        self._events = EventLog(event_file(config), "keeper")
+        self._peers = PeersHeard([peer.name for peer in config.peers], self._timing, self._events)
+        self._freezes = FreezeWatch(thaw=lambda name: thaw_cgroup(config, name), released=self._released)
+        self._workloads: dict[str, KeptWorkload] = {}
+        self._sequence = first_sequence()
+        self._starts = 0
+        self._agent_at_s: float | None = None
+        self._agent_silent = False
+        self._requests = 0
+        self._warnings: tuple[str, ...] = ()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Keep this node's workloads until `stop` is set."""
+        if refused := lock_memory():
+            self._warnings = (refused,)
+            log.warning("keeper.memory reason=%r", refused)
+        try:
+            self._starts = await in_thread(self._files.count_start)
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for spec in await in_thread(self._known_specs):
+                    await self._take_up(spec)
+                running = [
+                    tasks.create_task(self._control.serve()),
+                    tasks.create_task(self._server.serve()),
+                    tasks.create_task(self._listen()),
+                    tasks.create_task(self._tick_for_ever()),
+                    tasks.create_task(Beater(self._config, self._keys, self._context, make=self._beat).run()),
+                    tasks.create_task(self._watchdog()),
+                ]
+                self._events.append(
+                    LogEvent.KEEPER_STARTED, reason=f"PID {os.getpid()}, boot {self._boot_id}"
+                )
+                log.info("keeper.started node=%s rss_mib=%.1f", self._config.node.name, rss_bytes() / 2**20)
+                notify("READY=1", f"STATUS=keeps {len(self._workloads)} workloads")
+                await stop.wait()
+                notify("STOPPING=1")
+                await self._freezes.drain()
+                for task in running:
+                    task.cancel()
+                for workload in self._workloads.values():
+                    workload.close()
+        finally:
+            self._events.append(
+                LogEvent.KEEPER_STOPPED, reason="workloads and addresses are left as they are"
+            )
+            self._events.close()
+            self._control.close()
+            self._server.close()
+            self._context.destroy(linger=0)
+            log.info("keeper.stopped")
+
+    # --- workloads --------------------------------------------------------------------------------
+
+    def _known_specs(self) -> list[WorkloadSpec]:
+        """Return what this node knows: what is on disk, and what its configuration declares.
+
+        The configuration wins where this node led last, or nobody did; else the leader's declaration, which
+        came with the stream.
+        """
+        specs: dict[str, WorkloadSpec] = {spec.name: spec for spec in self._config.workloads}
+        for name in self._files.workloads():
+            kept = self._files.load_spec(name)
+            leader = self._files.load(name).leader
+            if kept is not None and (name not in specs or leader not in ("", self._config.node.name)):
+                specs[name] = kept
+        return list(specs.values())
+
+    async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
+        """Begin to keep a workload. Raises StoreError if its term file cannot be read."""
+        record = await in_thread(self._files.load, spec.name)
+        if (kept := self._workloads.get(spec.name)) is not None:
+            return kept
+        assert self._tasks is not None  # noqa: S101 - run() has begun
+        kept = KeptWorkload(
+            self._config,
+            spec,
+            boot_id=self._boot_id,
+            timing=self._timing,
+            fenceable=fenceable(self._config),
+            record=record,
+            first_order=self._starts * 1_000_000,
+            hands=self._hands,
+            files=self._files,
+            tasks=self._tasks,
+            events=self._events,
+        )
+        self._workloads[spec.name] = kept
+        kept.begin()
+        for heard in self._peers.recent(spec.name, now()):
+            kept.feed(heard)
+        return kept
+
+    def _known(self, name: str) -> KeptWorkload:
+        """Return a workload. Raises WorkloadError if this node does not know it."""
+        kept = self._workloads.get(name)
+        if kept is None:
+            raise WorkloadError(f"this node knows no workload {name!r}", hint="outlive status")
+        return kept
+
+    # --- time and peers ---------------------------------------------------------------------------
+
+    async def _tick_for_ever(self) -> None:
+        interval_s = self._config.heartbeat.interval_ms / 2000
+        while True:
+            for name, kept in list(self._workloads.items()):
+                kept.feed(Tick())
+                if kept.forgotten:
+                    kept.close()
+                    del self._workloads[name]
+            self._peers.tick(now())
+            self._watch_agent()
+            await asyncio.sleep(interval_s)
+
+    def _watch_agent(self) -> None:
+        silent = self._agent_at_s is not None and now().monotonic_s - self._agent_at_s > _AGENT_SILENT_S
+        if silent == self._agent_silent:
+            return
+        self._agent_silent = silent
+        led = [name for name, kept in self._workloads.items() if kept.role.name == "leading"]
+        what = f"unprotected: {', '.join(led)}" if led else "nothing is led here"
+        if silent:
+            log.error("agent.silent reason=%r", f"no report for {_AGENT_SILENT_S:g} s; {what}")
+            self._events.append(LogEvent.AGENT_SILENT, reason=f"no report for {_AGENT_SILENT_S:g} s; {what}")
+        else:
+            log.info("agent.heard")
+            self._events.append(LogEvent.AGENT_HEARD, reason="it reports again")
+
+    async def _listen(self) -> None:
+        beats = BeatFilter()
+        while True:
+            incoming = await self._server.receive()
+            try:
+                beat = beats.read(incoming)
+            except ProtocolError as error:
+                log.warning("peer.refused peer=%s reason=%r", incoming.node, error.message)
+                continue
+            if beat is None:
+                continue
+            self._peers.hear(beat, now())
+            for name, kept in self._workloads.items():
+                kept.feed(heard_of(beat, name))
+
+    def _beat(self) -> Beat:
+        self._sequence += 1
+        agent_alive = self._agent_at_s is not None and not self._agent_silent
+        return Beat(
+            node=self._config.node.name,
+            boot_id=self._boot_id,
+            sequence=self._sequence,
+            origin="keeper",
+            workloads=tuple(kept.beat(agent_alive=agent_alive) for kept in self._workloads.values()),
+        )
+
+    async def _watchdog(self) -> None:
+        interval_s = watchdog_interval_s()
+        while interval_s is not None:
+            notify("WATCHDOG=1")
+            await asyncio.sleep(interval_s)
+
+    def _released(self, workload: str, reason: str) -> None:
+        log.error("freeze.released workload=%s reason=%r", workload, reason)
+        self._events.append(LogEvent.FREEZE_RELEASED_BY_FORCE, workload=workload, reason=reason)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    async def _answer(self, request: KeeperRequest) -> KeeperAnswer:
+        match request:
+            case Report():
+                return await self._take_report(request)
+            case AnnounceFreeze(workload=name, criu_pid=pid, deadline_ms=deadline_ms):
+                self._freezes.announce(name, pid, deadline_ms)
+                return Done()
+            case EndFreeze(workload=name, criu_pid=pid):
+                self._freezes.end(name, pid)
+                return Done()
+            case Failover(workload=name, accept_data_loss=accepted, old_primary_is_off=off):
+                event = OperatorFailover(
+                    request=self._next_request(), accept_data_loss=accepted, old_primary_is_off=off
+                )
+                return await self._known(name).ask(event)
+            case StartWorkload():
+                return await self._start(request)
+            case StopWorkload(workload=name):
+                return await self._known(name).ask(OperatorStop(request=self._next_request()))
+            case ForgetWorkload(workload=name):
+                return await self._known(name).ask(Forget(request=self._next_request()))
+            case AskStatus():
+                return self._status()
+            case AskHistory(workload=name):
+                return await self._history(name)
+        return Refused(error="ProtocolError", message="this keeper does not know that request")
+
+    def _next_request(self) -> int:
+        self._requests += 1
+        return self._requests
+
+    async def _take_report(self, report: Report) -> Orders:
+        self._agent_at_s = now().monotonic_s
+        for each in report.workloads:
+            kept = self._workloads.get(each.name)
+            if kept is None:
+                if self._config.node.name not in each.spec.nodes:
+                    continue
+                kept = await self._take_up(each.spec)
+                await in_thread(self._files.save_spec, each.spec)
+            kept.take_report(each)
+        return Orders(orders=tuple(kept.role.order for kept in self._workloads.values()))
+
+    async def _start(self, request: StartWorkload) -> Done | Refused:
+        """Start it once all peers were heard, or had the time to be: one of them may lead it."""
+        kept = self._workloads.get(request.spec.name) or await self._take_up(request.spec)
+        while not kept.has_listened(request.spec):  # noqa: ASYNC110 - time alone may fulfil it
+            await asyncio.sleep(_LISTEN_POLL_S)
+        event = OperatorStart(
+            request=self._next_request(), spec=request.spec, peers_are_off=request.peers_are_off
+        )
+        return await kept.ask(event)
+
+    def _status(self) -> NodeStatus:
+        agent_state = (
+            "never seen" if self._agent_at_s is None else "silent" if self._agent_silent else "alive"
+        )
+        return NodeStatus(
+            node=self._config.node.name,
+            boot_id=self._boot_id,
+            agent=agent_state,  # type: ignore[arg-type]
+            peers=self._peers.status(now()),
+            workloads=tuple(kept.status() for kept in self._workloads.values()),
+            warnings=self._warnings,
+        )
+
+    async def _history(self, name: str) -> History:
+        kept = self._known(name)
+        stored = await in_thread(self._files.history, name)
+        current = kept.story()
+        others = [each for each in stored if current is None or each.term != current.term]
+        return History(terms=(*others, current) if current is not None else tuple(others))
+
+
+def timing_of(config: NodeConfig) -> Timing:
+    """Return the role machine's times for this configuration."""
+    suspect_after_s = config.heartbeat.suspect_after_ms / 1000
+    return Timing(suspect_after_s=suspect_after_s, listen_s=max(2.0, 3 * suspect_after_s))
+
+
+def now() -> Instant:
+    """Read both clocks."""
+    return Instant(time.monotonic(), time.time())

@@ -1,0 +1,237 @@
+"""What the keeper does in the world for its role machines: address, processes, fence, health, disk.
+
+In: effects of `common.role_events`. Out: the events that say what came of them. Everything is behind `Hands`,
+so that tests and the simulator put others in its place. Effects of one workload that change the host are done
+one after the other, as are those that change the disk; a fence and a health check run beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+from common.addresses import Vip, add_vip, announce, drop_vip, hold, lift
+from common.config import NodeConfig
+from common.container import exit_code, kill_workload, running_init_pid
+from common.errors import OutliveError
+from common.fencing import Verdict, fence_node
+from common.health import health_address, wait_healthy
+from common.model import WorkloadSpec
+from common.role_events import (
+    AddVip,
+    Announce,
+    CheckHealth,
+    DropVip,
+    Effect,
+    Event,
+    FenceResult,
+    ForgetFiles,
+    HoldVip,
+    KillWorkload,
+    LiftHold,
+    PersistTerm,
+    RunFence,
+    SaveHistory,
+    SaveSpec,
+    StepDone,
+    StepFailed,
+    TermPersisted,
+)
+from common.roles import Clean, Step
+from common.terms_file import TermFiles
+from common.threads import in_thread
+
+Feed = Callable[[Event], None]
+
+
+class Hands(Protocol):
+    """How a keeper acts on its host. Every method raises OutliveError if it did not succeed."""
+
+    async def hold(self, spec: WorkloadSpec) -> None:
+        """Drop the packets of the workload's address."""
+        ...
+
+    async def add_vip(self, spec: WorkloadSpec) -> None:
+        """Give this host the workload's address."""
+        ...
+
+    async def drop_vip(self, spec: WorkloadSpec) -> None:
+        """Take the workload's address from this host."""
+        ...
+
+    async def lift(self, spec: WorkloadSpec) -> None:
+        """Let the packets of the workload's address pass."""
+        ...
+
+    async def announce(self, spec: WorkloadSpec) -> None:
+        """Tell the neighbours where the address is."""
+        ...
+
+    async def kill(self, spec: WorkloadSpec) -> None:
+        """Kill every process of the workload; return when none is left."""
+        ...
+
+    async def fence(self, node: str) -> Verdict:
+        """Ask the fence methods of a node."""
+        ...
+
+    async def health(self, spec: WorkloadSpec) -> str:
+        """Wait until the workload is healthy (empty) or its grace is over (what is wrong)."""
+        ...
+
+    def init_pid(self, name: str) -> int | None:
+        """Return the host PID of the workload's first process if it runs here. Does not raise."""
+        ...
+
+    def exit_code(self, name: str) -> int | None:
+        """Return how the workload ended; None while that isn't known. Does not raise."""
+        ...
+
+
+class RealHands:
+    """The host itself."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+
+    async def hold(self, spec: WorkloadSpec) -> None:
+        """See `Hands`."""
+        await hold(self._vip(spec), spec.name)
+
+    async def add_vip(self, spec: WorkloadSpec) -> None:
+        """See `Hands`."""
+        await add_vip(self._vip(spec))
+
+    async def drop_vip(self, spec: WorkloadSpec) -> None:
+        """See `Hands`."""
+        await drop_vip(self._vip(spec))
+
+    async def lift(self, spec: WorkloadSpec) -> None:
+        """See `Hands`."""
+        await lift(self._vip(spec), spec.name)
+
+    async def announce(self, spec: WorkloadSpec) -> None:
+        """See `Hands`."""
+        await announce(self._vip(spec))
+
+    async def kill(self, spec: WorkloadSpec) -> None:
+        """See `Hands`."""
+        await kill_workload(self._config, spec.name)
+
+    async def fence(self, node: str) -> Verdict:
+        """See `Hands`."""
+        return await fence_node(node, self._config.fences)
+
+    async def health(self, spec: WorkloadSpec) -> str:
+        """See `Hands`."""
+        return await wait_healthy(spec.health, health_address(spec)) if spec.health is not None else ""
+
+    def init_pid(self, name: str) -> int | None:
+        """See `Hands`."""
+        return running_init_pid(self._config, name)
+
+    def exit_code(self, name: str) -> int | None:
+        """See `Hands`."""
+        return exit_code(self._config, name)
+
+    def _vip(self, spec: WorkloadSpec) -> Vip:
+        return Vip.parse(spec.vip or "", self._config.node.vip_interface)
+
+
+_HOST: dict[type[Effect], Step | Clean] = {
+    HoldVip: "hold",
+    AddVip: "add_vip",
+    DropVip: "drop_vip",
+    LiftHold: "lift",
+    Announce: "announce",
+    KillWorkload: "kill",
+}
+
+
+class Effects:
+    """Carries out one workload's effects; what came of them goes to `feed`, in the event loop."""
+
+    def __init__(self, hands: Hands, files: TermFiles, feed: Feed, tasks: asyncio.TaskGroup) -> None:
+        self._hands = hands
+        self._files = files
+        self._feed = feed
+        self._tasks = tasks
+        self._host: asyncio.Queue[tuple[Step | Clean, WorkloadSpec]] = asyncio.Queue()
+        self._disk: asyncio.Queue[tuple[Effect, WorkloadSpec]] = asyncio.Queue()
+        self._workers = [tasks.create_task(self._work_on_host()), tasks.create_task(self._work_on_disk())]
+
+    def perform(self, effect: Effect, spec: WorkloadSpec) -> None:
+        """Begin to carry out an effect; returns at once."""
+        match effect:
+            case HoldVip() | AddVip() | DropVip() | LiftHold() | Announce() | KillWorkload():
+                self._host.put_nowait((_HOST[type(effect)], spec))
+            case PersistTerm() | SaveSpec() | SaveHistory() | ForgetFiles():
+                self._disk.put_nowait((effect, spec))
+            case RunFence(node, attempt):
+                self._begin(self._fence(node, attempt))
+            case CheckHealth():
+                self._begin(self._check_health(spec))
+            case _:
+                raise TypeError(f"{effect!r} is not for the world")
+
+    def close(self) -> None:
+        """Do nothing more; what is being done is cut off."""
+        for worker in self._workers:
+            worker.cancel()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._workers = [worker for worker in self._workers if not worker.done()]
+        self._workers.append(self._tasks.create_task(work))
+
+    async def _work_on_host(self) -> None:
+        acts: dict[Step | Clean, Callable[[WorkloadSpec], Awaitable[None]]] = {
+            "hold": self._hands.hold,
+            "add_vip": self._hands.add_vip,
+            "drop_vip": self._hands.drop_vip,
+            "lift": self._hands.lift,
+            "announce": self._hands.announce,
+            "kill": self._hands.kill,
+        }
+        while True:
+            step, spec = await self._host.get()
+            try:
+                await acts[step](spec)
+            except (OutliveError, OSError, ValueError) as error:
+                self._feed(StepFailed(step=step, reason=str(error)))
+            else:
+                self._feed(StepDone(step=step))
+
+    async def _work_on_disk(self) -> None:
+        while True:
+            effect, spec = await self._disk.get()
+            try:
+                await in_thread(self._write, effect, spec)
+            except OutliveError as error:
+                self._feed(
+                    StepFailed(
+                        step="persist" if isinstance(effect, PersistTerm) else "history", reason=str(error)
+                    )
+                )
+            else:
+                if isinstance(effect, PersistTerm):
+                    self._feed(TermPersisted(effect.record))
+
+    def _write(self, effect: Effect, spec: WorkloadSpec) -> None:
+        match effect:
+            case PersistTerm(record):
+                self._files.record(spec.name, record)
+            case SaveSpec(declared):
+                self._files.save_spec(declared)
+            case SaveHistory(story):
+                self._files.save_history(story)
+            case ForgetFiles():
+                self._files.forget_spec(spec.name)
+
+    async def _fence(self, node: str, attempt: int) -> None:
+        verdict = await self._hands.fence(node)
+        self._feed(FenceResult(node=node, attempt=attempt, outcome=verdict.outcome, reason=verdict.reason))
+
+    async def _check_health(self, spec: WorkloadSpec) -> None:
+        wrong = await self._hands.health(spec)
+        self._feed(StepFailed(step="health", reason=wrong) if wrong else StepDone(step="health"))

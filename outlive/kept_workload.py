@@ -1,0 +1,250 @@
+"""One workload as its keeper handles it: a role machine, and what it needs of the world around it.
+
+In: events, reports, requests. Out: effects carried out, orders, beats, status. The keeper's own knowledge of
+whether the workload lives is a pidfd of its first process: it needs no agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+
+import msgspec
+
+from common.config import NodeConfig
+from common.control import Done, Refused, TermHistory, WorkloadReport, WorkloadStatus
+from common.events import Event as LogEvent
+from common.events import EventLog
+from common.messages import BeatWorkload
+from common.model import WorkloadSpec
+from common.role_actions import history
+from common.role_events import (
+    AgentReport,
+    Answer,
+    Event,
+    FenceResult,
+    Forget,
+    ForgetFiles,
+    KeeperStarted,
+    KillWorkload,
+    Note,
+    OperatorFailover,
+    OperatorStart,
+    OperatorStop,
+    OrderAgent,
+    RunFence,
+    WorkloadEnded,
+)
+from common.role_table import step
+from common.role_view import workload_status
+from common.roles import Instant, Role, TermRecord, Timing, claim_of, new_role
+from common.succession import has_listened
+from common.terms_file import TermFiles
+from outlive.keeper_effects import Effects, Hands
+
+log = logging.getLogger(__name__)
+
+_EXIT_CODE_POLL_S = 0.02
+_EXIT_CODE_POLLS = 15
+"""conmon writes the exit code a moment after the process has ended."""
+_ANSWER_DEADLINE_S = 60.0
+
+
+class KeptWorkload:
+    """One workload; all methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        spec: WorkloadSpec,
+        *,
+        boot_id: str,
+        timing: Timing,
+        fenceable: frozenset[str],
+        record: TermRecord,
+        first_order: int,
+        hands: Hands,
+        files: TermFiles,
+        tasks: asyncio.TaskGroup,
+        events: EventLog,
+    ) -> None:
+        self._hands = hands
+        self._events = events
+        self._tasks = tasks
+        self._effects = Effects(hands, files, self.feed, tasks)
+        self._answers: dict[int, asyncio.Future[Done | Refused]] = {}
+        self._pid = 0
+        self._pidfd: int | None = None
+        self.forgotten = False
+        """An operator asked to forget it; the keeper lets go of it at the next tick."""
+        self.role: Role = new_role(
+            me=config.node.name,
+            boot_id=boot_id,
+            spec=spec,
+            timing=timing,
+            fenceable=fenceable,
+            record=record,
+            first_order=first_order,
+            now=_now(),
+        )
+
+    def begin(self) -> None:
+        """Look whether it runs here, and let the machine start."""
+        pid = self._hands.init_pid(self.role.spec.name)
+        if pid is not None:
+            self._hold(pid)
+        self.feed(KeeperStarted(running=self._pidfd is not None))
+
+    def close(self) -> None:
+        """Let go of it; nothing is done to it."""
+        self._release()
+        self._effects.close()
+
+    # --- events in, effects out -------------------------------------------------------------------
+
+    def feed(self, event: Event) -> None:
+        """Let the machine take an event in, and begin what it wants done."""
+        before = self.role.name
+        self.role, effects = step(self.role, event, _now())
+        if isinstance(event, FenceResult):
+            self._tell(LogEvent.FENCE_ANSWERED, f"{event.node}: {event.outcome}: {event.reason}")
+        for effect in effects:
+            match effect:
+                case Note(reason=reason, event=label):
+                    self._tell_note(before, label, reason)
+                case Answer(request=number, answer=answer):
+                    self._answer(number, answer)
+                case OrderAgent(order=order):
+                    log.info(
+                        "order.changed workload=%s number=%d role=%s action=%s term=%d",
+                        *(order.workload, order.number, order.role, order.action, order.term),
+                    )
+                case _:
+                    self._effects.perform(effect, self.role.spec)
+                    if isinstance(effect, RunFence):
+                        self._tell(LogEvent.FENCE_ASKED, f"attempt {effect.attempt}", peer=effect.node)
+                    elif isinstance(effect, KillWorkload):
+                        self._tell(LogEvent.WORKLOAD_KILLED, self.role.reason)
+                    elif isinstance(effect, ForgetFiles):
+                        self._tell(LogEvent.WORKLOAD_FORGOTTEN, "asked for by an operator")
+                        self.forgotten = True
+
+    async def ask(self, event: OperatorFailover | OperatorStart | OperatorStop | Forget) -> Done | Refused:
+        """Put an operator's request to the machine and wait for its answer."""
+        answer: asyncio.Future[Done | Refused] = asyncio.get_running_loop().create_future()
+        self._answers[event.request] = answer
+        self.feed(event)
+        try:
+            async with asyncio.timeout(_ANSWER_DEADLINE_S):
+                return await answer
+        except TimeoutError:
+            return Done(detail=f"still under way: {self.role.reason}")
+        finally:
+            self._answers.pop(event.request, None)
+
+    def take_report(self, report: WorkloadReport) -> None:
+        """Take the agent's report in; whether the workload lives is for the kernel to say."""
+        new = report.running and report.init_pid not in (0, self._pid)
+        if new and self._hands.init_pid(report.name) == report.init_pid:
+            self._hold(report.init_pid)
+        self.feed(AgentReport(msgspec.structs.replace(report, running=self._pidfd is not None)))
+
+    # --- what it shows ----------------------------------------------------------------------------
+
+    def beat(self, *, agent_alive: bool) -> BeatWorkload:
+        """Return what heartbeats say of it."""
+        return BeatWorkload(
+            name=self.role.spec.name,
+            term=self.role.record.term,
+            state=claim_of(self.role.name),
+            alive=self.role.alive,
+            agent_alive=agent_alive,
+        )
+
+    def status(self) -> WorkloadStatus:
+        """Return how it stands."""
+        return workload_status(self.role, _now())
+
+    def story(self) -> TermHistory | None:
+        """Return the present term's story, if this node leads it; it may be newer than the one on disk."""
+        ours = self.role.record.term > 0 and self.role.record.leader == self.role.me and self.role.timeline
+        return history(self.role).history if ours else None
+
+    def has_listened(self, spec: WorkloadSpec) -> bool:
+        """Tell whether all nodes of that declaration were heard, or had the time to be."""
+        return has_listened(msgspec.structs.replace(self.role, spec=spec), _now())
+
+    # --- the process ------------------------------------------------------------------------------
+
+    def _hold(self, pid: int) -> None:
+        """Hold the first process by a pidfd, and hear of its end."""
+        self._release()
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return  # it has just ended
+        if self._hands.init_pid(self.role.spec.name) != pid:
+            os.close(pidfd)
+            return
+        self._pid, self._pidfd = pid, pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._process_ended)
+
+    def _release(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        self._pid, self._pidfd = 0, None
+
+    def _process_ended(self) -> None:
+        self._release()
+        self._tasks.create_task(self._tell_end())
+
+    async def _tell_end(self) -> None:
+        name = self.role.spec.name
+        code = self._hands.exit_code(name)
+        for _ in range(_EXIT_CODE_POLLS):
+            if code is not None or self._pidfd is not None:
+                break
+            await asyncio.sleep(_EXIT_CODE_POLL_S)
+            code = self._hands.exit_code(name)
+        if self._pidfd is None:  # not started again meanwhile
+            self._tell(LogEvent.WORKLOAD_ENDED, f"exit code {code if code is not None else 'unknown'}")
+            self.feed(WorkloadEnded(code))
+
+    # --- telling ----------------------------------------------------------------------------------
+
+    def _answer(self, number: int, answer: Done | Refused) -> None:
+        future = self._answers.get(number)
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    def _tell_note(self, before: str, label: str, reason: str) -> None:
+        state = self.role.name
+        log.info(
+            "role.%s workload=%s state=%s reason=%r",
+            label.replace(" ", "-"),
+            self.role.spec.name,
+            state,
+            reason,
+        )
+        if state == before:
+            if state == "taking_over":
+                self._tell(LogEvent.TAKEOVER_STEP, f"{label}: {reason}")
+            return
+        event = LogEvent.ROLE_CHANGED
+        if state == "taking_over":
+            event = LogEvent.TAKEOVER_STARTED
+        elif before == "taking_over" and state in ("leading", "failed"):
+            event = LogEvent.TAKEOVER_FINISHED if state == "leading" else LogEvent.TAKEOVER_FAILED
+        elif state == "waiting":
+            event = LogEvent.TAKEOVER_REFUSED
+        self._tell(event, reason, state=state, term=self.role.record.term)
+
+    def _tell(self, event: LogEvent, reason: str, **fields: str | int) -> None:
+        self._events.append(event, workload=self.role.spec.name, reason=reason, **fields)
+
+
+def _now() -> Instant:
+    return Instant(time.monotonic(), time.time())
