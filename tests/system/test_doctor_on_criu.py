@@ -11,6 +11,7 @@ import pytest
 from common.bundle import WorkloadPaths, bind_mounts
 from common.config import Node, NodeConfig
 from common.container import (
+    cgroup_directories,
     kill_workload,
     restore_workload,
     running_init_pid,
@@ -119,6 +120,9 @@ async def workload(tmp_path: Path) -> AsyncIterator[Workload]:
         yield subject
     finally:
         await subject.stop()
+        for directory in cgroup_directories(node.cgroup_parent):
+            for group in (*directory.glob("*/"), directory):
+                group.rmdir()
 
 
 async def test_a_workload_of_many_harmless_things_is_fit_and_restorable(workload: Workload) -> None:
@@ -180,7 +184,8 @@ async def test_what_the_doctor_refuses_criu_cannot_dump(workload: Workload, code
             "mode",
         ),
         (
-            "os.mkdir('/srv/local/d'); s = socket.socket(socket.AF_UNIX)\ns.bind('/srv/local/d/s'); s.listen()",
+            "os.mkdir('/srv/local/d'); s = socket.socket(socket.AF_UNIX)"
+            "\ns.bind('/srv/local/d/s'); s.listen()",
             lambda w: shutil.rmtree(w.local / "d"),
             "missing",
         ),
