@@ -1,15 +1,15 @@
 """Judges what a workload uses: what CRIU cannot carry, what makes it not restorable, what makes it slower.
 
-In: its declaration and a `TreeUse`. Out: checks. Pure, but for the fences, which another module knows.
+In: its declaration and a `TreeUse`. Out: checks. Pure.
 What CRIU can't do is as read in CRIU 4.2's source (`files.c`, `sockets.c`, `file-lock.c`, `aio.c`).
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 
 from common.config import NodeConfig
+from common.fencing import coverage
 from common.inspection import OpenDescriptor, ProcessUse, TreeUse
 from common.model import WorkloadSpec
 from outlive.doctor.report import Check
@@ -58,20 +58,14 @@ def judge_tree(spec: WorkloadSpec, tree: TreeUse) -> list[Check]:
 
 
 def judge_fencing(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:
-    """Say which failures lead to an automatic takeover, if this version knows how to fence."""
-    if spec.right_to_lead == "manual":
+    """Say for each way in which another node can fail whether a takeover would follow by itself."""
+    sentences = coverage(config, spec)
+    if spec.right_to_lead == "manual" or not sentences:
         detail = "takeovers are manual: after a failure, `outlive failover` is needed"
         return [Check(spec.name, "fencing", "ok", detail)]
-    try:
-        coverage = importlib.import_module("common.fencing").coverage
-    except ImportError:
-        return []
-    gaps = [str(line) for line in coverage(config, spec)]
-    return [Check(spec.name, "fencing", "warn" if _has_gap(gaps) else "ok", "; ".join(gaps))]
-
-
-def _has_gap(lines: list[str]) -> bool:
-    return not lines or any("no automatic takeover" in line for line in lines)
+    covered = not any("no automatic takeover" in sentence for sentence in sentences)
+    hint = "" if covered else "configure a power or cloud fence for the node: [[fences]]"
+    return [Check(spec.name, "fencing", "ok" if covered else "warn", "; ".join(sentences), hint)]
 
 
 def _judge_each_descriptor(spec: WorkloadSpec, tree: TreeUse) -> Iterable[Check]:

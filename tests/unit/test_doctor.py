@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from common import keys
-from common.config import Node, NodeConfig, Peer
+from common.config import Fence, Node, NodeConfig, Peer
 from common.errors import ConfigError
 from common.inspection import MappedFile, OpenDescriptor, ProcessUse, TreeUse
 from common.model import FilePath, WorkloadSpec
@@ -151,6 +151,18 @@ def test_many_of_a_kind_are_one_check_with_the_first_few_named() -> None:
 def test_manual_takeovers_need_no_fence() -> None:
     (check,) = judge_fencing(NodeConfig(node=Node(name="a", address="::1")), SPEC)
     assert (check.name, check.status) == ("fencing", "ok")
+
+
+def test_what_no_fence_covers_is_worth_a_warning() -> None:
+    spec = msgspec.structs.replace(SPEC, nodes=("a", "b"), right_to_lead="fence")
+    config = NodeConfig(node=Node(name="a", address="::1"))
+    (check,) = judge_fencing(config, spec)
+    assert check.status == "warn"
+    assert "host loss of b: no automatic takeover" in check.detail
+    every = ("host loss", "process failure", "partition")
+    fence = Fence(node="b", command=("true",), covers=every)
+    (check,) = judge_fencing(msgspec.structs.replace(config, fences=(fence,)), spec)
+    assert check.status == "ok"
 
 
 class TestNode:
