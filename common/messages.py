@@ -116,7 +116,7 @@ class Begin(_Message, frozen=True):
 
 
 class Metadata(_Message, frozen=True):
-    """A piece of one metadata file, in one bulk frame of `size` bytes; `more` pieces follow or not."""
+    """A piece of one metadata file, in one lz4 block of `size` bytes unpacked; `more` follow or not."""
 
     name: FileName
     size: Annotated[int, Meta(ge=0, le=BULK_BYTES)]
@@ -323,5 +323,3 @@ def _check_bulk(message: _Message, sizes: list[int]) -> None:
         raise ProtocolError(f"a {tag} message has {len(sizes)} bulk frames instead of {expected}")
     if any(size > BULK_FRAME_BYTES for size in sizes):
         raise ProtocolError(f"a bulk frame of {max(sizes)} bytes is larger than {BULK_FRAME_BYTES}")
-    if isinstance(message, Metadata) and sizes[0] != message.size:
-        raise ProtocolError(f"metadata of {message.size} bytes comes in a frame of {sizes[0]}")

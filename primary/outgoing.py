@@ -81,7 +81,7 @@ def _metadata(file: MetadataFile) -> Iterator[Frames]:
             piece = stream.read(BULK_BYTES)
             while True:
                 following = stream.read(BULK_BYTES)
-                yield encode(Metadata(name=file.name, size=len(piece), more=bool(following)), [piece])
+                yield encode(Metadata(name=file.name, size=len(piece), more=bool(following)), [pack(piece)])
                 if not following:
                     return
                 piece = following

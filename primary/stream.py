@@ -228,6 +228,10 @@ class ReplicaStream:
                     await self._send_all(session)
         except* (OutliveError, zmq.ZMQError) as group:
             failure = _first(group)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # Python 3.11's task group forgets a cancellation that comes together with a failure.
+            raise asyncio.CancelledError
         self._failures += 1
         if isinstance(failure, _RefusedError):
             self._on_refused(failure.refusal)

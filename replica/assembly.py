@@ -190,12 +190,12 @@ class Assembly:
         self._phase = Phase.FILES
         return None
 
-    def _metadata(self, epoch: _Progress, message: Metadata, data: Buffer) -> None:
+    def _metadata(self, epoch: _Progress, message: Metadata, block: Buffer) -> None:
         if epoch.file and epoch.file != message.name:
             raise ProtocolError(f"{message.name} came before {epoch.file} was complete")
         if not epoch.files_left:
             raise ProtocolError(f"{message.name} is more metadata than the epoch declared")
-        epoch.incoming.metadata(message.name, memoryview(data), more=message.more)
+        epoch.incoming.metadata(message.name, unpack(block, message.size), more=message.more)
         epoch.file = message.name if message.more else ""
         epoch.files_left -= not message.more
 

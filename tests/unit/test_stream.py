@@ -1,0 +1,543 @@
+"""Stream and receiver over real encrypted sockets on loopback; captures and stores are in memory."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from wire_fakes import (
+    QUICK_LINK,
+    SPEC,
+    TASK,
+    Pair,
+    acknowledged,
+    captured,
+    new_keys,
+    offer,
+    page,
+    until,
+)
+
+from common.config import Peer
+from common.criu.images import SpaceKey
+from common.errors import NoSpaceError, StaleTermError, StoreError
+from common.messages import (
+    BULK_BYTES,
+    MIN_CREDIT_BYTES,
+    PROTOCOL,
+    Begin,
+    Commit,
+    Credit,
+    Hello,
+    Metadata,
+    Nack,
+    Pages,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
+from common.model import EpochId
+from common.transport import open_link
+from primary.backlog import SharedEpoch
+from primary.outgoing import Held, epoch_messages
+from replica.receive import ReceiverLimits
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    nodes = Pair()
+    yield nodes
+    nodes.close()
+
+
+def memory_of(count: int, **changes: int) -> dict[SpaceKey, dict[int, bytes]]:
+    """Pages 16, 17, … of one task; every fifth is all zeros. `p17=5` gives page 17 another content."""
+    pages = {16 + n: page(0 if n % 5 == 4 else n + 1) for n in range(count)}
+    pages.update({int(name[1:]): page(seed) for name, seed in changes.items()})
+    return {TASK: pages}
+
+
+async def test_a_base_and_then_only_what_changed(pair: Pair, tmp_path) -> None:
+    first = {**memory_of(600), SpaceKey("shmem", 7): {0: page(0), 2: page(99)}, SpaceKey("task", 2): {}}
+    second = {**memory_of(600, p16=7777, p18=0, p5000=8888), SpaceKey("shmem", 7): {0: page(0), 2: page(99)}}
+    files = {"core-1.img": b"core", "empty.img": b"", "ghost-file-1.img": b"g" * (2 * BULK_BYTES + 1)}
+    async with pair.receiving(), pair.streaming() as stream:
+        one = offer(stream, captured(1, first, directory=tmp_path, metadata=files))
+        await acknowledged(stream, one)
+        sent_bytes = stream.counters.bytes_sent
+        two = offer(stream, captured(2, second, directory=tmp_path, metadata=files))
+        await acknowledged(stream, two)
+        stored = pair.store.epochs
+        assert stored[one.id].memory == first
+        assert stored[one.id].metadata == files
+        assert stored[one.id].base is None
+        assert stored[two.id].memory == second
+        assert stored[two.id].base == one.id
+        assert stored[two.id].sent_pages == 2
+        assert stream.counters.bytes_sent - sent_bytes < 3 * 4096 + 50_000
+        assert one.pages.released == two.pages.released == 1
+        assert stream.progress.acknowledged_wall_s == two.frozen_wall_s
+        assert stream.progress.restorable
+        assert stream.counters.epochs_acknowledged == 2
+        assert len(stream.counters.commit_latency_ms) == 2
+
+
+async def test_an_incarnation_never_stands_on_another(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
+        await acknowledged(stream, offer(stream, captured(1, memory_of(9))))
+        two = offer(stream, captured(2, memory_of(9), incarnation="second"))
+        await acknowledged(stream, two)
+        assert pair.store.epochs[two.id].base is None
+
+
+async def test_a_slow_replica_gets_the_newest_epoch_and_others_are_released_unsent(pair: Pair) -> None:
+    pair.store.delay_s = 0.1
+    epochs = [captured(n, memory_of(600, p17=1000 + n)) for n in range(1, 9)]
+    async with pair.receiving(), pair.streaming() as stream:
+        offer(stream, epochs[0])
+        await until(lambda: pair.store.begun)
+        for epoch in epochs[1:]:
+            offer(stream, epoch)
+        assert [epoch.pages.released for epoch in epochs] == [0, 1, 1, 1, 1, 1, 1, 0]
+        await acknowledged(stream, epochs[-1])
+        assert list(pair.store.epochs) == [epochs[0].id, epochs[-1].id]
+        assert all(epoch.pages.released == 1 for epoch in epochs)
+
+
+async def test_an_epoch_is_released_when_its_last_holder_drops_it() -> None:
+    epoch = captured(1, memory_of(1))
+    shared = SharedEpoch(epoch)
+    other = shared.hold()
+    shared.drop()
+    assert not epoch.pages.released
+    other.drop()
+    assert epoch.pages.released == 1
+    with pytest.raises(ValueError, match="released"):
+        shared.hold()
+
+
+async def test_a_broken_connection_in_mid_epoch_starts_over_and_leaves_nothing_half_done(pair: Pair) -> None:
+    async with pair.streaming(port=await free_port(pair)) as stream:
+        async with pair.receiving():
+            await acknowledged(stream, offer(stream, captured(1, memory_of(600))))
+            pair.store.delay_s = 0.2
+            two = offer(stream, captured(2, {TASK: {n: page(n + 5000) for n in range(1500)}}))
+            await until(lambda: pair.store.begun == 2)
+            await asyncio.sleep(0.1)
+        assert pair.store.aborted == 1
+        assert not stream.progress.connected or await until(lambda: not stream.progress.connected) is None
+        assert EpochId(1, 2) not in pair.store.epochs
+        assert not two.pages.released
+        pair.store.delay_s = 0
+        async with pair.receiving():
+            await acknowledged(stream, two)
+            assert pair.store.epochs[two.id].base == EpochId(1, 1)
+
+
+async def free_port(pair: Pair) -> int:
+    async with pair.receiving() as receiver:
+        return receiver.port
+
+
+async def test_an_epoch_that_was_committed_unheard_counts_as_held_after_reconnecting(pair: Pair) -> None:
+    heard: list[EpochId] = []
+    async with pair.streaming(port=await free_port(pair), on_acknowledged=heard.append) as stream:
+        receiver_stops = asyncio.Event()
+        async with pair.receiving() as receiver:
+
+            async def never(workload: str, record: object) -> tuple[bool, tuple[str, ...]]:
+                receiver_stops.set()
+                await asyncio.sleep(100)
+                return True, ()
+
+            receiver._readiness = never
+            one = offer(stream, captured(1, memory_of(10)))
+            await receiver_stops.wait()
+        assert heard == []
+        async with pair.receiving():
+            await acknowledged(stream, one)
+            two = offer(stream, captured(2, memory_of(10, p16=999)))
+            await acknowledged(stream, two)
+        assert heard == [one.id, two.id]
+        assert pair.store.epochs[two.id].base == one.id
+        assert pair.store.begun == 2
+
+
+async def test_a_replica_that_lost_its_epochs_gets_a_full_one(pair: Pair) -> None:
+    async with pair.streaming(port=await free_port(pair)) as stream:
+        async with pair.receiving():
+            await acknowledged(stream, offer(stream, captured(1, memory_of(20))))
+        pair.store.epochs.clear()
+        async with pair.receiving():
+            two = offer(stream, captured(2, memory_of(20)))
+            await acknowledged(stream, two)
+        assert pair.store.epochs[two.id].base is None
+
+
+async def test_a_base_that_went_while_connected_is_made_good_by_sending_the_epoch_whole(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
+        await acknowledged(stream, offer(stream, captured(1, memory_of(20))))
+        pair.store.epochs.clear()
+        two = offer(stream, captured(2, memory_of(20)))
+        await acknowledged(stream, two)
+        assert pair.store.epochs[two.id].memory == memory_of(20)
+
+
+async def test_an_epoch_that_needs_another_base_asks_for_a_full_one(pair: Pair) -> None:
+    asked: list[bool] = []
+    async with pair.receiving(), pair.streaming(need_full=lambda: asked.append(True)) as stream:
+        delta = offer(stream, captured(5, memory_of(5), stands_on=EpochId(1, 4)))
+        await until(lambda: asked)
+        assert delta.pages.released == 1
+        full = offer(stream, captured(6, memory_of(5)))
+        await acknowledged(stream, full)
+        after = offer(stream, captured(7, memory_of(5), stands_on=full.id))
+        await acknowledged(stream, after)
+        assert asked == [True]
+
+
+async def test_no_space_is_told_and_retried_until_there_is(pair: Pair) -> None:
+    pair.store.fail_begin = NoSpaceError("the disk is full")
+    async with pair.receiving(), pair.streaming() as stream:
+        one = offer(stream, captured(1, memory_of(600)))
+        await until(lambda: "disk is full" in stream.problem)
+        assert stream.progress.connected
+        pair.store.fail_begin = None
+        await acknowledged(stream, one)
+        assert not stream.problem
+
+
+async def test_a_commit_that_fails_is_not_acknowledged(pair: Pair) -> None:
+    pair.store.fail_commit = StoreError("the disk lies")
+    async with pair.receiving(), pair.streaming() as stream:
+        offer(stream, captured(1, memory_of(6)))
+        await until(lambda: "disk lies" in stream.problem)
+        assert stream.progress.acknowledged is None
+        assert pair.store.aborted >= 1
+
+
+async def test_an_unreadable_epoch_is_skipped_and_the_next_one_arrives(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
+        broken = captured(1, memory_of(6))
+        broken.pages.unreadable = True
+        offer(stream, broken)
+        await until(lambda: broken.pages.released)
+        await acknowledged(stream, offer(stream, captured(2, memory_of(6))))
+        assert list(pair.store.epochs) == [EpochId(1, 2)]
+
+
+async def test_readiness_is_told_with_the_epoch_at_the_greeting_and_when_it_changes(pair: Pair) -> None:
+    pair.readiness = lambda: (False, ("port 6379 is taken",))
+    port = await free_port(pair)
+    async with pair.receiving() as receiver:
+        async with pair.streaming(port=port) as stream:
+            await acknowledged(stream, offer(stream, captured(1, memory_of(1))))
+            assert (stream.progress.restorable, stream.progress.reasons) == (False, ("port 6379 is taken",))
+            await receiver.readiness_changed("redis", True, ())
+            await until(lambda: stream.progress.restorable)
+        async with pair.streaming(port=port) as later:
+            await until(lambda: later.progress.reasons)
+            assert later.progress.acknowledged == EpochId(1, 1)
+            assert later.progress.acknowledged_wall_s == 1001.0
+
+
+async def test_a_wrong_key_is_refused_and_the_stream_says_so(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming(keys=new_keys()) as stream:
+        epoch = offer(stream, captured(1, memory_of(1)))
+        await until(lambda: "refuses this node's key" in stream.problem)
+        assert not pair.hellos
+        assert not epoch.pages.released
+
+
+async def test_a_peer_cannot_speak_as_another_node(pair: Pair) -> None:
+    c = new_keys()
+    pair.peers = (Peer(name="c", address="127.0.0.1", public_key=c.public),)
+    refusals: list[Refused] = []
+    async with pair.receiving(), pair.streaming(keys=c, node="a", on_refused=refusals.append):
+        await until(lambda: refusals)
+        assert refusals[0].code == "identity"
+        assert not pair.hellos
+
+
+async def test_an_old_term_is_refused_at_the_greeting_with_the_newest_one(pair: Pair) -> None:
+    pair.guard.advance("redis", 5, "b")
+    refusals: list[Refused] = []
+    async with pair.receiving(), pair.streaming(term=4, on_refused=refusals.append):
+        await until(lambda: refusals)
+        assert (refusals[0].code, refusals[0].term) == ("stale-term", 5)
+
+
+async def test_a_second_leader_of_a_term_is_refused(pair: Pair) -> None:
+    pair.guard.advance("redis", 5, "b")
+    refusals: list[Refused] = []
+    async with pair.receiving(), pair.streaming(term=5, on_refused=refusals.append):
+        await until(lambda: refusals)
+        assert refusals[0].code == "stale-term"
+
+
+async def test_a_term_that_ends_in_mid_epoch_is_refused_at_the_commit(pair: Pair) -> None:
+    pair.store.delay_s = 0.1
+    refusals: list[Refused] = []
+    async with pair.receiving(), pair.streaming(on_refused=refusals.append) as stream:
+        offer(stream, captured(1, memory_of(600)))
+        await until(lambda: pair.store.begun)
+        pair.guard.advance("redis", 2, "b")
+        await until(lambda: refusals)
+        assert refusals[0].code == "stale-term"
+        assert not pair.store.epochs
+
+
+async def test_nobody_listening_is_said_and_the_stream_connects_once_there_is(pair: Pair) -> None:
+    async with pair.streaming(port=await free_port(pair)) as stream:
+        epoch = offer(stream, captured(1, memory_of(2)))
+        await asyncio.sleep(0.3)
+        assert not stream.progress.connected
+        async with pair.receiving():
+            await acknowledged(stream, epoch)
+
+
+async def test_a_lagging_replica_does_not_hold_up_another(pair: Pair) -> None:
+    slow = Pair()
+    slow.store.delay_s = 0.5
+    try:
+        async with (
+            pair.receiving(),
+            slow.receiving(),
+            pair.streaming() as quick_stream,
+            slow.streaming(keys=slow.a) as slow_stream,
+        ):
+            for number in range(1, 6):
+                epoch = captured(number, memory_of(600, p16=number + 10_000))
+                shared = SharedEpoch(epoch)
+                quick_stream.offer(shared)
+                slow_stream.offer(shared)
+                shared.drop()
+                await acknowledged(quick_stream, epoch)
+            assert slow_stream.progress.acknowledged is None
+            await acknowledged(slow_stream, epoch)
+            assert epoch.pages.released == 1
+        assert len(pair.store.epochs) == 5
+        assert len(slow.store.epochs) == 2
+    finally:
+        slow.close()
+
+
+# --- a peer that does not keep to the protocol ------------------------------------------------------
+
+
+class RawPeer:
+    """Speaks to the receiver message by message."""
+
+    def __init__(self, link) -> None:
+        self.link = link
+
+    async def say(self, message, *bulk: bytes) -> None:
+        await self.link.send(encode(message, bulk))
+
+    async def hear(self, *skipping: type):
+        async with asyncio.timeout(5):
+            while True:
+                message, _ = decode(await self.link.receive())
+                if not isinstance(message, skipping):
+                    return message
+
+    async def greet(self, term: int = 1):
+        await self.say(
+            Hello(protocol=PROTOCOL, software="t", node="a", workload="redis", term=term, spec=SPEC)
+        )
+        return await self.hear()
+
+
+@pytest.fixture
+async def raw(pair: Pair):
+    async with pair.receiving() as receiver:
+        with open_link(
+            pair.context_a,
+            peer="b",
+            address="127.0.0.1",
+            port=pair.port,
+            server_key=pair.b.public,
+            keys=pair.a,
+            timing=QUICK_LINK,
+        ) as link:
+            peer = RawPeer(link)
+            peer.receiver = receiver
+            yield peer
+
+
+def frames_of(epoch, base=None) -> list[list[bytes]]:
+    return list(epoch_messages(epoch, 1, base, bytearray(BULK_BYTES)))
+
+
+async def test_a_digest_that_differs_is_not_committed_and_the_session_goes_on(pair: Pair, raw) -> None:
+    assert isinstance(await raw.greet(), Welcome)
+    *body, _ = frames_of(captured(1, memory_of(3)))
+    for frames in body:
+        await raw.link.send(frames)
+    await raw.say(Commit(digest=bytes(32)))
+    nack = await raw.hear(Credit)
+    assert isinstance(nack, Nack)
+    assert nack.code == "digest"
+    assert not pair.store.epochs
+    assert pair.store.aborted == 1
+    for frames in frames_of(captured(1, memory_of(3))):
+        await raw.link.send(frames)
+    assert (await raw.hear(Credit)).epoch == EpochId(1, 1)
+    assert pair.store.epochs
+
+
+async def test_a_damaged_block_commits_nothing(pair: Pair, raw) -> None:
+    await raw.greet()
+    for frames in frames_of(captured(1, memory_of(3))):
+        if isinstance(decode(frames)[0], Pages):
+            frames = [frames[0], bytes(len(frames[1]))]
+        await raw.link.send(frames)
+    assert (await raw.hear(Credit)).code == "nonsense"
+    assert not pair.store.epochs
+    await until(lambda: pair.store.aborted == 1)
+
+
+@pytest.mark.parametrize("missing", range(1, 5))
+async def test_an_epoch_with_a_message_missing_is_never_committed(pair, raw, tmp_path, missing: int) -> None:
+    await raw.greet()
+    epoch = captured(1, memory_of(3), directory=tmp_path, metadata={"core-1.img": b"c", "mm-1.img": b"m"})
+    all_frames = frames_of(epoch)
+    assert len(all_frames) == 6
+    for frames in all_frames[:missing] + all_frames[missing + 1 :]:
+        await raw.link.send(frames)
+    answer = await raw.hear(Credit)
+    assert isinstance(answer, Refused | Nack)
+    assert not pair.store.epochs
+
+
+async def test_an_epoch_must_be_newer_than_the_newest(pair: Pair, raw) -> None:
+    await raw.greet()
+    for number, expected in ((2, "Ack"), (2, "Nack"), (1, "Nack"), (3, "Ack")):
+        for frames in frames_of(captured(number, memory_of(3))):
+            await raw.link.send(frames)
+        assert type(await raw.hear(Credit)).__name__ == expected
+    assert sorted(pair.store.epochs) == [EpochId(1, 2), EpochId(1, 3)]
+
+
+async def test_more_than_the_granted_credit_ends_the_session(pair: Pair, raw) -> None:
+    pair.store.delay_s = 0.2
+    welcome = await raw.greet()
+    epoch = captured(1, {TASK: {n: page(n + 1) for n in range(256 * 8)}})
+    frames = frames_of(epoch)
+    assert sum(len(f) for message in frames for f in message) > welcome.credit_bytes
+    for message in frames:
+        await raw.link.send(message)
+    refused = await raw.hear(Credit)
+    assert isinstance(refused, Refused)
+    assert "granted" in refused.reason
+    assert not pair.store.epochs
+
+
+async def test_the_stream_never_has_more_under_way_than_was_granted(pair: Pair) -> None:
+    pair.store.delay_s = 0.02
+    pair.limits = ReceiverLimits(credit_bytes=MIN_CREDIT_BYTES)
+    most = 0
+    async with pair.receiving() as receiver, pair.streaming() as stream:
+        epoch = offer(stream, captured(1, {TASK: {n: page(n + 1) for n in range(256 * 20)}}))
+
+        async def measure() -> None:
+            nonlocal most
+            while True:
+                session = receiver._active.get("redis")
+                if session:
+                    most = max(most, session.unpaid_bytes)
+                await asyncio.sleep(0)
+
+        measuring = asyncio.create_task(measure())
+        await acknowledged(stream, epoch)
+        measuring.cancel()
+        assert not receiver.refusals
+    assert BULK_BYTES < most <= MIN_CREDIT_BYTES
+
+
+async def test_silence_in_mid_epoch_gives_the_epoch_up(pair: Pair, raw) -> None:
+    raw.receiver._limits = ReceiverLimits(silence_s=0.2)
+    await raw.greet()
+    await raw.link.send(frames_of(captured(1, memory_of(3)))[0])
+    refused = await raw.hear(Credit)
+    assert isinstance(refused, Refused)
+    assert pair.store.aborted == 1
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"\xc1 nonsense"],
+        [b""],
+        [b"x"] * 9,
+        encode(Metadata(name="core-1.img", size=1), [b"c"]),
+        encode(Commit(digest=bytes(32))),
+    ],
+)
+async def test_nonsense_is_refused_before_and_after_the_greeting(pair: Pair, raw, frames) -> None:
+    await raw.link.send(frames)
+    assert isinstance(await raw.hear(), Refused)
+    assert isinstance(await raw.greet(), Welcome)
+    await raw.link.send(frames)
+    assert (await raw.hear()).code == "nonsense"
+    assert isinstance(await raw.greet(), Welcome)
+    assert not pair.store.begun
+
+
+async def test_another_version_is_refused_by_name(pair: Pair, raw) -> None:
+    hello = encode(Hello(protocol=PROTOCOL, software="t", node="a", workload="redis", term=1, spec=SPEC))
+    await raw.link.send([b"\x94\x63" + hello[0][2:]])
+    assert (await raw.hear()).code == "version"
+
+
+async def test_a_newer_session_of_the_same_node_replaces_the_older(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as old:
+        await until(lambda: old.progress.connected)
+        async with pair.streaming() as new:
+            await until(lambda: new.progress.connected)
+            await acknowledged(new, offer(new, captured(1, memory_of(2))))
+
+
+async def test_a_leader_that_the_agent_does_not_follow_is_told_why(pair: Pair, raw) -> None:
+    async def refuse(hello: Hello) -> None:
+        raise StaleTermError("c leads redis")
+
+    raw.receiver._accept = refuse
+    refused = await raw.greet()
+    assert isinstance(refused, Refused)
+    assert "c leads redis" in refused.reason
+
+
+async def test_cancelling_both_ends_leaves_no_task_and_no_epoch(pair: Pair) -> None:
+    pair.store.delay_s = 0.05
+    before = asyncio.all_tasks()
+    async with pair.receiving(), pair.streaming() as stream:
+        one = offer(stream, captured(1, {TASK: {n: page(n + 1) for n in range(256 * 8)}}))
+        await until(lambda: pair.store.begun)
+        two = offer(stream, captured(2, memory_of(1)))
+    assert one.pages.released == two.pages.released == 1
+    assert pair.store.aborted == 1
+    assert asyncio.all_tasks() == before
+
+
+def test_what_a_base_has_is_not_sent_whatever_else_changes() -> None:
+    first, second = captured(1, memory_of(300)), captured(2, memory_of(300, p20=0, p21=4242))
+    frames = frames_of(second, Held.of(first))
+    messages = [decode(message)[0] for message in frames]
+    assert isinstance(messages[0], Begin)
+    assert messages[0].base == first.id
+    assert [m.raw_bytes for m in messages if isinstance(m, Pages)] == [4096]
+
+
+async def test_a_cancellation_that_comes_with_a_failure_is_not_forgotten(pair: Pair, monkeypatch) -> None:
+    breaks = asyncio.Event()
+
+    async def lost(self) -> str:
+        await breaks.wait()
+        return "the connection broke"
+
+    monkeypatch.setattr("common.transport.Link.lost", lost)
+    async with pair.receiving(), pair.streaming() as stream:
+        await until(lambda: stream.progress.connected)
+        breaks.set()
+        await asyncio.sleep(0)  # the failure is raised in the step in which `streaming` cancels

@@ -1,0 +1,286 @@
+"""Epochs, a store in memory, and a pair of nodes on loopback, for tests of what goes over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from common.bulk import ZERO
+from common.config import Node, NodeConfig, Peer
+from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
+from common.errors import CaptureError, StoreError
+from common.keys import KeyPair
+from common.messages import Hello
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from common.terms import TermGuard
+from common.transport import LinkTiming
+from primary.backlog import SharedEpoch
+from primary.capture import CapturedEpoch, FreezeTimes, MetadataFile, SpacePages
+from primary.stream import ReplicaStream, StreamTiming
+from replica.receive import Receiver, ReceiverLimits
+
+Memory = dict[SpaceKey, dict[int, bytes]]
+"""Content of each page, by space and page number."""
+
+TASK = SpaceKey("task", 1)
+SPEC = WorkloadSpec(name="redis", nodes=("a", "b"), command=("redis-server",))
+QUICK = StreamTiming(greeting_s=5, credit_s=5, acknowledge_s=10, retry_s=0.01, retry_max_s=0.05)
+QUICK_LINK = LinkTiming(ping_ms=200, dead_after_ms=1000)
+
+
+def new_keys() -> KeyPair:
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public.decode(), secret.decode())
+
+
+def page(seed: int) -> bytes:
+    """A page that does not compress, the same for the same seed; zeros for 0."""
+    return (
+        bytes(PAGE_BYTES) if seed == 0 else hashlib.shake_128(seed.to_bytes(8, "little")).digest(PAGE_BYTES)
+    )
+
+
+class PagesInMemory:
+    """Contents of one epoch's pages; counts releases."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self.released = 0
+        self.unreadable = False
+        self.delay_s = 0.0
+
+    def read(self, key: SpaceKey, rows: np.ndarray, into: memoryview) -> None:
+        if self.released or self.unreadable:
+            raise CaptureError("the epoch cannot be read")
+        time.sleep(self.delay_s)
+        numbers = sorted(self._memory[key])
+        for place, row in enumerate(rows):
+            into[place * PAGE_BYTES : (place + 1) * PAGE_BYTES] = self._memory[key][numbers[row]]
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def captured(
+    number: int,
+    memory: Memory,
+    *,
+    directory: Path | None = None,
+    metadata: dict[str, bytes] | None = None,
+    incarnation: str = "first",
+    stands_on: EpochId | None = None,
+    term: int = 1,
+) -> CapturedEpoch:
+    """An epoch as a capture backend would yield it. Metadata needs a directory for its files."""
+    spaces = []
+    for key, pages in memory.items():
+        numbers = np.array(sorted(pages), dtype=np.uint64)
+        identity = b"".join(
+            bytes(16) if not any(pages[n]) else hashlib.blake2b(pages[n], digest_size=16).digest()
+            for n in sorted(pages)
+        )
+        spaces.append(
+            SpacePages(
+                key,
+                numbers,
+                np.full(len(numbers), PE_PRESENT | (PE_LAZY if key.kind == "task" else 0), dtype=np.uint8),
+                np.frombuffer(identity, dtype=np.uint64).reshape(len(numbers), 2),
+            )
+        )
+    files = []
+    for name, content in (metadata or {}).items():
+        assert directory is not None
+        path = directory / f"{number}-{name}"
+        path.write_bytes(content)
+        files.append(MetadataFile(name, path, len(content)))
+    return CapturedEpoch(
+        workload="redis",
+        id=EpochId(term, number),
+        incarnation=incarnation,
+        stands_on=stands_on,
+        frozen_wall_s=1000.0 + number,
+        freeze=FreezeTimes(0.1, 0.2, 0.3),
+        spaces=tuple(spaces),
+        metadata=tuple(files),
+        pages=PagesInMemory(memory),
+    )
+
+
+@dataclass
+class StoredEpoch:
+    id: EpochId
+    base: EpochId | None
+    memory: Memory
+    metadata: dict[str, bytes]
+    sent_pages: int
+    """Pages whose content came."""
+    committed_wall_s: float = 2000.0
+    frozen_wall_s: float = 1000.0
+
+
+class StoreInMemory:
+    """Keeps every epoch whole, so that a test can compare it with what was captured."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[EpochId, StoredEpoch] = {}
+        self.volatile = True
+        self.aborted = 0
+        self.begun = 0
+        self.fail_begin: Exception | None = None
+        self.fail_commit: Exception | None = None
+        self.delay_s = 0.0
+        """How long each block of pages takes."""
+
+    @property
+    def newest(self) -> StoredEpoch | None:
+        return self.epochs[max(self.epochs)] if self.epochs else None
+
+    def begin(self, header, *, expected_bytes=0, restore_options=()):
+        self.begun += 1
+        if self.fail_begin:
+            raise self.fail_begin
+        if header.base is not None and header.base not in self.epochs:
+            raise StoreError(f"{header.base} is not held")
+        return _IncomingInMemory(self, header)
+
+
+class _IncomingInMemory:
+    def __init__(self, store: StoreInMemory, header) -> None:
+        self._store = store
+        self._base = store.epochs[header.base].memory if header.base else {}
+        self._pending: list[int] = []
+        self.epoch = StoredEpoch(header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s)
+
+    def metadata(self, name: str, data: bytes, *, more: bool = False) -> None:
+        self.epoch.metadata[name] = self.epoch.metadata.get(name, b"") + bytes(data)
+
+    def space(self, key: SpaceKey, numbers: np.ndarray, flags: np.ndarray) -> None:
+        assert not self._pending
+        self._key = key
+        pages = self.epoch.memory[key] = {}
+        for number, flag in zip(numbers.tolist(), flags.tolist(), strict=True):
+            if flag & PE_PARENT:
+                pages[number] = self._base[key][number]
+            elif flag & ZERO:
+                pages[number] = bytes(PAGE_BYTES)
+            else:
+                assert flag & PE_PRESENT
+                self._pending.append(number)
+        self.epoch.sent_pages += len(self._pending)
+        self._pending.reverse()
+
+    def pages(self, key: SpaceKey, data: bytes) -> None:
+        assert key == self._key
+        time.sleep(self._store.delay_s)
+        for at in range(0, len(data), PAGE_BYTES):
+            self.epoch.memory[key][self._pending.pop()] = bytes(data[at : at + PAGE_BYTES])
+
+    def commit(self) -> StoredEpoch:
+        if self._store.fail_commit:
+            raise self._store.fail_commit
+        assert not self._pending
+        self._store.epochs[self.epoch.id] = self.epoch
+        return self.epoch
+
+    def abort(self) -> None:
+        self._store.aborted += 1
+
+
+@dataclass
+class Pair:
+    """Node a, which leads, and node b, which receives, on loopback in one process."""
+
+    a: KeyPair = field(default_factory=new_keys)
+    b: KeyPair = field(default_factory=new_keys)
+    context_a: zmq.asyncio.Context = field(default_factory=zmq.asyncio.Context)
+    store: StoreInMemory = field(default_factory=StoreInMemory)
+    guard: TermGuard = field(default_factory=lambda: TermGuard(lambda workload, leadership: None))
+    limits: ReceiverLimits = field(default_factory=ReceiverLimits)
+    port: int = 0
+    peers: tuple[Peer, ...] = ()
+    readiness: Callable[[], tuple[bool, tuple[str, ...]]] = lambda: (True, ())
+    hellos: list[Hello] = field(default_factory=list)
+
+    def config(self) -> NodeConfig:
+        peers = (Peer(name="a", address="127.0.0.1", public_key=self.a.public), *self.peers)
+        return NodeConfig(node=Node(name="b", address="127.0.0.1", agent_port=self.port), peers=peers)
+
+    @contextlib.asynccontextmanager
+    async def receiving(self) -> AsyncIterator[Receiver]:
+        async def accept(hello: Hello) -> None:
+            self.hellos.append(hello)
+
+        async def ready(workload: str, record: object) -> tuple[bool, tuple[str, ...]]:
+            return self.readiness()
+
+        context = zmq.asyncio.Context()  # its end frees the port at once, like a process's
+        receiver = Receiver(
+            context,
+            self.config(),
+            self.b,
+            stores=lambda workload: self.store,
+            guard=self.guard,
+            accept=accept,
+            readiness=ready,
+            limits=self.limits,
+            link_timing=QUICK_LINK,
+        )
+        task = asyncio.create_task(receiver.run())
+        try:
+            await receiver.listening.wait()
+            self.port = receiver.port
+            yield receiver
+        finally:
+            died = task.done()
+            task.cancel()
+            (result,) = await asyncio.gather(task, return_exceptions=True)
+            context.destroy(linger=0)
+            assert not died, result
+
+    @contextlib.asynccontextmanager
+    async def streaming(
+        self, *, keys: KeyPair | None = None, node: str = "a", term: int = 1, port: int = 0, **options: object
+    ) -> AsyncIterator[ReplicaStream]:
+        peer = Peer(name="b", address="127.0.0.1", public_key=self.b.public, agent_port=port or self.port)
+        options = {"timing": QUICK, "link_timing": QUICK_LINK, **options}
+        stream = ReplicaStream(
+            self.context_a, node=node, keys=keys or self.a, peer=peer, spec=SPEC, term=term, **options
+        )
+        task = asyncio.create_task(stream.run())
+        try:
+            yield stream
+        finally:
+            assert not task.done(), task.exception()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def close(self) -> None:
+        self.context_a.destroy(linger=0)
+
+
+def offer(stream: ReplicaStream, epoch: CapturedEpoch) -> CapturedEpoch:
+    """Offer an epoch that nobody else holds."""
+    shared = SharedEpoch(epoch)
+    stream.offer(shared)
+    shared.drop()
+    return epoch
+
+
+async def until(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def acknowledged(stream: ReplicaStream, epoch: CapturedEpoch) -> None:
+    await until(lambda: stream.progress.acknowledged == epoch.id)
