@@ -34,7 +34,7 @@ class Protected:
 
     async def redis(self, *words: str, check: bool = True) -> str:
         """Run redis-cli from the client's host, through the service address."""
-        command = ["redis-cli", "-t", "2", "-h", str(self.lab.vip().ip), "-p", str(PORT), *words]
+        command = ["timeout", "3", "redis-cli", "-h", str(self.lab.vip().ip), "-p", str(PORT), *words]
         answer = await self.client.run(command, check=check, timeout_s=15.0)
         return answer.stdout.strip()
 

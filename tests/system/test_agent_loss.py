@@ -25,7 +25,7 @@ async def test_a_killed_agent_leaves_redis_serving_and_a_new_one_goes_on() -> No
         incarnation = (await first.workload(NAME), await first.metrics())
         await first.stop("agent", signal.SIGKILL)
         written = len(read_log(log))
-        status = await first.wait_for(NAME, lambda w: w.state == "unprotected", what="unprotected")
+        status = await first.wait_for(NAME, lambda w: "unprotected" in w.reason, what="unprotected")
         assert status.running
         await asyncio.sleep(1.0)
         assert (await first.status()).agent == "silent"
