@@ -31,6 +31,9 @@ from common.succession import contender, last_heard_s
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
+TERM_LEAP = 100
+"""More terms than a node leads unheard between two boots."""
+
 _TIMELINE_ENTRIES = 100
 """A workload that keeps ending and starting in one term writes no endless story."""
 
@@ -62,10 +65,15 @@ def remark(role: Role, mark: Mark) -> Acted:
     return persist(role, replace(role.newest, mark=mark, boot_id=role.boot_id))
 
 
-def next_term(role: Role, mark: Mark, cause: str, now: Instant) -> Acted:
-    """Send the next term, led by this node, to the disk."""
+def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False) -> Acted:
+    """Send a new term, led by this node, to the disk.
+
+    Whoever holds the right, or took it from its holder by a fence, is the only one to create the next term.
+    An operator's word is not as good: a node that is off may have led terms that nobody heard of. So a term
+    that rests on it leaps over them.
+    """
     record = TermRecord(
-        term=role.newest.term + 1,
+        term=role.newest.term + (TERM_LEAP if leap else 1),
         leader=role.me,
         mark=mark,
         boot_id=role.boot_id,
@@ -126,13 +134,10 @@ def both(first: Acted, second: Acted) -> Acted:
 def adopt(role: Role, event: Heard, now: Instant) -> Acted:
     """Record the newer term that was heard of."""
     owns = event.claim in OWNING
-    mark: Mark = "leads"
-    if event.claim == "stopped" or event.claim == "yielded":
-        mark = event.claim
     record = TermRecord(
         term=event.term,
         leader=event.node if owns else "",
-        mark=mark,
+        mark=mark_of(event),
         boot_id=role.boot_id,
         cause=f"heard from {event.node}",
         began_wall_s=now.wall_s,
@@ -155,9 +160,14 @@ def give_way(role: Role, event: Heard, now: Instant) -> Acted:
     return both(cleaning, adopt(cleaning[0], event, now))
 
 
-def record_resignation(role: Role, event: Heard, now: Instant) -> Acted:
-    """Record that the leader stopped or gave up its term."""
-    return remark(role, "yielded" if event.claim == "yielded" else "stopped")
+def record_mark(role: Role, event: Heard, now: Instant) -> Acted:
+    """Record how far the leader is now."""
+    return remark(role, mark_of(event))
+
+
+def mark_of(event: Heard) -> Mark:
+    """Return how far a leader is by what it says."""
+    return event.claim if event.claim in ("stopped", "yielded") else "leads"
 
 
 def give_way_quietly(role: Role, event: Event, now: Instant) -> Acted:
@@ -191,24 +201,25 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
     if not rival:
         own = role.record.leader == role.me
         given = "this node holds" if own else f"{role.record.leader} has given up"
-        return acquired(role, now, f"{given} term {role.record.term}")
+        return acquired(role, now, f"{given} term {role.record.term}", leap=own)
     if rival not in role.fenceable:  # refused before, unless an operator vouches
-        return acquired(role, now, f"the operator vouches that {rival} is off")
+        return acquired(role, now, f"the operator vouches that {rival} is off", leap=True)
     role = replace(role, fence_attempt=role.fence_attempt + 1)
     return role, (RunFence(rival, role.fence_attempt),)
 
 
-def acquired(role: Role, now: Instant, reason: str) -> Acted:
+def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Acted:
     """The right to lead is there: record the new term before anything else."""
     role = noted(role, now, "right acquired", reason)
-    return next_term(role, "taking_over", _cause(role, reason), now)
+    return next_term(role, "taking_over", _cause(role, reason), now, leap=leap)
 
 
 def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Go on with what the fence confirmed, or else with the operator's word."""
     if event.outcome == "confirmed":
         return acquired(role, now, event.reason)
-    return acquired(role, now, f"{event.reason}; the operator vouches that {event.node} is off")
+    vouched = f"{event.reason}; the operator vouches that {event.node} is off"
+    return acquired(role, now, vouched, leap=True)
 
 
 def unfenced(role: Role, event: FenceResult, now: Instant) -> Acted:
@@ -232,12 +243,18 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
 
 
 def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
-    """Record the term of a fresh start."""
-    role = replace(role, spec=event.spec, request=event.request, timeline=(), timeline_from_s=now.monotonic_s)
+    """Record a fresh start: in the same term if this node leads it, else in a new one."""
+    same = role.record.leader == role.me and role.record.mark != "yielded" and not event.peers_are_off
+    role = replace(role, spec=event.spec, request=event.request)
+    if not same:
+        role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
     lost = " (memory content of earlier terms is not restored)" if role.record.term else ""
     role = noted(role, now, "start", f"asked for by an operator{lost}")
     saved: Acted = (role, (SaveSpec(event.spec),))
-    return both(saved, next_term(role, "launching", f"started by an operator{lost}", now))
+    if same:
+        return both(saved, remark(role, "launching"))
+    leap = bool(event.peers_are_off)
+    return both(saved, next_term(role, "launching", f"started by an operator{lost}", now, leap=leap))
 
 
 def not_recorded(role: Role, event: StepFailed, now: Instant) -> Acted:

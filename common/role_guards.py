@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from common.role_actions import mark_of
 from common.role_events import (
     AgentReport,
     Event,
@@ -101,16 +102,16 @@ def newer_while_alive(role: Role, event: Heard, now: Instant) -> str:
     return newer(role, event, now) if role.alive else ""
 
 
-def leader_resigned(role: Role, event: Heard, now: Instant) -> str:
-    """The leader says that it stopped or gave up its term; worth recording, once."""
+def leader_moved_on(role: Role, event: Heard, now: Instant) -> str:
+    """The leader has stopped, begun again, or given up its term; worth recording, once."""
     record = role.record
     same = event.node == record.leader and event.term == record.term and role.wanted is None
-    if not same or record.mark == "yielded" or event.claim not in ("stopped", "yielded"):
+    if not same or record.mark == "yielded" or event.claim not in ("leading", "stopped", "yielded"):
         return ""
-    if event.claim == record.mark:
+    if mark_of(event) == record.mark:
         return ""
-    done = "stopped it" if event.claim == "stopped" else "given it up"
-    return f"{event.node} has {done} in term {event.term}"
+    done = {"leading": "leads again", "stopped": "has stopped it", "yielded": "has given it up"}[event.claim]
+    return f"{event.node} {done} in term {event.term}"
 
 
 def runs_without_right(role: Role, event: Event, now: Instant) -> str:

@@ -65,7 +65,7 @@ def _data_at_risk_s(replicas: tuple[ReplicaProgress, ...], now: Instant) -> floa
 
 
 def _reason(role: Role, now: Instant) -> str:
-    """The machine's reason; of a leader first of all whether the workload is protected, and how well it is."""
+    """The machine's reason; of a leader first of all whether the workload is protected."""
     if role.name != "leading":
         return role.reason
     replicas = role.report.replicas if role.report is not None else ()

@@ -1,0 +1,195 @@
+"""Many seeded runs of simulated clusters: `python -m tests.sim.campaign --seeds N --start S`.
+
+Prints a summary as JSON; exits with 1 if an invariant was broken or a cluster did not come to rest, and
+then prints the seed and the story of the first one. The same seed is the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from common.model import WorkloadSpec
+from tests.sim.world import Host, Violation, Weather, World
+
+FAULTS = (
+    "power",
+    "keeper-crash",
+    "keeper-pause",
+    "agent-crash",
+    "partition",
+    "one-way",
+    "ended",
+    "start",
+    "stop",
+    "failover",
+)
+SETTLE_S = 25.0
+MOVING = frozenset({"suspecting", "acquiring", "taking_over", "launching", "yielding", "deposed"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run came to."""
+
+    terms: int
+    states: tuple[str, ...]
+
+
+def spec_of(rng: random.Random) -> WorkloadSpec:
+    """Return a workload as the seed has it."""
+    return WorkloadSpec(
+        name="w",
+        nodes=rng.choice([("a", "b"), ("a", "b"), ("a", "b", "c")]),
+        command=("sleep",),
+        vip="10.0.0.100/24" if rng.random() < 0.7 else None,
+        right_to_lead="fence" if rng.random() < 0.8 else "manual",
+        on_exit=rng.choice(["restart", "failover", "stop"]),
+    )
+
+
+def weather_of(rng: random.Random) -> Weather:
+    """Return how bad this run's world is."""
+    return Weather(
+        loss=rng.choice([0.0, 0.02, 0.2]),
+        double=rng.choice([0.0, 0.1]),
+        delay_s=rng.choice([0.005, 0.05, 0.15]),
+        fence_unknown=rng.choice([0.0, 0.3, 0.7]),
+        fence_refused=rng.choice([0.0, 0.2]),
+        effect_fails=rng.choice([0.0, 0.0, 0.1]),
+        faults=tuple(rng.sample(FAULTS, rng.randint(2, len(FAULTS)))),
+        fault_every_s=rng.choice([0.7, 2.0, 5.0]),
+    )
+
+
+def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 20.0) -> Result:
+    """Run one cluster through trouble and let it come to rest. Raises Violation."""
+    rng = random.Random(f"plan-{seed}")
+    world = World(seed, spec_of(rng), weather_of(rng), bugs)
+    world.run(2.5)
+    world.start("a")
+    world.run(3.0)
+    end = world.now + trouble_s
+    while world.now < end:
+        world.run(rng.uniform(0.1, 2 * world.weather.fault_every_s))
+        _strike(world, rng)
+    for _ in range(3):  # a fence that was asked for before may still turn a host off
+        heal(world)
+        world.run(SETTLE_S / 3)
+    return at_rest(world)
+
+
+def heal(world: World) -> None:
+    """End all trouble; what was lost stays lost."""
+    world.tell("all is well from here on")
+    world.blocked.clear()
+    world.weather = Weather()
+    for host in world.hosts.values():
+        world.power_on(host)
+        world.boot_keeper(host)
+        if not host.agent_on:
+            world.boot_agent(host)
+
+
+def at_rest(world: World) -> Result:
+    """Return the states; raise if one is not a state of rest."""
+    states = tuple(host.role.name if host.role else "-" for host in world.hosts.values())
+    if MOVING & set(states):
+        raise world.broken(f"not at rest {SETTLE_S:g} s after the last fault: {states}")
+    for host in world.hosts.values():
+        if host.role is None:
+            raise world.broken(f"{host.name} is off though nobody had a reason to fence it")
+        if host.role.name == "leading" and host.container is None:
+            raise world.broken(f"{host.name} leads and nothing runs")
+    return Result(terms=world.leaderships, states=states)
+
+
+def _strike(world: World, rng: random.Random) -> None:
+    """Let one thing go wrong, or an operator do something."""
+    fault = rng.choice(world.weather.faults)
+    host = world.hosts[rng.choice(world.spec.nodes)]
+    back_s = rng.uniform(0.05, 6.0)
+    if fault == "power":
+        world.power_off(host)
+        world.later(back_s, lambda: world.power_on(host))
+    elif fault == "keeper-crash":
+        world.crash_keeper(host)
+        world.later(back_s / 2, lambda: world.boot_keeper(host))
+    elif fault == "keeper-pause":
+        world.pause_keeper(host, rng.uniform(0.05, 2.0))
+    elif fault == "agent-crash":
+        _crash_agent(world, host, back_s)
+    elif fault in ("partition", "one-way"):
+        _cut(world, host, rng, both=fault == "partition", for_s=back_s)
+    elif fault == "ended":
+        world.end_container(host)
+    elif fault == "start":
+        off = tuple(name for name, other in world.hosts.items() if not other.on)
+        if rng.random() < 0.3:  # on all nodes at once, as a deployment tool would
+            for name in world.spec.nodes:
+                world.start(name, off)
+        else:
+            world.start(host.name, off)
+    elif fault == "stop":
+        world.stop(host.name)
+    elif fault == "failover":
+        off = [name for name, other in world.hosts.items() if not other.on]
+        if off or world.spec.right_to_lead == "fence":
+            world.failover(host.name, rng.choice(off) if off else "")
+
+
+def _crash_agent(world: World, host: Host, back_s: float) -> None:
+    if host.agent_on:
+        world.tell(f"{host.name}: agent crashes")
+        host.agent_on = False
+        host.agent_life += 1
+        world.later(back_s, lambda: world.boot_agent(host) if host.on and not host.agent_on else None)
+
+
+def _cut(world: World, host: Host, rng: random.Random, *, both: bool, for_s: float) -> None:
+    other = rng.choice([name for name in world.spec.nodes if name != host.name])
+    cut = {(host.name, other), (other, host.name)} if both else {(host.name, other)}
+    world.tell(f"network: cut {sorted(cut)}")
+    world.blocked |= cut
+    world.later(for_s, lambda: world.blocked.difference_update(cut))
+
+
+def main() -> int:
+    """Run a campaign from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--start", type=int, default=0)
+    options = parser.parse_args()
+    began_s = time.monotonic()
+    states: Counter[str] = Counter()
+    changes = 0
+    violations: list[str] = []
+    for seed in range(options.start, options.start + options.seeds):
+        try:
+            result = run_seed(seed)
+        except Violation as violation:
+            violations.append(str(violation))
+            continue
+        states[" ".join(sorted(result.states))] += 1
+        changes += result.terms > 1
+    summary = {
+        "seeds": options.seeds,
+        "start": options.start,
+        "violations": len(violations),
+        "with_change_of_leadership": changes,
+        "end_states": dict(states.most_common()),
+        "seconds": round(time.monotonic() - began_s, 1),
+    }
+    print(json.dumps(summary, indent=2))
+    if violations:
+        print(violations[0], file=sys.stderr)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

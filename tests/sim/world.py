@@ -1,0 +1,565 @@
+"""A simulated cluster in virtual time: hosts, a network, disks, agents, fences; the role machines are real.
+
+Everything random comes from one seed. Invariants are checked after every event; a broken one raises
+`Violation` with the story so far. What is simulated is the world of the keeper, at its own edges: effects
+take time and may fail, processes crash and stand still, hosts lose power, messages are lost, late, doubled.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from common.control import Refused, ReplicaProgress, WorkloadReport
+from common.model import EpochId, WorkloadSpec
+from common.role_events import (
+    AddVip,
+    AgentReport,
+    Announce,
+    Answer,
+    CheckHealth,
+    DropVip,
+    Effect,
+    Event,
+    FenceResult,
+    Heard,
+    HoldVip,
+    KeeperStarted,
+    KillWorkload,
+    LiftHold,
+    Note,
+    OperatorFailover,
+    OperatorStart,
+    OperatorStop,
+    PersistTerm,
+    RunFence,
+    StepDone,
+    StepFailed,
+    TermPersisted,
+    Tick,
+    WorkloadEnded,
+)
+from common.role_table import step
+from common.roles import Instant, Role, TermRecord, Timing, claim_of, new_role
+
+TICK_S = 0.05
+BEAT_S = 0.1
+REPORT_S = 0.1
+EPOCH_S = 0.5
+TIMING = Timing(suspect_after_s=0.5, listen_s=2.0, agent_silent_after_s=1.0, stop_grace_s=3.0, retry_most_s=4.0)
+STORY_LINES = 60
+RUNS_WITHOUT_RIGHT_S = 3.0
+"""The keeper kills at once; killing may fail and is repeated, hence some time."""
+
+
+class Violation(AssertionError):
+    """An invariant is broken."""
+
+
+@dataclass(frozen=True)
+class Weather:
+    """How bad the world is, as probabilities and seconds."""
+
+    loss: float = 0.0
+    double: float = 0.0
+    delay_s: float = 0.02
+    fence_unknown: float = 0.0
+    fence_refused: float = 0.0
+    effect_fails: float = 0.0
+    faults: tuple[str, ...] = ()
+    fault_every_s: float = 4.0
+
+
+@dataclass
+class Host:
+    """One host: what is on its disk, and what is gone when its power is."""
+
+    name: str
+    on: bool = True
+    boot: int = 1
+    record: TermRecord = TermRecord()
+    starts: int = 0
+    stored: EpochId | None = None
+    role: Role | None = None
+    paused: bool = False
+    inbox: list[Event] = field(default_factory=list)
+    keeper_life: int = 0
+    agent_on: bool = True
+    agent_life: int = 0
+    busy: bool = False
+    done: int = 0
+    failed: int = 0
+    container: int | None = None
+    """Life number of the container that runs, if one does."""
+    order_of_run: int = 0
+    exit_code: int | None = None
+    restored: EpochId | None = None
+    epoch: int = 0
+    acked: dict[str, EpochId] = field(default_factory=dict)
+    vip: bool = False
+    held: bool = False
+    sequence: int = 0
+    newest_beat: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    spoke_at: dict[str, float] = field(default_factory=dict)
+    without_right_since: float | None = None
+    disk_free_at: float = 0.0
+    host_free_at: float = 0.0
+
+
+class World:
+    """The cluster and its clock."""
+
+    def __init__(self, seed: int, spec: WorkloadSpec, weather: Weather, bugs: frozenset[str] = frozenset()) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.spec = spec
+        self.weather = weather
+        self.bugs = bugs
+        self.now = 0.0
+        self.hosts = {name: Host(name) for name in spec.nodes}
+        self.blocked: set[tuple[str, str]] = set()
+        self.story: deque[str] = deque(maxlen=STORY_LINES)
+        self.leaders: dict[int, str] = {}
+        self.lives = 0
+        self.requests = 0
+        self.answers: dict[int, object] = {}
+        self.leaderships = 0
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        for host in self.hosts.values():
+            self.boot_keeper(host)
+            self.boot_agent(host)
+
+    # --- time -------------------------------------------------------------------------------------
+
+    def later(self, after_s: float, what: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._queue, (self.now + after_s, self._count, what))
+
+    def run(self, for_s: float) -> None:
+        until = self.now + for_s
+        while self._queue and self._queue[0][0] <= until:
+            self.now, _, what = heapq.heappop(self._queue)
+            what()
+            self.check()
+        self.now = until
+
+    def instant(self) -> Instant:
+        return Instant(100.0 + self.now, 1.7e9 + self.now)
+
+    def chance(self, probability: float) -> bool:
+        return probability > 0 and self.random.random() < probability
+
+    def tell(self, text: str) -> None:
+        self.story.append(f"{self.now:8.3f} {text}")
+
+    # --- keepers ----------------------------------------------------------------------------------
+
+    def boot_keeper(self, host: Host) -> None:
+        if not host.on or host.role is not None:
+            return
+        host.keeper_life += 1
+        host.starts += 1
+        host.paused = False
+        host.inbox.clear()
+        host.newest_beat.clear()
+        host.spoke_at.clear()
+        record = TermRecord() if "forget-terms" in self.bugs else host.record
+        host.role = new_role(
+            me=host.name,
+            boot_id="the-same" if "one-boot-id" in self.bugs else f"boot-{host.boot}",
+            spec=self.spec,
+            timing=TIMING,
+            fenceable=frozenset(self.spec.nodes),
+            record=record,
+            first_order=host.starts * 1000,
+            now=self.instant(),
+        )
+        self.tell(f"{host.name}: keeper starts with {record.term}/{record.leader}/{record.mark}")
+        self.feed(host, KeeperStarted(host.container is not None))
+        self._every(host, host.keeper_life, TICK_S, lambda: self.feed(host, Tick()))
+        self._every(host, host.keeper_life, BEAT_S, lambda: self.beat(host, "keeper"))
+
+    def _every(self, host: Host, life: int, period_s: float, what: Callable[[], None]) -> None:
+        def again() -> None:
+            if host.role is None or host.keeper_life != life:
+                return
+            if not host.paused:
+                what()
+            self.later(period_s * self.random.uniform(0.9, 1.1), again)
+
+        self.later(self.random.uniform(0, period_s), again)
+
+    def crash_keeper(self, host: Host) -> None:
+        if host.role is not None:
+            self.tell(f"{host.name}: keeper crashes")
+            host.role = None
+
+    def pause_keeper(self, host: Host, for_s: float) -> None:
+        if host.role is None or host.paused:
+            return
+        self.tell(f"{host.name}: keeper stands still for {for_s:.2f} s")
+        host.paused, life = True, host.keeper_life
+
+        def resume() -> None:
+            if host.role is not None and host.keeper_life == life:
+                host.paused = False
+                self.feed(host, Tick())  # the worst order: it looks at the clock before it reads its mail
+                events, host.inbox = host.inbox, []
+                for event in events:
+                    self.feed(host, event)
+
+        self.later(for_s, resume)
+
+    def feed(self, host: Host, event: Event) -> None:
+        if host.role is None:
+            return
+        if host.paused:
+            host.inbox.append(event)
+            return
+        before = host.role
+        host.role, effects = step(host.role, event, self.instant())
+        if host.role.name != before.name:
+            self.tell(f"{host.name}: {before.name} -> {host.role.name} [{host.role.record.term}] {host.role.reason}")
+        for effect in effects:
+            self.perform(host, effect)
+
+    def perform(self, host: Host, effect: Effect) -> None:
+        match effect:
+            case PersistTerm(record):
+                self._persist(host, record)
+            case RunFence(node, attempt):
+                self._fence(host, node, attempt)
+            case HoldVip():
+                self._on_host(host, "hold", lambda: setattr(host, "held", True))
+            case LiftHold():
+                self._on_host(host, "lift", lambda: setattr(host, "held", False))
+            case AddVip():
+                self._on_host(host, "add_vip", lambda: setattr(host, "vip", True))
+            case DropVip():
+                self._on_host(host, "drop_vip", lambda: setattr(host, "vip", False))
+            case Announce():
+                self._on_host(host, "announce", lambda: None)
+            case KillWorkload():
+                self._on_host(host, "kill", lambda: self._remove(host))
+            case CheckHealth():
+                self._after(host, self.random.uniform(0.01, 0.3), StepDone(step="health"))
+            case Answer(request=request, answer=answer):
+                self.answers[request] = answer
+                self.tell(f"{host.name}: answers {answer}")
+            case Note() | _:
+                pass
+
+    def _after(self, host: Host, after_s: float, event: Event) -> None:
+        life = host.keeper_life
+
+        def arrive() -> None:
+            if host.keeper_life == life:
+                self.feed(host, event)
+
+        self.later(after_s, arrive)
+
+    def _persist(self, host: Host, record: TermRecord) -> None:
+        """One after the other; what was begun before a crash may be on the disk or not."""
+        boot = host.boot
+        if "act-before-persist" in self.bugs:
+            self._after(host, 0.0, TermPersisted(record))
+        life = host.keeper_life
+        begins = max(self.now, host.disk_free_at)
+        ends = begins + self.random.uniform(0.001, 0.05)
+        if "act-before-persist" in self.bugs:
+            ends += 0.5
+        host.disk_free_at = ends
+
+        def write() -> None:
+            same = host.keeper_life == life and host.role is not None
+            if host.boot != boot or not host.on or (not same and self.chance(0.5)):
+                return  # the crash came first
+            if same and self.chance(self.weather.effect_fails):
+                self.feed(host, StepFailed(step="persist", reason="the disk is full"))
+                return
+            self._written(host, record)
+            if same and "act-before-persist" not in self.bugs:
+                self.feed(host, TermPersisted(record))
+
+        self.later(ends - self.now, write)
+
+    def _written(self, host: Host, record: TermRecord) -> None:
+        if record.term < host.record.term and "forget-terms" not in self.bugs:
+            raise self.broken(f"{host.name} lowers its term from {host.record.term} to {record.term}")
+        host.record = record
+        if record.leader == host.name:
+            if self.leaders.setdefault(record.term, host.name) != host.name:
+                raise self.broken(f"term {record.term} has two leaders: {self.leaders[record.term]}, {host.name}")
+            self.leaderships = max(self.leaderships, record.term)
+
+    def _on_host(self, host: Host, name: str, what: Callable[[], None]) -> None:
+        """Host effects of one keeper are done one after the other."""
+        life, boot = host.keeper_life, host.boot
+        host.host_free_at = max(self.now, host.host_free_at) + self.random.uniform(0.002, 0.05)
+
+        def act() -> None:
+            if not host.on or host.boot != boot or host.keeper_life != life or host.role is None:
+                return
+            if self.chance(self.weather.effect_fails):
+                self.feed(host, StepFailed(step=name, reason="it failed"))  # type: ignore[arg-type]
+                return
+            what()
+            self.feed(host, StepDone(step=name))  # type: ignore[arg-type]
+
+        self.later(host.host_free_at - self.now, act)
+
+    def _fence(self, host: Host, node: str, attempt: int) -> None:
+        target, heard = self.hosts[node], host.spoke_at.get(node)
+        asked = host.role is not None and host.role.by_operator
+        if heard is not None and self.now - heard < TIMING.suspect_after_s * 0.9 and not asked and not host.paused:
+            raise self.broken(f"{host.name} fences {node}, heard {self.now - heard:.3f} s ago")
+        self.tell(f"{host.name}: fences {node}")
+        if "skip-fence" in self.bugs:
+            self._after(host, 0.01, FenceResult(node=node, attempt=attempt, outcome="confirmed", reason="skipped"))
+            return
+        outcome = "confirmed"
+        if self.chance(self.weather.fence_unknown):
+            outcome = "unknown"
+        elif self.chance(self.weather.fence_refused):
+            outcome = "refused"
+        works = outcome == "confirmed" or (outcome == "unknown" and self.chance(0.5))
+        if works:
+            self.later(self.random.uniform(0.01, 0.5), lambda: self.power_off(target))
+        if outcome == "unknown" and "unknown-is-confirmed" in self.bugs:
+            outcome = "confirmed"
+        verdict = FenceResult(node=node, attempt=attempt, outcome=outcome, reason="as the seed has it")  # type: ignore[arg-type]
+        self._after(host, self.random.uniform(0.51, 1.5), verdict)
+
+    # --- heartbeats -------------------------------------------------------------------------------
+
+    def beat(self, host: Host, origin: str) -> None:
+        host.sequence += 1
+        role = host.role
+        for name, other in self.hosts.items():
+            if name == host.name:
+                continue
+            event = Heard(node=host.name, origin="agent", boot_id=f"boot-{host.boot}")
+            if origin == "keeper":
+                assert role is not None
+                event = Heard(
+                    node=host.name,
+                    origin="keeper",
+                    boot_id=f"boot-{host.boot}",
+                    term=role.record.term,
+                    claim=claim_of(role.name),
+                    alive=role.alive,
+                )
+            sequence, boot = host.sequence, host.boot
+            for _ in range(2 if self.chance(self.weather.double) else 1):
+                if not self.chance(self.weather.loss):
+                    delay_s = self.random.uniform(0.001, self.weather.delay_s)
+                    self.later(delay_s, lambda o=other, e=event, s=sequence, b=boot: self._hear(o, e, s, b))
+
+    def _hear(self, host: Host, event: Heard, sequence: int, boot: int) -> None:
+        if not host.on or host.role is None or (event.node, host.name) in self.blocked:
+            return
+        key = (event.node, event.origin, boot)
+        if sequence <= host.newest_beat.get(key, 0):
+            return
+        host.newest_beat[key] = sequence
+        host.spoke_at[event.node] = self.now
+        self.feed(host, event)
+
+    # --- agents -----------------------------------------------------------------------------------
+
+    def boot_agent(self, host: Host) -> None:
+        host.agent_on, host.busy = True, False
+        host.done = host.failed = 0
+        host.agent_life += 1
+        life = host.agent_life
+
+        def alive() -> bool:
+            return host.on and host.agent_on and host.agent_life == life
+
+        def report() -> None:
+            if alive():
+                self._report(host)
+                self.beat(host, "agent")
+                self.later(REPORT_S * self.random.uniform(0.9, 1.1), report)
+
+        def capture() -> None:
+            if alive():
+                self._capture(host)
+                self.later(EPOCH_S, capture)
+
+        self.later(self.random.uniform(0, REPORT_S), report)
+        self.later(self.random.uniform(0, EPOCH_S), capture)
+
+    def _report(self, host: Host) -> None:
+        if host.role is None or host.paused:
+            return
+        leads = host.role.order.role == "lead"
+        replicas = tuple(
+            ReplicaProgress(node=name, connected=self._reaches(host, other), acknowledged=epoch, restorable=True)
+            for name, epoch in host.acked.items()
+            for other in [self.hosts[name]]
+        )
+        running = host.container is not None
+        report = WorkloadReport(
+            name=self.spec.name,
+            spec=self.spec,
+            running=running,
+            init_pid=host.container or 0,
+            exit_code=None if running else host.exit_code,
+            stored=host.stored,
+            restorable=host.stored is not None,
+            replicas=replicas if leads else (),
+            order_done=host.done,
+            order_failed=host.failed,
+            restored=host.restored,
+        )
+        self.feed(host, AgentReport(report))
+        if host.role is not None and not host.busy:
+            self._obey(host)
+
+    def _obey(self, host: Host) -> None:
+        assert host.role is not None
+        order = host.role.order
+        if order.number <= max(host.done, host.failed):
+            return
+        if order.role == "lead" and (host.record.term, host.record.leader) != (order.term, host.name):
+            raise self.broken(f"{host.name} is to lead term {order.term}, its disk says {host.record}")
+        host.busy, life = True, host.agent_life
+
+        def finish() -> None:
+            if not host.on or host.agent_life != life:
+                return
+            host.busy = False
+            if order.role != "lead":
+                self._remove(host)
+            elif host.container is None and order.action != "none" and host.order_of_run != order.number:
+                if order.action == "restore" and (host.stored is None or self.chance(self.weather.effect_fails)):
+                    host.failed = order.number
+                    return
+                self.lives += 1
+                host.container, host.exit_code = self.lives, None
+                host.order_of_run = order.number
+                host.restored = host.stored if order.action == "restore" else None
+                host.acked.clear()
+                host.epoch = max(host.epoch, host.stored.epoch if host.stored else 0)
+                self.tell(f"{host.name}: container {self.lives} runs in term {order.term} ({order.action})")
+            host.done = order.number
+
+        self.later(self.random.uniform(0.02, 0.4), finish)
+
+    def _remove(self, host: Host) -> None:
+        if host.container is not None:
+            self.tell(f"{host.name}: container {host.container} is removed")
+            life, host.container = host.container, None
+            del life
+            if host.role is not None:
+                self.feed(host, WorkloadEnded(137))
+
+    def end_container(self, host: Host) -> None:
+        """The workload ends by itself."""
+        if host.on and host.container is not None:
+            self.tell(f"{host.name}: the workload ends")
+            host.container, host.exit_code = None, 1
+            self.feed(host, WorkloadEnded(1))
+
+    def _reaches(self, one: Host, other: Host) -> bool:
+        cut = (one.name, other.name) in self.blocked or (other.name, one.name) in self.blocked
+        return one.on and other.on and other.agent_on and not cut
+
+    def _capture(self, host: Host) -> None:
+        """An epoch is captured; each replica that follows this term commits and acknowledges it, or not."""
+        role = host.role
+        if host.container is None or role is None or role.order.role != "lead" or host.busy:
+            return
+        host.epoch += 1
+        epoch = EpochId(host.record.term, host.epoch)
+        for other in self.hosts.values():
+            if other is host or not self._reaches(host, other) or self.chance(self.weather.loss):
+                continue
+            self.later(self.random.uniform(0.01, 0.2), lambda o=other: self._commit(host, o, epoch))
+
+    def _commit(self, host: Host, other: Host, epoch: EpochId) -> None:
+        follows = other.role is not None and other.role.order.role == "follow"
+        if not self._reaches(host, other) or not follows or epoch.term < other.record.term:
+            return
+        if other.stored is None or epoch > other.stored:
+            other.stored = epoch
+        host.acked[other.name] = epoch
+
+    # --- power ------------------------------------------------------------------------------------
+
+    def power_off(self, host: Host) -> None:
+        if not host.on:
+            return
+        self.tell(f"{host.name}: power is off")
+        host.on = False
+        host.role = None
+        host.agent_on = False
+        host.container = None
+        host.vip = host.held = False
+        host.acked.clear()
+
+    def power_on(self, host: Host) -> None:
+        if host.on:
+            return
+        self.tell(f"{host.name}: power is on")
+        host.on = True
+        host.boot += 1
+        host.exit_code = None
+        host.order_of_run = 0
+        host.disk_free_at = host.host_free_at = self.now
+        self.boot_keeper(host)
+        self.later(self.random.uniform(0, 1), lambda: self.boot_agent(host) if host.on and not host.agent_on else None)
+
+    # --- operators --------------------------------------------------------------------------------
+
+    def _ask(self, name: str, make: Callable[[int], Event]) -> int:
+        self.requests += 1
+        event = make(self.requests)
+        self.tell(f"{name}: operator: {event}"[:200])
+        self.feed(self.hosts[name], event)
+        return self.requests
+
+    def start(self, name: str, off: tuple[str, ...] = ()) -> int:
+        return self._ask(name, lambda n: OperatorStart(request=n, spec=self.spec, peers_are_off=off))
+
+    def stop(self, name: str) -> int:
+        return self._ask(name, lambda n: OperatorStop(request=n))
+
+    def failover(self, name: str, off: str = "") -> int:
+        return self._ask(
+            name, lambda n: OperatorFailover(request=n, accept_data_loss=True, old_primary_is_off=off)
+        )
+
+    def refused(self, request: int) -> bool:
+        return isinstance(self.answers.get(request), Refused)
+
+    # --- invariants -------------------------------------------------------------------------------
+
+    def broken(self, what: str) -> Violation:
+        return Violation(f"seed {self.seed}, at {self.now:.3f} s: {what}\n" + "\n".join(self.story))
+
+    def check(self) -> None:
+        running = [host.name for host in self.hosts.values() if host.on and host.container is not None]
+        if len(running) > 1:
+            raise self.broken(f"it runs on {' and '.join(running)}")
+        if self.spec.vip is not None:
+            served = [host.name for host in self.hosts.values() if host.on and host.vip and not host.held]
+            if len(served) > 1:
+                raise self.broken(f"the address is on {' and '.join(served)}")
+        for name in running:
+            self._check_right(self.hosts[name])
+
+    def _check_right(self, host: Host) -> None:
+        role = host.role
+        entitled = role is None or host.paused or (role.newest.leader == host.name)
+        if entitled:
+            host.without_right_since = None
+        elif host.without_right_since is None:
+            host.without_right_since = self.now
+        elif self.now - host.without_right_since > RUNS_WITHOUT_RIGHT_S:
+            raise self.broken(f"{host.name} runs it without leading the newest term it knows: {role.newest}")
