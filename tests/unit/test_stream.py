@@ -17,6 +17,7 @@ from wire_fakes import (
     until,
 )
 
+from common.bulk import EpochDigest
 from common.config import Peer
 from common.criu.images import SpaceKey
 from common.errors import NoSpaceError, StaleTermError, StoreError
@@ -541,3 +542,23 @@ async def test_a_cancellation_that_comes_with_a_failure_is_not_forgotten(pair: P
         await until(lambda: stream.progress.connected)
         breaks.set()
         await asyncio.sleep(0)  # the failure is raised in the step in which `streaming` cancels
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [{"metadata_files": 1}, {"spaces": 1}, {"memory_bytes": 4096}, {"spaces": 1, "memory_bytes": 4096}],
+)
+async def test_what_was_declared_and_did_not_come_is_missed_even_if_the_digest_fits(
+    pair, raw, lacking
+) -> None:
+    await raw.greet()
+    sizes = {"metadata_files": 0, "spaces": 0, "memory_bytes": 0, **lacking}
+    begin = encode(Begin(term=1, epoch=EpochId(1, 1), base=None, incarnation="i", frozen_wall_s=1.0, **sizes))
+    digest = EpochDigest()
+    digest.add(begin)
+    await raw.link.send(begin)
+    await raw.say(Commit(digest=digest.value()))
+    refused = await raw.hear(Credit)
+    assert isinstance(refused, Refused)
+    assert "did not come" in refused.reason
+    assert not pair.store.epochs
