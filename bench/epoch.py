@@ -23,6 +23,7 @@ from bench.summary import Summary, summarize
 from common.control import AgentMetrics, WorkloadMetrics
 from common.errors import LabError
 from common.model import HealthCheck, WorkloadSpec
+from outlive.cli.running import configure_logs
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.lab import Lab
 
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--interval-ms", type=int, default=1000)
     parser.add_argument("--output", choices=("json", "table"), default="table")
     options = parser.parse_args()
+    configure_logs("warning")
     report = asyncio.run(measure(options.rss_mib or [64, 512], options.epochs, options.interval_ms))
     if options.output == "json":
         print(msgspec.json.encode(report).decode())

@@ -122,6 +122,10 @@ class Screen(Protocol):
         """Say how the current step goes; replaces what was said before."""
         ...
 
+    def note(self, text: str) -> None:
+        """Say something that a person may want to use afterwards."""
+        ...
+
     def report(self, report: DemoReport) -> None:
         """Show the end: timeline, figures, verdict."""
         ...
@@ -150,10 +154,8 @@ async def run_demo(options: DemoOptions, screen: Screen) -> DemoReport:
         report = await demo.run()
         if options.keep:
             lab.keep()
-            screen.step(
-                f"The lab {lab.name} stays up; look at it with `outlive --config "
-                f"{nodes['b'].config_path} status`, remove it with `outlive lab down {lab.name}`"
-            )
+            screen.note(f"The lab stays up. Look at it: outlive --config {nodes['b'].config_path} status")
+            screen.note(f"Remove it:               outlive lab down {lab.name}")
     return report
 
 
@@ -200,7 +202,7 @@ class _Demo:
         await start_all({"a": self._first, "b": self._second})
         self._screen.step(f"Starting the workload on A: {' '.join(self._spec.command[:3])} …")
         await self._first.cli("start", WORKLOAD)
-        await self._first.wait_for(WORKLOAD, lambda w: w.role == "primary" and w.running, what="running")
+        await self._first.wait_for(WORKLOAD, lambda w: w.state == "leading" and w.running, what="running")
 
     async def _client_begins(self) -> asyncio.subprocess.Process:
         await eventually(self._serves, what="redis answers through the service address")
@@ -247,7 +249,7 @@ class _Demo:
     async def _takeover(self) -> TermHistory:
         self._screen.step("B notices, makes sure that A is off, and takes over")
         await self._second.wait_for(
-            WORKLOAD, lambda w: w.role == "primary" and w.running, what="taken over by B", timeout_s=60.0
+            WORKLOAD, lambda w: w.state == "leading" and w.running, what="taken over by B", timeout_s=60.0
         )
 
         async def told() -> bool:

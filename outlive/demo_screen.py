@@ -25,6 +25,9 @@ class SilentScreen:
     def progress(self, text: str) -> None:
         """See `outlive.demo.Screen`."""
 
+    def note(self, text: str) -> None:
+        """See `outlive.demo.Screen`."""
+
     def report(self, report: DemoReport) -> None:
         """See `outlive.demo.Screen`."""
 
@@ -53,6 +56,10 @@ class TerminalScreen:
         self._last_progress = text
         if self._status is not None:
             self._status.update(Text(f"{self._step}: {text}"))
+
+    def note(self, text: str) -> None:
+        """See `outlive.demo.Screen`."""
+        self._console.print(Text(text), soft_wrap=True)
 
     def report(self, report: DemoReport) -> None:
         """See `outlive.demo.Screen`."""

@@ -27,6 +27,7 @@ import msgspec
 
 from bench.summary import Summary, summarize
 from common.container import running_init_pid, workload_pids
+from outlive.cli.running import configure_logs
 from outlive.cluster import eventually
 from outlive.probe import KEY_PREFIX
 from tests.system.clusters import NAME, Protected, protected_redis
@@ -260,6 +261,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--fill-mib", type=int, default=32)
     options = parser.parse_args()
+    configure_logs("warning")
     print(f"seed {options.seed}", file=sys.stderr)
     report = asyncio.run(run_series(options.rounds, options.seed, options.fill_mib, talk=True))
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
