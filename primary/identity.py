@@ -39,16 +39,15 @@ class PageHasher:
         """
         digest, seed = xxhash.xxh3_128_digest, self._seed
         view = memoryview(self._buffer)
-        digests: list[bytes] = []
-        offset, end = 0, pages * PAGE_BYTES
-        while offset < end:
-            wanted = min(len(view), end - offset)
-            read = os.preadv(descriptor, [view[:wanted]], offset)
+        identity = np.empty((pages, 2), dtype=np.uint64)
+        for start in range(0, pages, _BLOCK_PAGES):
+            stop = min(start + _BLOCK_PAGES, pages)
+            wanted = (stop - start) * PAGE_BYTES
+            read = os.preadv(descriptor, [view[:wanted]], start * PAGE_BYTES)
             if read != wanted:
-                raise CaptureError(f"an image of {pages} pages ends after {(offset + read) // PAGE_BYTES}")
-            digests += [digest(view[at : at + PAGE_BYTES], seed) for at in range(0, wanted, PAGE_BYTES)]
-            offset += wanted
-        identity = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(pages, 2).copy()
+                raise CaptureError(f"an image of {pages} pages ends after {start + read // PAGE_BYTES}")
+            digests = [digest(view[at : at + PAGE_BYTES], seed) for at in range(0, wanted, PAGE_BYTES)]
+            identity[start:stop] = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
         zero = np.frombuffer(self._zero_digest, dtype=np.uint64)
         identity[(identity == zero).all(axis=1)] = 0
         return identity
