@@ -24,6 +24,7 @@ from common.messages import (
     BULK_BYTES,
     BULK_FRAME_BYTES,
     HEADER_BYTES,
+    MESSAGE_BYTES,
     MIN_CREDIT_BYTES,
     PROTOCOL,
     Ack,
@@ -361,3 +362,14 @@ def test_the_digest_is_blake3_of_the_frames_in_order() -> None:
     digest = EpochDigest()
     digest.add([b"", b"abc"])
     assert digest.value().hex() == "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+
+
+def test_the_page_on_the_wire_format_names_every_message_field_and_limit() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
+    for name, (message, _) in VECTORS.items():
+        assert f"`{name.partition('-')[0]}`" in text
+        for field in msgspec.structs.fields(message):
+            assert f"`{field.encode_name}`" in text, (name, field.encode_name)
+    for number in (MESSAGE_BYTES, HEADER_BYTES, BULK_BYTES, BULK_FRAME_BYTES, MIN_CREDIT_BYTES):
+        assert f"{number:,}" in text
+    assert f"**protocol\n{PROTOCOL}**" in text
