@@ -106,6 +106,9 @@ def at_rest(world: World) -> Result:
             raise world.broken(f"{host.name} is off though nobody had a reason to fence it")
         if host.role.name == "leading" and host.container is None:
             raise world.broken(f"{host.name} leads and nothing runs")
+        newest = max(other.record.term for other in world.hosts.values())
+        if host.record.term != newest:
+            raise world.broken(f"{host.name} knows term {host.record.term} and not {newest}")
     return Result(terms=world.leaderships, states=states)
 
 

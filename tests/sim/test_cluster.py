@@ -1,0 +1,222 @@
+"""Clusters of real role machines in a simulated world: never two primaries, and always one in the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from common import role_guards, role_table, succession
+from common.model import WorkloadSpec
+from common.roles import Role
+from tests.sim.campaign import run_seed
+from tests.sim.world import TIMING, Violation, Weather, World
+
+CI_SEEDS = 240
+BUG_SEEDS = 400
+"""Within so many runs a planted bug must be found."""
+
+TWO = WorkloadSpec(
+    name="w",
+    nodes=("a", "b"),
+    command=("sleep",),
+    vip="10.0.0.100/24",
+    right_to_lead="fence",
+    on_exit="restart",
+)
+
+
+def protected_pair(seed: int, spec: WorkloadSpec = TWO, weather: Weather = Weather()) -> World:  # noqa: B008
+    """Return a world in which `a` leads and `b` has an epoch."""
+    world = World(seed, spec, weather)
+    world.run(2.5)
+    assert not world.refused(world.start("a"))
+    world.run(4.0)
+    assert state(world, "a") == "leading"
+    assert world.hosts["b"].stored is not None
+    return world
+
+
+def state(world: World, name: str) -> str:
+    role = world.hosts[name].role
+    return role.name if role is not None else "-"
+
+
+def role_of(world: World, name: str) -> Role:
+    role = world.hosts[name].role
+    assert role is not None
+    return role
+
+
+def test_no_seed_breaks_an_invariant_and_every_cluster_comes_to_rest() -> None:
+    start = int(os.environ.get("SIM_START", "0"))
+    print(f"seeds {start} to {start + CI_SEEDS - 1}")
+    changes = sum(run_seed(seed).terms > 1 for seed in range(start, start + CI_SEEDS))
+    assert changes > CI_SEEDS // 4, "the world is too kind to test anything"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_after_a_host_is_lost_its_successor_leads_within_the_bound(seed: int) -> None:
+    world = protected_pair(seed)
+    world.power_off(world.hosts["a"])
+    lost_at = world.now
+    bound_s = TIMING.suspect_after_s + 1.5 + 3 * 0.05 + 2 * 0.1 + 0.4 + 0.3 + 0.5
+    while state(world, "b") != "leading" and world.now < lost_at + bound_s:
+        world.run(0.01)
+    assert state(world, "b") == "leading", "\n".join(world.story)
+    assert role_of(world, "b").record.term == 2
+    assert world.hosts["b"].restored is not None
+    assert world.hosts["b"].vip
+    assert not world.hosts["b"].held
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_lost_host_returns_as_a_replica_and_is_protected_against_again(seed: int) -> None:
+    world = protected_pair(seed)
+    for first, second in (("a", "b"), ("b", "a"), ("a", "b")):
+        world.power_off(world.hosts[first])
+        world.run(6.0)
+        assert state(world, second) == "leading"
+        world.power_on(world.hosts[first])
+        world.run(6.0)
+        assert state(world, first) == "following"
+        stored, record = world.hosts[first].stored, world.hosts[first].record
+        assert stored is not None
+        assert stored.term == record.term
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dead_agent_is_no_reason_to_take_over(seed: int) -> None:
+    world = protected_pair(seed)
+    world.hosts["a"].agent_on = False
+    world.hosts["a"].agent_life += 1
+    world.run(10.0)
+    assert (state(world, "a"), state(world, "b")) == ("leading", "following")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dead_keeper_with_a_beating_agent_is_no_reason_to_take_over(seed: int) -> None:
+    world = protected_pair(seed)
+    world.crash_keeper(world.hosts["a"])
+    world.run(10.0)
+    assert state(world, "b") == "following"
+    world.boot_keeper(world.hosts["a"])
+    world.run(1.0)
+    assert state(world, "a") == "leading"
+
+
+def test_an_unknown_fence_means_waiting_with_the_reason() -> None:
+    world = protected_pair(1, weather=Weather())
+    world.weather = Weather(fence_unknown=1.0)
+    world.blocked |= {("a", "b"), ("b", "a")}
+    world.run(0.5 + 0.4)
+    world.run(1.6)
+    assert state(world, "b") in ("waiting", "acquiring")
+    assert world.hosts["b"].container is None
+
+
+def test_both_hosts_lose_power_and_the_replica_brings_the_workload_back() -> None:
+    world = protected_pair(2)
+    world.power_off(world.hosts["a"])
+    world.power_off(world.hosts["b"])
+    world.run(3.0)
+    world.power_on(world.hosts["a"])
+    world.power_on(world.hosts["b"])
+    world.run(8.0)
+    assert (state(world, "a"), state(world, "b")) == ("yielded", "leading") or state(world, "a") == "following"
+    assert world.hosts["b"].restored is not None
+
+
+def test_a_stopped_workload_stays_stopped_whoever_dies() -> None:
+    world = protected_pair(3)
+    world.stop("a")
+    world.run(2.0)
+    world.power_off(world.hosts["a"])
+    world.run(8.0)
+    assert state(world, "b") == "following"
+    assert world.hosts["b"].container is None
+
+
+def skip_fence(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "skip-fence"
+
+
+def unknown_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "unknown-is-confirmed"
+
+
+def act_before_persist(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "act-before-persist"
+
+
+def forget_terms(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "forget-terms"
+
+
+def one_boot_id(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "one-boot-id"
+
+
+def ignore_newer_terms(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(role_guards, "supersedes", lambda role, event: False)
+    return ""
+
+
+def start_without_asking_peers(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(role_table, "start_refusal", lambda role, event, now: None)
+    return ""
+
+
+def keeper_silence_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> str:
+    def last_keeper(role: Role, node: str) -> float | None:
+        view = role.peers.get(node)
+        return view.keeper_at_s if view is not None else None
+
+    monkeypatch.setattr(succession, "last_heard_s", last_keeper)
+    return ""
+
+
+def time_that_stood_still_counts_as_silence(monkeypatch: pytest.MonkeyPatch) -> str:
+    from msgspec.structs import replace
+
+    learn = role_table._learn_time
+
+    def learn_time(role: Role, now: object) -> object:
+        return learn(replace(role, ticked_at_s=now.monotonic_s), now)  # type: ignore[attr-defined,arg-type]
+
+    monkeypatch.setattr(role_table, "_learn_time", learn_time)
+    return ""
+
+
+def terms_never_leap(monkeypatch: pytest.MonkeyPatch) -> str:
+    from common import role_actions
+
+    monkeypatch.setattr(role_actions, "TERM_LEAP", 1)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        skip_fence,
+        unknown_is_confirmed,
+        act_before_persist,
+        forget_terms,
+        one_boot_id,
+        ignore_newer_terms,
+        start_without_asking_peers,
+        keeper_silence_alone_is_enough,
+        time_that_stood_still_counts_as_silence,
+        terms_never_leap,
+    ],
+)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bugs = frozenset({plant(monkeypatch)} - {""})
+    for seed in range(BUG_SEEDS):
+        try:
+            run_seed(seed, bugs)
+        except Violation as violation:
+            print(f"{plant.__name__}: found by seed {seed}: {str(violation).splitlines()[0]}")
+            return
+    pytest.fail(f"{BUG_SEEDS} runs did not find it")
