@@ -182,29 +182,20 @@ def runtime_config(spec: WorkloadSpec, paths: WorkloadPaths) -> dict[str, Any]:
     }
 
 
-def restore_program(spec: WorkloadSpec, paths: WorkloadPaths, criu: str) -> tuple[str, ...]:
-    """Return the words that run stock criu where it finds the workload's root, in namespaces of its own.
+def restore_command(spec: WorkloadSpec, paths: WorkloadPaths, criu: str) -> tuple[str, ...]:
+    """Return the words that run stock `criu restore` for this workload, without Outlive.
 
-    Append `restore` and its options. The mount is gone when the last process in it is.
+    What the images need (where they are, which pipes to replace) is to be appended. The root is mounted
+    in namespaces of its own; that mount is gone when the last process in it is.
     """
-    sources = [mount.source for mount in bind_mounts(spec, paths)]
-    script = 'mkdir -p "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
-    if sources:
-        script = f"mkdir -p {shlex.join(sources)} && {script}"
-    return (
-        *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh"),
-        *(spec.root, str(paths.rootfs), criu),
-    )
-
-
-def restore_options(spec: WorkloadSpec, paths: WorkloadPaths) -> tuple[str, ...]:
-    """Return what `criu restore` must be told of the workload, besides where the images are."""
+    mounts = bind_mounts(spec, paths)
+    made = shlex.join([mount.source for mount in mounts])
+    script = f'mkdir -p {made} "$2" && mount --bind "$1" "$2" && shift 2 && exec "$@"'
     externals = [
-        word
-        for mount in bind_mounts(spec, paths)
-        for word in ("--external", f"mnt[{mount.destination}]:{mount.source}")
+        word for mount in mounts for word in ("--external", f"mnt[{mount.destination}]:{mount.source}")
     ]
     return (
-        *("--root", str(paths.rootfs), "--manage-cgroups=ignore", "--network-lock", "skip", "--tcp-close"),
-        *externals,
+        *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh"),
+        *(spec.root, str(paths.rootfs), criu, "restore", "--root", str(paths.rootfs)),
+        *("--manage-cgroups=ignore", "--network-lock", "skip", "--tcp-close", *externals),
     )

@@ -42,7 +42,7 @@ MIN_CREDIT_BYTES: Final = 2 * MESSAGE_BYTES
 Buffer = bytes | bytearray | memoryview
 """What frames are taken from; nothing here writes to one."""
 
-_NAME = NAME_PATTERN.pattern.removesuffix("$") + r"\Z"
+_NAME = NAME_PATTERN.pattern
 # What CRIU calls its images, but not those that the store writes itself, and nothing with a path in it.
 _FILE = r"^(?!pages-|pagemap-|parent\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z"
 

@@ -14,7 +14,7 @@ import msgspec
 PAGE_BYTES = 4096
 """Size of a page on every machine that is served (x86_64, arm64 with 4 KiB pages)."""
 
-NAME_PATTERN = re.compile(r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")
+NAME_PATTERN = re.compile(r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?\Z")
 """Names of nodes and workloads: they become file, cgroup, container and nft names."""
 
 _EPOCH_ID = re.compile(r"^t(\d+)-e(\d+)$")

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from common.config import NodeConfig
 from common.control import TermHistory
 from common.durable import Disk, atomic_write
 from common.errors import StaleTermError, StoreError
@@ -113,6 +114,22 @@ class TermFiles:
 
     def _write(self, path: Path, value: object, op: str) -> None:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(value)), op=op, disk=self._disk)
+
+
+def known_workloads(config: NodeConfig, files: TermFiles | None = None) -> dict[str, WorkloadSpec]:
+    """Return every workload that this node knows, by name: what it declares and what peers sent.
+
+    The configuration wins where this node led last, or nobody did; else the leader's declaration, which
+    came with the stream. Raises StoreError if a file cannot be read.
+    """
+    files = files or TermFiles(Path(config.node.state_dir), config.node.name)
+    specs = {spec.name: spec for spec in config.workloads}
+    for name in files.workloads():
+        kept = files.load_spec(name)
+        leader = files.load(name).leader
+        if kept is not None and (name not in specs or leader not in ("", config.node.name)):
+            specs[name] = kept
+    return specs
 
 
 def _read(path: Path, kind: type[_T]) -> _T | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import structlog
 import zmq.asyncio
 
-from common.bundle import WorkloadPaths, restore_options
+from common.bundle import WorkloadPaths, restore_command
 from common.config import NodeConfig
 from common.container import incarnation
 from common.control import (
@@ -152,7 +152,9 @@ class Agent:
             guard=self._guard,
             accept=self._accept,
             readiness=lambda name, record: self._workloads[name].judge(record),
-            restore_options=lambda spec: restore_options(spec, WorkloadPaths(config, spec.name)),
+            restore_command=lambda spec: restore_command(
+                spec, WorkloadPaths(config, spec.name), str(self._criu)
+            ),
         )
 
     async def run(self) -> None:

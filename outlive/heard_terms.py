@@ -27,7 +27,7 @@ class HeardTerms:
         atomic_write(self._directory / f"{workload}.json", msgspec.json.encode(leadership), op="heard-term")
 
     def read_all(self) -> dict[str, Leadership]:
-        """Return what was recorded. Raises StoreError if a file is damaged: guessing could accept too much."""
+        """Return what was recorded. Raises StoreError if a file is damaged: it is never guessed."""
         found: dict[str, Leadership] = {}
         for path in sorted(self._directory.glob("*.json")):
             try:
@@ -35,6 +35,6 @@ class HeardTerms:
             except (OSError, msgspec.DecodeError) as error:
                 raise StoreError(
                     f"{path} cannot be read: {error}",
-                    hint='write {"term": N, "leader": "NODE"} into it, as `outlive status` of the leader says',
+                    hint='write {"term": N, "leader": "NODE"} into it, as the leader\'s status says',
                 ) from error
         return found

@@ -57,7 +57,7 @@ from common.role_events import (
 )
 from common.roles import Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
-from common.terms_file import TermFiles
+from common.terms_file import TermFiles, known_workloads
 from common.threads import in_thread
 from common.transport import Server
 from outlive.freeze_watch import FreezeWatch
@@ -133,7 +133,7 @@ class Keeper:
             self._starts = await in_thread(self._files.count_start)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                for spec in await in_thread(self._known_specs):
+                for spec in (await in_thread(known_workloads, self._config, self._files)).values():
                     await self._take_up(spec)
                 running = [
                     tasks.create_task(self._control.serve()),
@@ -166,20 +166,6 @@ class Keeper:
             log.info("keeper.stopped")
 
     # --- workloads --------------------------------------------------------------------------------
-
-    def _known_specs(self) -> list[WorkloadSpec]:
-        """Return what this node knows: what is on disk, and what its configuration declares.
-
-        The configuration wins where this node led last, or nobody did; else the leader's declaration, which
-        came with the stream.
-        """
-        specs: dict[str, WorkloadSpec] = {spec.name: spec for spec in self._config.workloads}
-        for name in self._files.workloads():
-            kept = self._files.load_spec(name)
-            leader = self._files.load(name).leader
-            if kept is not None and (name not in specs or leader not in ("", self._config.node.name)):
-                specs[name] = kept
-        return list(specs.values())
 
     async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
         """Begin to keep a workload. Raises StoreError if its term file cannot be read."""

@@ -26,6 +26,7 @@ from common.errors import NoSpaceError, ProtocolError, StoreError
 from common.messages import Begin, Buffer, Commit, Message, Metadata, Nack, Pages, Space
 from common.model import PAGE_BYTES
 from common.terms import TermGuard
+from replica.levels import CRIU_RESTORE
 from replica.store import EpochHeader, EpochRecord, EpochStore, IncomingEpoch
 
 T = TypeVar("T", bound=np.generic)
@@ -91,11 +92,11 @@ class Assembly:
         term: int,
         store: EpochStore,
         guard: TermGuard,
-        restore_options: Sequence[str] = (),
+        restore_command: Sequence[str] = CRIU_RESTORE,
     ) -> None:
-        """`restore_options` are what stock `criu restore` needs for this workload besides the images."""
+        """`restore_command` says how stock CRIU restores this workload, but for what the images need."""
         self._workload = workload
-        self._restore_options = restore_options
+        self._restore_command = restore_command
         self._leader = leader
         self._term = term
         self._store = store
@@ -174,7 +175,7 @@ class Assembly:
                 header,
                 # How much a delta takes is not known before it is here.
                 expected_bytes=begin.memory_bytes if begin.base is None else 0,
-                restore_options=self._restore_options,
+                restore_command=self._restore_command,
             )
         except (StoreError, NoSpaceError) as error:
             return self._give_up(begin, error)

@@ -296,10 +296,10 @@ def check_space(key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
         raise StoreError(f"{name}: a page must be either in the base or in the epoch, and have known flags")
 
 
-def restore_text(view: Path, options: Sequence[str], descriptors: bytes | None) -> bytes:
+def restore_text(view: Path, command: Sequence[str], descriptors: bytes | None) -> bytes:
     """Write the command with which stock CRIU restores what lies behind `view`.
 
-    `options` are what the kind of workload needs besides. `descriptors` is the content of
+    `command` ends in criu's `restore` and what the kind of workload needs. `descriptors` is the content of
     `descriptors.json` if the epoch has one: the pipes that the workload had as its standard descriptors
     are replaced by those of whoever runs the command.
     """
@@ -312,10 +312,9 @@ def restore_text(view: Path, options: Sequence[str], descriptors: bytes | None) 
         if name.startswith("pipe:"):
             inherited += ["--inherit-fd", f"fd[{number}]:{name}"]
     # The work directory is where CRIU writes its log: not into the images.
-    arguments = ["--images-dir", str(view), "--work-dir", ".", "--restore-detached", *options, *inherited]
-    command = shlex.join(["criu", "restore", *arguments])
+    arguments = ["--images-dir", str(view), "--work-dir", ".", "--restore-detached", *inherited]
     return (
         "# Restores this epoch with stock CRIU, without Outlive. Stop the agent first: it removes epochs\n"
-        "# that newer ones replace. The root and every --external mount must be in place as at the dump.\n"
-        f"{command}\n"
+        "# that newer ones replace. What the workload had bind-mounted must be there as at the dump.\n"
+        f"{shlex.join([*command, *arguments])}\n"
     ).encode()

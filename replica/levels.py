@@ -38,6 +38,9 @@ FORMAT = b"outlive epoch store 1\n"
 MANIFEST_NAME = "manifest.json"
 PARENT_NAME = "parent"
 RESTORE_NAME = "RESTORE"
+CRIU_RESTORE = ("criu", "restore")
+"""How stock CRIU is run for a workload that needs nothing but its images."""
+
 REASON_NAME = "REASON"
 
 Numbers = NDArray[np.uint64]

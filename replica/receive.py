@@ -49,6 +49,7 @@ from common.terms import TermGuard
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Incoming, LinkTiming, Server
 from replica.assembly import Assembly, Outcome
+from replica.levels import CRIU_RESTORE
 from replica.store import EpochRecord, EpochStore
 
 log = structlog.get_logger(__name__)
@@ -141,12 +142,12 @@ class Receiver:
         guard: TermGuard,
         accept: Accept,
         readiness: Check,
-        restore_options: Callable[[WorkloadSpec], Sequence[str]] = lambda spec: (),
+        restore_command: Callable[[WorkloadSpec], Sequence[str]] = lambda spec: CRIU_RESTORE,
         limits: ReceiverLimits = ReceiverLimits(),
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
     ) -> None:
-        """`restore_options` are what stock `criu restore` needs for a workload besides the images."""
+        """`restore_command` says how stock CRIU restores a workload; what the images need is added to it."""
         self._context = context
         self._config = config
         self._keys = keys
@@ -154,7 +155,7 @@ class Receiver:
         self._guard = guard
         self._accept = accept
         self._readiness = readiness
-        self._restore_options = restore_options
+        self._restore_command = restore_command
         self._limits = limits
         self._link_timing = link_timing
         self._clock = clock or SystemClock()
@@ -287,7 +288,7 @@ class Receiver:
             restorable, reasons = await self._check(hello.workload, newest)
             await self._tell(session, Readiness(restorable=restorable, reasons=reasons))
         assembly = Assembly(
-            hello.workload, session.node, hello.term, store, self._guard, self._restore_options(hello.spec)
+            hello.workload, session.node, hello.term, store, self._guard, self._restore_command(hello.spec)
         )
         try:
             await self._take_in(session, assembly, store)

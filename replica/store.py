@@ -33,7 +33,17 @@ from common.errors import NoSpaceError, StoreError
 from common.model import EpochId
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
 from replica.level_writer import ZERO, LevelWriter, restore_text
-from replica.levels import RESTORE_NAME, EpochHeader, Flags, Layout, Level, Numbers, chain_of, rows_in
+from replica.levels import (
+    CRIU_RESTORE,
+    RESTORE_NAME,
+    EpochHeader,
+    Flags,
+    Layout,
+    Level,
+    Numbers,
+    chain_of,
+    rows_in,
+)
 from replica.recovery import make_root, prepare, recover, set_aside, sweep, throw_away
 from replica.store_reader import (
     EpochDetails,
@@ -163,9 +173,9 @@ class EpochStore(StoreReader):
         return self._disk.free_bytes(self._layout.root) < 2 * self._min_free_bytes
 
     def begin(
-        self, header: EpochHeader, *, expected_bytes: int = 0, restore_options: Sequence[str] = ()
+        self, header: EpochHeader, *, expected_bytes: int = 0, restore_command: Sequence[str] = CRIU_RESTORE
     ) -> IncomingEpoch:
-        """Start to receive an epoch. `restore_options` are what `criu restore` needs besides the images.
+        """Start to receive an epoch. `restore_command` runs stock CRIU, but for what the images need.
 
         Raises StoreError when it is not newer than the newest, or its base is not held; NoSpaceError when
         less than `min_free_bytes` would be left after `expected_bytes`, or when folding is so far behind
@@ -189,7 +199,7 @@ class EpochStore(StoreReader):
                     )
             directory = self._layout.incoming / f"{header.id}-{secrets.token_hex(4)}"
             epoch = IncomingEpoch(
-                self, header, tuple(restore_options), LevelWriter(self._disk, directory, op="commit")
+                self, header, tuple(restore_command), LevelWriter(self._disk, directory, op="commit")
             )
             self._arriving.append(epoch)
             return epoch
@@ -406,11 +416,11 @@ class IncomingEpoch:
     """
 
     def __init__(
-        self, store: EpochStore, header: EpochHeader, restore_options: tuple[str, ...], writer: LevelWriter
+        self, store: EpochStore, header: EpochHeader, restore_command: tuple[str, ...], writer: LevelWriter
     ) -> None:
         self.header = header
         self._store = store
-        self._restore_options = restore_options
+        self._restore_command = restore_command
         self._writer = writer
         self._numbers: dict[SpaceKey, Numbers] = {}
         self._descriptors = b""
@@ -467,7 +477,7 @@ class IncomingEpoch:
         """
         with self._step():
             view = self._store._layout.view(self.header.id)
-            text = restore_text(view, self._restore_options, self._descriptors)
+            text = restore_text(view, self._restore_command, self._descriptors)
             wall_s = self._store._clock.wall_s()
             made = self._writer.finish(self._store._layout, self.header, wall_s, text)
             record = self._store._commit(self, made, self._numbers)

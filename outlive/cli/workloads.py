@@ -15,6 +15,7 @@ from common.container import running_init_pid
 from common.control import Done, Failover, ForgetWorkload, StartWorkload, StopWorkload
 from common.errors import ConfigError, UnreachableError, WorkloadError
 from common.model import FilePath, HealthCheck, WorkloadSpec
+from common.terms_file import known_workloads
 from outlive.cli.call import Call, Verb, examples, shown_command
 from outlive.cli.follow import Outcome, follow_role, newest_term
 from outlive.cli.output import Answer, Rows
@@ -137,13 +138,26 @@ def unprotect(call: Call, name: str) -> None:
     call.show(answer, f"{name} is protected no longer")
 
 
-@click.command(cls=Verb, epilog=examples("outlive start redis"))
+@click.command(cls=Verb, epilog=examples("outlive start redis", "outlive start redis --off a"))
 @click.argument("name")
+@click.option(
+    "--off",
+    "peers_are_off",
+    multiple=True,
+    metavar="NODE",
+    help="You have made sure yourself that this node is off. If it is not, two of them may run.",
+)
 @click.pass_obj
-def start(call: Call, name: str) -> None:
-    """Start a declared workload here. Refused where it may run elsewhere (exit code 10)."""
+def start(call: Call, name: str, peers_are_off: tuple[str, ...]) -> None:
+    """Start a workload here, afresh. Refused where it may run elsewhere (exit code 10)."""
     config = call.config()
-    _start(call, config, _declared(call, config, name))
+    spec = known_workloads(config).get(name)
+    if spec is None:
+        raise WorkloadError(
+            f"no workload {name!r} is declared in {call.config_path}, and no peer has sent one",
+            hint=f"declare it: outlive protect {name} -- COMMAND…",
+        )
+    _start(call, config, spec, peers_are_off)
 
 
 @click.command(cls=Verb, epilog=examples("outlive stop redis"))
@@ -192,10 +206,11 @@ def failover(
     _show(call, name, done.detail, outcome)
 
 
-def _start(call: Call, config: NodeConfig, spec: WorkloadSpec) -> None:
+def _start(call: Call, config: NodeConfig, spec: WorkloadSpec, peers_are_off: tuple[str, ...] = ()) -> None:
     try:
         before = newest_term(call, config, spec.name)
-        done = call.ask(config.keeper_endpoint, StartWorkload(spec=spec), Done)
+        request = StartWorkload(spec=spec, peers_are_off=peers_are_off)
+        done = call.ask(config.keeper_endpoint, request, Done)
     except UnreachableError as error:
         raise UnreachableError(
             f"{spec.name} is declared, but not started: {error.message}",

@@ -13,6 +13,7 @@ from common.container import workload_pids
 from common.errors import ConfigError
 from common.inspection import inspect_tree
 from common.model import WorkloadSpec
+from common.terms_file import known_workloads
 from outlive.doctor.node import check_node
 from outlive.doctor.report import Check, DoctorReport
 from outlive.doctor.workload import judge_fencing, judge_tree
@@ -21,16 +22,17 @@ __all__ = ["Check", "DoctorReport", "run_doctor"]
 
 
 async def run_doctor(config: NodeConfig, workload: str | None) -> DoctorReport:
-    """Check the node, then the named workload or all configured ones.
+    """Check the node, then the named workload or all that it knows.
 
-    Takes about a second, or up to a few if peers do not answer. Raises ConfigError for a workload that the
-    configuration does not have; whatever else is wrong is a check that failed.
+    Takes about a second, or up to a few if peers do not answer. Raises ConfigError for a workload that this
+    node does not know; whatever else is wrong is a check that failed.
     """
-    chosen = [spec for spec in config.workloads if workload in {None, spec.name}]
+    known = known_workloads(config)
+    chosen = [spec for name, spec in known.items() if workload in {None, name}]
     if workload is not None and not chosen:
         raise ConfigError(
             f"no workload is called {workload!r}",
-            hint=f"configured are: {', '.join(spec.name for spec in config.workloads) or 'none'}",
+            hint=f"this node knows: {', '.join(known) or 'none'}",
         )
     checks = await check_node(config)
     for spec in chosen:

@@ -10,7 +10,8 @@ import pytest
 
 from common.control import WorkloadStatus
 from outlive.cluster import eventually
-from tests.system.clusters import NAME, protected_redis
+from replica.store_reader import StoreReader
+from tests.system.clusters import NAME, PORT, protected_redis
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
@@ -109,3 +110,25 @@ async def test_idle_epochs_cost_less_than_a_hundredth_of_the_memory() -> None:
         after = (await cluster.nodes["a"].metrics()).workloads[0]
         epochs = after.epochs_acknowledged - before.epochs_acknowledged
         assert (after.bytes_sent - before.bytes_sent) / epochs < 0.01 * after.memory_bytes
+
+
+async def test_stock_criu_alone_restores_what_is_stored() -> None:
+    async with protected_redis(("a", "b"), fill_mib=8) as cluster:
+        await cluster.redis("set", "kept", "yes")
+        await cluster.wait_for_epochs(12)  # enough for a fold
+        second = cluster.nodes["b"]
+        await second.stop("keeper")
+        await second.stop("agent")
+        await cluster.lab.power_off("a")
+        newest = StoreReader.inspect(second.config.store_dir, NAME).newest
+        assert newest is not None
+        script = f"cd {second.host.dir} && sh {newest.path}/RESTORE </dev/null >restore.out 2>&1"
+        await second.host.run(["sh", "-c", script])
+        address = str(second.host.address.ip)
+
+        async def answer(*words: str) -> str:
+            command = ["timeout", "3", "redis-cli", "-h", address, "-p", str(PORT), *words]
+            return (await cluster.client.run(command, check=False)).stdout.strip()
+
+        assert await answer("get", "kept") == "yes"
+        assert int(await answer("dbsize")) > 8 * 64

@@ -162,8 +162,8 @@ def commit(store: EpochStore, number: int, dump: Path, held: Pages | None) -> tu
         incarnation="one",
         frozen_wall_s=time.time(),
     )
-    options = ("--manage-cgroups=ignore", "--network-lock", "skip")
-    with store.begin(header, restore_options=options) as epoch:
+    command = ("criu", "restore", "--manage-cgroups=ignore", "--network-lock", "skip")
+    with store.begin(header, restore_command=command) as epoch:
         for file in sorted(dump.iterdir()):
             if not file.name.startswith(("pagemap-", "pages-", "stats-")):
                 epoch.metadata(file.name, file.read_bytes())

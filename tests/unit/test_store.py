@@ -272,13 +272,15 @@ def test_pagemaps_carry_the_flags_that_criu_needs(store: EpochStore) -> None:
 
 
 def test_the_command_names_the_view_the_options_and_the_pipes(store: EpochStore) -> None:
-    with store.begin(header(FIRST, None), restore_options=("--external", "mnt[/dev]:/dev")) as epoch:
+    with store.begin(
+        header(FIRST, None), restore_command=("criu", "restore", "--external", "mnt[/dev]:/dev")
+    ) as epoch:
         epoch.metadata("descriptors.json", b'["/dev/null","pipe:[17]",', more=True)
         epoch.metadata("descriptors.json", b'"pipe:[18]"]')
         record = epoch.commit()
     assert store.show(FIRST).command == (
-        f"criu restore --images-dir {record.path} --work-dir . --restore-detached"
-        " --external 'mnt[/dev]:/dev' --inherit-fd 'fd[1]:pipe:[17]' --inherit-fd 'fd[2]:pipe:[18]'"
+        f"criu restore --external 'mnt[/dev]:/dev' --images-dir {record.path} --work-dir . --restore-detached"
+        " --inherit-fd 'fd[1]:pipe:[17]' --inherit-fd 'fd[2]:pipe:[18]'"
     )
 
 

@@ -144,7 +144,7 @@ class StoreInMemory:
     def newest(self) -> StoredEpoch | None:
         return self.epochs[max(self.epochs)] if self.epochs else None
 
-    def begin(self, header, *, expected_bytes=0, restore_options=()):
+    def begin(self, header, *, expected_bytes=0, restore_command=("criu", "restore")):
         self.begun += 1
         if self.fail_begin:
             raise self.fail_begin
