@@ -32,7 +32,10 @@ from common.succession import contender, last_heard_s
 Acted = tuple[Role, tuple[Effect, ...]]
 
 TERM_LEAP = 100
-"""More terms than a node leads unheard between two boots."""
+"""More terms than are led unheard while a node is off."""
+
+_TERM_LINE = 10
+"""Distance of the terms to which two nodes leap that do not hear of each other."""
 
 _TIMELINE_ENTRIES = 100
 """A workload that keeps ending and starting in one term writes no endless story."""
@@ -70,10 +73,15 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
 
     Whoever holds the right, or took it from its holder by a fence, is the only one to create the next term.
     An operator's word is not as good: a node that is off may have led terms that nobody heard of. So a term
-    that rests on it leaps over them.
+    that rests on it leaps over them, to the next hundred, and ten further for each place in the succession.
+    (Operators who vouch on several nodes, each time without the others, can still go astray.)
     """
+    term = role.newest.term + 1
+    if leap:
+        place = role.spec.nodes.index(role.me) if role.me in role.spec.nodes else len(role.spec.nodes)
+        term = (role.newest.term // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
     record = TermRecord(
-        term=role.newest.term + (TERM_LEAP if leap else 1),
+        term=term,
         leader=role.me,
         mark=mark,
         boot_id=role.boot_id,
@@ -192,7 +200,11 @@ def suspect(role: Role, event: Event, now: Instant) -> Acted:
     reason = f"the last heartbeat of {who}" if at is not None else f"{who} has not been heard since"
     ago_s = now.monotonic_s - began_s
     role = replace(role, timeline=(), timeline_from_s=began_s, retries=0, retry_at_s=0.0)
-    return noted(role, Instant(began_s, now.wall_s - ago_s), what, reason), ()
+    role = noted(role, Instant(began_s, now.wall_s - ago_s), what, reason)
+    limit_ms = role.timing.suspect_after_s * 1000
+    return noted(
+        role, now, "suspected", f"silent for {ago_s * 1000:.0f} ms; at most {limit_ms:.0f} allowed"
+    ), ()
 
 
 def pursue(role: Role, event: Event, now: Instant) -> Acted:
@@ -204,6 +216,7 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
         return acquired(role, now, f"{given} term {role.record.term}", leap=own)
     if rival not in role.fenceable:  # refused before, unless an operator vouches
         return acquired(role, now, f"the operator vouches that {rival} is off", leap=True)
+    role = noted(role, now, "fence asked", f"{rival} has to be confirmed off")
     role = replace(role, fence_attempt=role.fence_attempt + 1)
     return role, (RunFence(rival, role.fence_attempt),)
 

@@ -11,7 +11,8 @@ from common.succession import agent_alive
 
 def workload_status(role: Role, now: Instant) -> WorkloadStatus:
     """Return what `status` shows of the workload on this node."""
-    report, record = role.report, role.record
+    report = role.report
+    record = role.newest if role.name in ("following", "deposed") else role.record
     primary = record.term > 0 and record.leader == role.me
     replicas = report.replicas if report is not None and role.name in LEADING else ()
     restorable, reasons = _restorable(role, replicas, now)

@@ -124,7 +124,9 @@ def test_both_hosts_lose_power_and_the_replica_brings_the_workload_back() -> Non
     world.power_on(world.hosts["a"])
     world.power_on(world.hosts["b"])
     world.run(8.0)
-    assert (state(world, "a"), state(world, "b")) == ("yielded", "leading") or state(world, "a") == "following"
+    assert (state(world, "a"), state(world, "b")) == ("yielded", "leading") or state(
+        world, "a"
+    ) == "following"
     assert world.hosts["b"].restored is not None
 
 
@@ -193,6 +195,7 @@ def terms_never_leap(monkeypatch: pytest.MonkeyPatch) -> str:
     from common import role_actions
 
     monkeypatch.setattr(role_actions, "TERM_LEAP", 1)
+    monkeypatch.setattr(role_actions, "_TERM_LINE", 0)
     return ""
 
 
@@ -211,7 +214,9 @@ def terms_never_leap(monkeypatch: pytest.MonkeyPatch) -> str:
         terms_never_leap,
     ],
 )
-def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_is_found(
+    plant: Callable[[pytest.MonkeyPatch], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bugs = frozenset({plant(monkeypatch)} - {""})
     for seed in range(BUG_SEEDS):
         try:

@@ -49,7 +49,9 @@ TICK_S = 0.05
 BEAT_S = 0.1
 REPORT_S = 0.1
 EPOCH_S = 0.5
-TIMING = Timing(suspect_after_s=0.5, listen_s=2.0, agent_silent_after_s=1.0, stop_grace_s=3.0, retry_most_s=4.0)
+TIMING = Timing(
+    suspect_after_s=0.5, listen_s=2.0, agent_silent_after_s=1.0, stop_grace_s=3.0, retry_most_s=4.0
+)
 STORY_LINES = 60
 RUNS_WITHOUT_RIGHT_S = 3.0
 """The keeper kills at once; killing may fail and is repeated, hence some time."""
@@ -80,7 +82,7 @@ class Host:
     name: str
     on: bool = True
     boot: int = 1
-    record: TermRecord = TermRecord()
+    record: TermRecord = field(default_factory=TermRecord)
     starts: int = 0
     stored: EpochId | None = None
     role: Role | None = None
@@ -112,7 +114,9 @@ class Host:
 class World:
     """The cluster and its clock."""
 
-    def __init__(self, seed: int, spec: WorkloadSpec, weather: Weather, bugs: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, seed: int, spec: WorkloadSpec, weather: Weather, bugs: frozenset[str] = frozenset()
+    ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.spec = spec
@@ -223,7 +227,9 @@ class World:
         before = host.role
         host.role, effects = step(host.role, event, self.instant())
         if host.role.name != before.name:
-            self.tell(f"{host.name}: {before.name} -> {host.role.name} [{host.role.record.term}] {host.role.reason}")
+            self.tell(
+                f"{host.name}: {before.name} -> {host.role.name} [{host.role.record.term}] {host.role.reason}"
+            )
         for effect in effects:
             self.perform(host, effect)
 
@@ -293,7 +299,9 @@ class World:
         host.record = record
         if record.leader == host.name:
             if self.leaders.setdefault(record.term, host.name) != host.name:
-                raise self.broken(f"term {record.term} has two leaders: {self.leaders[record.term]}, {host.name}")
+                raise self.broken(
+                    f"term {record.term} has two leaders: {self.leaders[record.term]}, {host.name}"
+                )
             self.leaderships = max(self.leaderships, record.term)
 
     def _on_host(self, host: Host, name: str, what: Callable[[], None]) -> None:
@@ -315,11 +323,18 @@ class World:
     def _fence(self, host: Host, node: str, attempt: int) -> None:
         target, heard = self.hosts[node], host.spoke_at.get(node)
         asked = host.role is not None and host.role.by_operator
-        if heard is not None and self.now - heard < TIMING.suspect_after_s * 0.9 and not asked and not host.paused:
+        if (
+            heard is not None
+            and self.now - heard < TIMING.suspect_after_s * 0.9
+            and not asked
+            and not host.paused
+        ):
             raise self.broken(f"{host.name} fences {node}, heard {self.now - heard:.3f} s ago")
         self.tell(f"{host.name}: fences {node}")
         if "skip-fence" in self.bugs:
-            self._after(host, 0.01, FenceResult(node=node, attempt=attempt, outcome="confirmed", reason="skipped"))
+            self._after(
+                host, 0.01, FenceResult(node=node, attempt=attempt, outcome="confirmed", reason="skipped")
+            )
             return
         outcome = "confirmed"
         if self.chance(self.weather.fence_unknown):
@@ -399,7 +414,9 @@ class World:
             return
         leads = host.role.order.role == "lead"
         replicas = tuple(
-            ReplicaProgress(node=name, connected=self._reaches(host, other), acknowledged=epoch, restorable=True)
+            ReplicaProgress(
+                node=name, connected=self._reaches(host, other), acknowledged=epoch, restorable=True
+            )
             for name, epoch in host.acked.items()
             for other in [self.hosts[name]]
         )
@@ -437,7 +454,9 @@ class World:
             if order.role != "lead":
                 self._remove(host)
             elif host.container is None and order.action != "none" and host.order_of_run != order.number:
-                if order.action == "restore" and (host.stored is None or self.chance(self.weather.effect_fails)):
+                if order.action == "restore" and (
+                    host.stored is None or self.chance(self.weather.effect_fails)
+                ):
                     host.failed = order.number
                     return
                 self.lives += 1
@@ -513,7 +532,10 @@ class World:
         host.order_of_run = 0
         host.disk_free_at = host.host_free_at = self.now
         self.boot_keeper(host)
-        self.later(self.random.uniform(0, 1), lambda: self.boot_agent(host) if host.on and not host.agent_on else None)
+        self.later(
+            self.random.uniform(0, 1),
+            lambda: self.boot_agent(host) if host.on and not host.agent_on else None,
+        )
 
     # --- operators --------------------------------------------------------------------------------
 

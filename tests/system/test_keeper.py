@@ -1,0 +1,512 @@
+"""Two real keepers on loopback, with agents that only speak the control protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import zmq.asyncio
+
+from common.config import Fence, Heartbeat, Node, NodeConfig, Peer
+from common.control import (
+    AnnounceFreeze,
+    AskHistory,
+    AskStatus,
+    Done,
+    EndFreeze,
+    Failover,
+    History,
+    KeeperAnswer,
+    KeeperRequest,
+    NodeStatus,
+    Order,
+    Orders,
+    Refused,
+    ReplicaProgress,
+    Report,
+    StartWorkload,
+    StopWorkload,
+    WorkloadReport,
+    WorkloadStatus,
+)
+from common.control_channel import ask
+from common.heartbeat import AgentBeater
+from common.keys import KeyPair, generate, load
+from common.model import EpochId, WorkloadSpec
+
+pytestmark = pytest.mark.system
+# ruff: noqa: ASYNC220 - starting a small process takes no time that a test would notice
+
+SPEC = WorkloadSpec(
+    name="w", nodes=("a", "b"), command=("sleep", "1000"), right_to_lead="fence", on_exit="restart"
+)
+RUN_KEEPER = """
+import sys
+from outlive.cli import _NOT_FOR_THE_KEEPER
+sys.modules.update(dict.fromkeys(_NOT_FOR_THE_KEEPER))
+import asyncio
+from pathlib import Path
+import msgspec
+from common.config import NodeConfig
+from outlive.keeper import run_keeper
+from outlive.keeper_effects import RealHands
+
+class Hands(RealHands):
+    '''The process that the fake agent started stands for the container.'''
+
+    def init_pid(self, name):
+        try:
+            pid = int((Path(self._config.node.run_dir) / "fake-pid").read_text())
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, ValueError):
+            return None
+        return pid if state != "Z" else None
+
+    async def kill(self, spec):
+        import os, signal
+        pid = self.init_pid(spec.name)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+
+config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=NodeConfig)
+asyncio.run(run_keeper(config, Hands(config)))
+"""
+
+
+class FakeAgent:
+    """Reports, obeys with a `sleep` for a container, and beats, as an agent would."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stored: EpochId | None = None
+        self.replicas: tuple[ReplicaProgress, ...] = ()
+        self.done = 0
+        self.orders: list[Order] = []
+        self._context = zmq.asyncio.Context()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, *, beats: bool = True) -> None:
+        self._tasks = [asyncio.create_task(self._report())]
+        if beats:
+            keys = load(Path(self.config.node.key_file))
+            self._tasks.append(asyncio.create_task(AgentBeater(self.config, keys, self._context).run()))
+
+    def start_only_beats(self) -> None:
+        keys = load(Path(self.config.node.key_file))
+        self._tasks = [asyncio.create_task(AgentBeater(self.config, keys, self._context).run())]
+
+    async def die(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    async def close(self) -> None:
+        await self.die()
+        self.end_workload()
+        self._context.destroy(linger=0)
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def end_workload(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    async def _report(self) -> None:
+        while True:
+            report = WorkloadReport(
+                name="w",
+                spec=SPEC,
+                running=self.running,
+                init_pid=self.process.pid if self.process is not None and self.running else 0,
+                exit_code=None if self.running or self.process is None else 137,
+                stored=self.stored,
+                restorable=self.stored is not None,
+                replicas=self.replicas,
+                order_done=self.done,
+                order_detail="as ordered",
+            )
+            answer = await ask(
+                self.config.keeper_endpoint,
+                Report(agent_pid=os.getpid(), workloads=(report,)),
+                2.0,
+                context=self._context,
+            )
+            assert isinstance(answer, Orders)
+            for order in answer.orders:
+                self._obey(order)
+            await asyncio.sleep(0.03)
+
+    def _obey(self, order: Order) -> None:
+        if order.number <= self.done:
+            return
+        self.orders.append(order)
+        if order.role != "lead":
+            self.end_workload()
+        elif order.action != "none" and not self.running:
+            self.process = subprocess.Popen(["sleep", "1000"])
+            (Path(self.config.node.run_dir) / "fake-pid").write_text(str(self.process.pid))
+        self.done = order.number
+
+
+class NodeUnderTest:
+    """One node: its configuration, its keeper process, its fake agent."""
+
+    def __init__(self, directory: Path, config: NodeConfig) -> None:
+        self.directory = directory
+        self.config = config
+        self.agent = FakeAgent(config)
+        self.keeper: subprocess.Popen[bytes] | None = None
+        self.log = directory / "keeper.log"
+
+    async def start_keeper(self) -> None:
+        import msgspec
+
+        file = self.directory / "config.json"
+        file.write_bytes(msgspec.json.encode(self.config))
+        with self.log.open("ab") as log:
+            self.keeper = subprocess.Popen(
+                [sys.executable, "-c", RUN_KEEPER, str(file)], stderr=log, cwd=Path(__file__).parents[2]
+            )
+        await until(self._answers, "the keeper answers")
+
+    async def _answers(self) -> bool:
+        assert self.keeper is not None
+        assert self.keeper.poll() is None, self.log.read_text()
+        try:
+            await self.ask(AskStatus())
+        except Exception:
+            return False
+        return True
+
+    async def ask(self, request: KeeperRequest) -> KeeperAnswer:
+        return await ask(self.config.keeper_endpoint, request, 10.0)
+
+    async def status(self) -> WorkloadStatus:
+        answer = await self.ask(AskStatus())
+        assert isinstance(answer, NodeStatus)
+        return next(each for each in answer.workloads if each.name == "w")
+
+    async def is_in(self, state: str, timeout_s: float = 10.0) -> WorkloadStatus:
+        async def there() -> bool:
+            return (await self.status()).state == state
+
+        try:
+            await until(there, f"{self.config.node.name} is {state}", timeout_s)
+        except TimeoutError:
+            raise AssertionError(f"not {state}: {await self.status()}\n{self.log.read_text()}") from None
+        return await self.status()
+
+    def kill_keeper(self, number: int = signal.SIGKILL) -> int:
+        assert self.keeper is not None
+        self.keeper.send_signal(number)
+        return self.keeper.wait(timeout=10)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not await condition():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(what)
+        await asyncio.sleep(0.01)
+
+
+def free_ports(count: int) -> list[int]:
+    import socket
+
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def config_of(
+    name: str, other: str, directory: Path, ports: dict[str, int], keys: dict[str, KeyPair]
+) -> NodeConfig:
+    home = directory / name
+    fence = directory / f"fence-{other}"
+    if not fence.exists():
+        fence.write_text("#!/bin/sh\nexit 2\n")
+        fence.chmod(0o700)
+    (home / "boot_id").write_text(f"boot-of-{name}\n")
+    return NodeConfig(
+        node=Node(
+            name=name,
+            address="127.0.0.1",
+            keeper_port=ports[name],
+            key_file=str(home / "node.key"),
+            state_dir=str(home / "state"),
+            run_dir=str(home / "run"),
+            boot_id_file=str(home / "boot_id"),
+        ),
+        heartbeat=Heartbeat(interval_ms=50, suspect_after_ms=300),
+        peers=(
+            Peer(name=other, address="127.0.0.1", public_key=keys[other].public, keeper_port=ports[other]),
+        ),
+        fences=(Fence(node=other, command=(str(fence),)),),
+        workloads=(SPEC,) if name == "a" else (),
+    )
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[NodeUnderTest, NodeUnderTest]]:
+    """Two nodes whose keepers and agents run; unix socket paths are short, hence not pytest's directory."""
+    with tempfile.TemporaryDirectory(prefix="ok-") as name:
+        directory = Path(name)
+        for node in ("a", "b"):
+            (directory / node / "state").mkdir(parents=True)
+            (directory / node / "run").mkdir(mode=0o700)
+        keys = {node: generate(directory / node / "node.key") for node in ("a", "b")}
+        ports = dict(zip(("a", "b"), free_ports(2), strict=True))
+        a = NodeUnderTest(directory / "a", config_of("a", "b", directory, ports, keys))
+        b = NodeUnderTest(directory / "b", config_of("b", "a", directory, ports, keys))
+        try:
+            for node in (a, b):
+                await node.start_keeper()
+                node.agent.start()
+            yield a, b
+        finally:
+            for node in (a, b):
+                await node.agent.close()
+                if node.keeper is not None and node.keeper.poll() is None:
+                    node.kill_keeper()
+
+
+async def protect(a: NodeUnderTest, b: NodeUnderTest) -> None:
+    """Start the workload on `a` and pretend that `b` has an epoch of it."""
+    answer = await a.ask(StartWorkload(spec=SPEC))
+    assert isinstance(answer, Done), answer
+    await a.is_in("leading")
+    await b.is_in("following")
+    b.agent.stored = EpochId(1, 7)
+    a.agent.replicas = (
+        ReplicaProgress(node="b", connected=True, acknowledged=EpochId(1, 7), restorable=True),
+    )
+
+    async def protected() -> bool:
+        return (await a.status()).restorable
+
+    await until(protected, "b could restore it")
+
+
+def let_fence_of(a: NodeUnderTest, answer: str) -> None:
+    (a.directory.parent / f"fence-{a.config.node.name}").write_text(f"#!/bin/sh\n{answer}\n")
+
+
+async def lose(node: NodeUnderTest) -> None:
+    """Everything on the node is gone at once, as with its power."""
+    node.kill_keeper()
+    await node.agent.die()
+    node.agent.end_workload()
+
+
+async def test_the_first_start_leads_term_1_and_the_replica_follows() -> None:
+    async with pair() as (a, b):
+        refused = await b.ask(StartWorkload(spec=SPEC))
+        assert isinstance(refused, Refused)
+        assert refused.error == "NoRightToLeadError"
+        await protect(a, b)
+        status = await a.status()
+        assert (status.term, status.leader, status.running, status.role) == (1, "a", True, "primary")
+        assert status.reason.startswith("protected by b")
+        assert (await b.status()).role == "replica"
+        assert b.agent.orders[-1].role == "follow"
+
+
+async def test_a_lost_host_is_fenced_and_taken_over_with_a_timeline() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        let_fence_of(a, "echo the power is off; exit 0")
+        lost_s = time.monotonic()
+        await lose(a)
+        await b.is_in("leading")
+        took_ms = (time.monotonic() - lost_s) * 1000
+        history = await b.ask(AskHistory(workload="w"))
+        assert isinstance(history, History)
+        story = history.terms[-1]
+        print(f"\ntaken over in {took_ms:.0f} ms")
+        for entry in story.timeline:
+            print(f"{entry.at_ms:8.1f} ms  {entry.event:16} {entry.reason}")
+        events = [entry.event for entry in story.timeline]
+        assert events == [
+            "last heard",
+            "suspected",
+            "fence asked",
+            "right acquired",
+            "term recorded",
+            "ordered",
+            "running",
+            "leading",
+        ]
+        suspected = story.timeline[1]
+        assert 300 <= suspected.at_ms < 600
+        assert "the power is off" in story.timeline[3].reason
+        assert (story.term, story.leader) == (2, "b")
+        assert b.agent.orders[-2].action == "restore"
+        assert took_ms < 3000
+
+
+async def test_without_a_confirmed_fence_the_replica_waits_and_says_why() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        await lose(a)
+        status = await b.is_in("waiting")
+        assert "the fence is unknown" in status.reason
+        refused = await b.ask(Failover(workload="w", accept_data_loss=True))
+        assert isinstance(refused, Refused)
+        assert refused.error == "NoRightToLeadError"
+        answer = await b.ask(Failover(workload="w", accept_data_loss=True, old_primary_is_off="a"))
+        assert isinstance(answer, Done), answer
+        assert (await b.is_in("leading")).term > 1
+
+
+async def test_a_dead_keeper_is_no_reason_to_take_over_and_leads_again_when_it_is_back() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        let_fence_of(a, "exit 0")
+        a.kill_keeper()
+        await a.agent.die()  # its reports fail without a keeper; it goes on beating
+        a.agent.start_only_beats()
+        await asyncio.sleep(1.2)
+        assert (await b.status()).state == "following"
+        assert a.agent.running
+        await a.start_keeper()
+        status = await a.is_in("leading")
+        assert (status.term, status.running) == (1, True)
+
+
+async def test_a_dead_agent_means_unprotected_and_no_takeover() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        let_fence_of(a, "exit 0")
+        await a.agent.die()
+
+        async def unprotected() -> bool:
+            return (await a.status()).reason.startswith("unprotected: this node's agent is silent")
+
+        await until(unprotected, "the silent agent is told")
+        status = await a.status()
+        assert (status.state, status.running, status.restorable) == ("leading", True, False)
+        assert (await b.status()).state == "following"
+
+
+async def test_the_keeper_sees_the_workload_end_without_its_agent() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        await a.agent.die()
+        a.agent.end_workload()
+
+        async def ended() -> bool:
+            return not (await a.status()).running
+
+        await until(ended, "the end is seen", 1.0)
+
+
+async def test_a_stop_is_kept_over_a_restart_and_is_no_reason_to_take_over() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        let_fence_of(a, "exit 0")
+        assert isinstance(await a.ask(StopWorkload(workload="w")), Done)
+        await a.is_in("stopped")
+        await asyncio.sleep(0.3)
+        assert not a.agent.running
+        await a.agent.die()
+        a.kill_keeper()
+        await asyncio.sleep(1.0)
+        assert (await b.status()).state == "following"
+        await a.start_keeper()
+        assert (await a.status()).state == "stopped"
+        a.agent.start()
+        assert isinstance(await a.ask(StartWorkload(spec=SPEC)), Done)
+        assert (await a.is_in("leading")).term == 1
+
+
+async def test_the_old_primary_follows_when_it_is_back() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        let_fence_of(a, "exit 0")
+        await lose(a)
+        await b.is_in("leading")
+        (a.directory / "boot_id").write_text("another-boot\n")
+        await a.start_keeper()
+        status = await a.is_in("following")
+        assert (status.term, status.leader) == (2, "b")
+        refused = await a.ask(StartWorkload(spec=SPEC))
+        assert isinstance(refused, Refused)
+        assert refused.error == "NoRightToLeadError"
+
+
+async def test_sigterm_ends_the_keeper_cleanly_and_leaves_the_workload() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        began_s = time.monotonic()
+        assert a.kill_keeper(signal.SIGTERM) == 0, a.log.read_text()
+        assert time.monotonic() - began_s < 2.0
+        assert a.agent.running
+        assert "Traceback" not in a.log.read_text()
+
+
+async def test_the_keeper_fits_into_32_mib() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        await asyncio.sleep(1.0)
+        assert a.keeper is not None
+        status = Path(f"/proc/{a.keeper.pid}/status").read_text()
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        rss_kib, locked_kib = (int(fields[key].split()[0]) for key in ("VmRSS", "VmLck"))
+        print(f"\nkeeper: RSS {rss_kib / 1024:.1f} MiB, locked {locked_kib / 1024:.1f} MiB (on fault)")
+        assert rss_kib <= 32 * 1024
+
+
+async def test_what_a_stopped_criu_holds_is_released_at_the_thaw_deadline_without_the_agent() -> None:
+    async with pair() as (a, _):
+        with tempfile.TemporaryDirectory() as directory:
+            fake = Path(directory) / "criu"
+            fake.symlink_to("/bin/sleep")
+            criu = subprocess.Popen([str(fake), "1000"])
+            other = subprocess.Popen(["sleep", "1000"])
+            try:
+                announcement = AnnounceFreeze(workload="w", criu_pid=criu.pid, deadline_ms=1300)
+                assert isinstance(await a.ask(announcement), Done)
+                refused = await a.ask(AnnounceFreeze(workload="w", criu_pid=other.pid, deadline_ms=1300))
+                assert isinstance(refused, Refused)
+                await a.agent.die()
+                criu.send_signal(signal.SIGSTOP)
+                began_s = time.monotonic()
+                code = await asyncio.to_thread(criu.wait, 5)
+                assert code == -signal.SIGKILL
+                assert 1.0 < time.monotonic() - began_s < 1.6
+            finally:
+                for process in (criu, other):
+                    process.kill()
+                    process.wait()
+
+
+async def test_a_freeze_that_ends_in_time_is_left_alone() -> None:
+    async with pair() as (a, _):
+        with tempfile.TemporaryDirectory() as directory:
+            fake = Path(directory) / "criu"
+            fake.symlink_to("/bin/sleep")
+            criu = subprocess.Popen([str(fake), "1000"])
+            try:
+                await a.ask(AnnounceFreeze(workload="w", criu_pid=criu.pid, deadline_ms=200))
+                await a.ask(EndFreeze(workload="w", criu_pid=criu.pid))
+                await asyncio.sleep(0.5)
+                assert criu.poll() is None
+            finally:
+                criu.kill()
+                criu.wait()
