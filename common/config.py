@@ -87,6 +87,8 @@ class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     node: str
     command: tuple[str, ...]
+    name: str = ""
+    """What reasons and timelines call it; empty: the program's name."""
     timeout_ms: int = 10_000
     covers: tuple[str, ...] = ("host loss", "process failure")
     """What the method can confirm; shown by `doctor` and `status`."""

@@ -22,6 +22,11 @@ from common.model import WorkloadSpec
 
 Outcome = Literal["confirmed", "refused", "unknown"]
 
+_SAYS: dict[Outcome, str] = {
+    "confirmed": "{node} is confirmed off",
+    "refused": "refused to turn {node} off",
+    "unknown": "cannot tell whether {node} is off",
+}
 _OUTPUT_BYTES = 300
 """What is quoted of a fence command's output."""
 
@@ -55,7 +60,7 @@ async def fence_node(node: str, methods: Sequence[Fence]) -> Verdict:
 
 
 async def _ask_method(method: Fence) -> Verdict:
-    name = method.command[0].rsplit("/", 1)[-1]
+    name = method.name or method.command[0].rsplit("/", 1)[-1]
     began_s = time.monotonic()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -88,7 +93,8 @@ async def _ask_method(method: Fence) -> Verdict:
     quoted = f": {said}" if said else ""
     return Verdict(
         outcome=outcome,
-        reason=f"{name} answered {outcome} (exit {process.returncode}) in {took_ms:.0f} ms{quoted}",
+        reason=f"{name}: {_SAYS[outcome].format(node=method.node)}"
+        f" (exit {process.returncode}, {took_ms:.0f} ms){quoted}",
     )
 
 

@@ -181,7 +181,10 @@ async def build_cluster(
                 {"name": other, "address": str(peer.address.ip), "public_key": keys[other].public},
             )
             if fenced:
-                lines += _table("[[fences]]", {"node": other, "command": list(peer.fence_command)})
+                lines += _table(
+                    "[[fences]]",
+                    {"node": other, "name": "power switch", "command": list(peer.fence_command)},
+                )
         text = "\n".join(lines) + "\n"
         text += "\n".join(workload_block(spec) for spec in workloads if spec.nodes[0] == name)
         path = host.etc_dir / "node.toml"

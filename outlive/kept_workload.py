@@ -230,8 +230,9 @@ class KeptWorkload:
             reason,
         )
         if state == before:
-            if state == "taking_over":
-                self._tell(LogEvent.TAKEOVER_STEP, f"{label}: {reason}")
+            if state == "taking_over" and self.role.timeline:
+                newest = self.role.timeline[-1]
+                self._tell(LogEvent.TAKEOVER_STEP, f"{newest.event}: {newest.reason}")
             return
         event = LogEvent.ROLE_CHANGED
         if state == "taking_over":
