@@ -24,6 +24,7 @@ from common.role_events import (
 from common.role_steps import following_step, how_it_ended
 from common.roles import Instant, Role
 from common.succession import (
+    contender,
     has_heir,
     has_listened,
     holder,
@@ -170,7 +171,7 @@ def may_go_for_lead(role: Role, event: Event, now: Instant) -> str:
         return ""
     if (role.name == "following" and not _heir_of_yield(role)) or obstacle(role, now):
         return ""
-    if role.record.mark == "yielded":
+    if not contender(role, now):
         return f"{role.record.leader} has given up term {role.record.term} in favour of this node"
     return f"{role.record.leader} has to be confirmed off before this node may lead"
 

@@ -129,6 +129,8 @@ def obstacle(role: Role, now: Instant) -> str:
     confirmed = not rival
     if role.spec.right_to_lead == "manual" and not (confirmed and role.spec.on_exit == "failover"):
         return f"right_to_lead is manual: outlive failover {name} --accept-data-loss"
+    if rival and not is_silent(role, rival, now):
+        return f"{rival} is heard, and does not say that it has given up term {record.term}"
     if rival and rival not in role.fenceable:
         return (
             f"no fence method is configured for {rival}: "

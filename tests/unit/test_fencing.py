@@ -1,0 +1,85 @@
+"""Fence methods: only exit status 0 confirms; everything in doubt is unknown."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from common.config import Fence, Node, NodeConfig, Peer
+from common.fencing import coverage, fence_node, fenceable
+from common.model import WorkloadSpec
+
+
+def fence(script: str, *, timeout_ms: int = 5000, node: str = "a") -> Fence:
+    return Fence(node=node, command=("sh", "-c", script), timeout_ms=timeout_ms)
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ("exit 0", "confirmed"),
+        ("exit 1", "refused"),
+        ("exit 2", "unknown"),
+        ("exit 127", "unknown"),
+        ("kill -9 $$", "unknown"),
+    ],
+)
+async def test_the_exit_status_is_the_answer(script: str, outcome: str) -> None:
+    assert (await fence_node("a", [fence(script)])).outcome == outcome
+
+
+async def test_what_does_not_answer_in_time_is_unknown_and_killed_with_its_children(tmp_path: Path) -> None:
+    mark = tmp_path / "late"
+    began_s = time.monotonic()
+    verdict = await fence_node("a", [fence(f"(sleep 0.6; touch {mark}) & wait", timeout_ms=200)])
+    assert verdict.outcome == "unknown"
+    assert time.monotonic() - began_s < 0.5
+    time.sleep(0.7)  # noqa: ASYNC251 - nothing else runs
+    assert not mark.exists()
+
+
+async def test_a_program_that_is_missing_is_unknown() -> None:
+    verdict = await fence_node("a", [Fence(node="a", command=("/no/such/fence",))])
+    assert (verdict.outcome, "could not be run" in verdict.reason) == ("unknown", True)
+
+
+async def test_methods_are_asked_in_order_until_one_confirms(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    methods = [
+        fence(f"echo 1 >> {log}; exit 2"),
+        fence(f"echo other >> {log}", node="b"),
+        fence(f"echo 2 >> {log}; exit 0"),
+        fence(f"echo 3 >> {log}; exit 0"),
+    ]
+    assert (await fence_node("a", methods)).outcome == "confirmed"
+    assert log.read_text().split() == ["1", "2"]
+
+
+async def test_if_none_confirms_a_refusal_is_told_with_every_reason() -> None:
+    verdict = await fence_node("a", [fence("echo dunno; exit 3"), fence("echo no; exit 1")])
+    assert verdict.outcome == "refused"
+    assert "dunno" in verdict.reason
+    assert "no" in verdict.reason
+
+
+async def test_without_a_method_nothing_is_confirmed() -> None:
+    assert (await fence_node("a", [fence("exit 0", node="b")])).outcome == "unknown"
+
+
+def config(*fences: Fence) -> NodeConfig:
+    peer = Peer(name="a", address="10.0.0.1", public_key="x" * 40)
+    return NodeConfig(node=Node(name="b", address="10.0.0.2"), peers=(peer,), fences=fences)
+
+
+def test_coverage_says_beforehand_what_would_happen() -> None:
+    spec = WorkloadSpec(name="w", nodes=("a", "b"), command=("x",), right_to_lead="fence")
+    none = coverage(config(), spec)
+    assert "host loss of a: no automatic takeover: no fence method is configured for a" in none
+    some = coverage(config(Fence(node="a", command=("x",), covers=("process failure",))), spec)
+    assert "process failure of a: automatic takeover, once the fence confirms" in some
+    assert "host loss of a: no automatic takeover: no fence method for a covers it" in some
+    manual = WorkloadSpec(name="w", nodes=("a", "b"), command=("x",))
+    assert all("manual" in sentence for sentence in coverage(config(fence("exit 0")), manual))
+    assert fenceable(config(fence("exit 0"))) == {"a"}

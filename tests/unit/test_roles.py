@@ -1,0 +1,602 @@
+"""The role machine: single transitions, and what no sequence of events may break."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from common.control import Done, Refused, ReplicaProgress, WorkloadReport
+from common.model import EpochId, HealthCheck, WorkloadSpec
+from common.role_diagram import edges, mermaid, table
+from common.role_events import (
+    AddVip,
+    AgentReport,
+    Answer,
+    CheckHealth,
+    DropVip,
+    Effect,
+    Event,
+    FenceResult,
+    Heard,
+    HoldVip,
+    KeeperStarted,
+    KillWorkload,
+    LiftHold,
+    OperatorFailover,
+    OperatorStart,
+    OperatorStop,
+    PersistTerm,
+    RunFence,
+    StepDone,
+    StepFailed,
+    TermPersisted,
+    Tick,
+    WorkloadEnded,
+)
+from common.role_table import TABLE, step
+from common.role_view import workload_status
+from common.roles import LEADING, MEANING, Claim, Instant, Mark, Role, TermRecord, Timing, claim_of, new_role
+
+SPEC = WorkloadSpec(
+    name="w",
+    nodes=("a", "b"),
+    command=("sleep",),
+    vip="10.0.0.9/24",
+    right_to_lead="fence",
+    health=HealthCheck(tcp=80),
+)
+
+
+class Driver:
+    """A machine, its clock, and everything that it wanted done."""
+
+    def __init__(
+        self,
+        me: str = "b",
+        record: TermRecord | None = None,
+        *,
+        spec: WorkloadSpec = SPEC,
+        running: bool = False,
+        fenceable: frozenset[str] = frozenset({"a", "b"}),
+        boot: str = "boot-1",
+    ) -> None:
+        self.now_s = 100.0
+        self.role: Role = new_role(
+            me=me,
+            boot_id=boot,
+            spec=spec,
+            timing=Timing(),
+            fenceable=fenceable,
+            record=record or TermRecord(),
+            first_order=1000,
+            now=self.instant(),
+        )
+        self.effects: list[Effect] = []
+        self.feed(KeeperStarted(running))
+
+    def instant(self) -> Instant:
+        return Instant(self.now_s, 1e9 + self.now_s)
+
+    def feed(self, event: Event) -> list[Effect]:
+        self.role, effects = step(self.role, event, self.instant())
+        self.effects += effects
+        return list(effects)
+
+    def after(self, seconds: float) -> list[Effect]:
+        """Let time pass, ticking, hearing nobody."""
+        found: list[Effect] = []
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            self.now_s += 0.025
+            found += self.feed(Tick())
+        return found
+
+    def hear(self, claim: Claim, term: int = 1, node: str = "a") -> list[Effect]:
+        return self.feed(
+            Heard(node=node, origin="keeper", boot_id="boot-a", term=term, claim=claim, alive=True)
+        )
+
+    def report(self, **values: object) -> list[Effect]:
+        report = WorkloadReport(name="w", spec=self.role.spec, running=self.role.alive)
+        return self.feed(AgentReport(replace(report, **values)))
+
+    def persisted(self) -> list[Effect]:
+        assert self.role.wanted is not None
+        return self.feed(TermPersisted(self.role.wanted))
+
+    @property
+    def state(self) -> str:
+        return self.role.name
+
+
+def follower(**values: object) -> Driver:
+    driver = Driver("b", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1"), **values)  # type: ignore[arg-type]
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    driver.hear("leading")
+    return driver
+
+
+def leader(**values: object) -> Driver:
+    record = TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1")
+    return Driver("a", record, running=True, **values)  # type: ignore[arg-type]
+
+
+def ready_replica() -> ReplicaProgress:
+    return ReplicaProgress(node="b", connected=True, acknowledged=EpochId(1, 9), restorable=True)
+
+
+def test_silence_of_both_leads_by_a_fence_to_a_durable_term_before_anything_is_done() -> None:
+    driver = follower()
+    asked = driver.after(0.4)
+    assert [effect for effect in asked if isinstance(effect, RunFence)] == [RunFence("a", 1)]
+    assert driver.state == "acquiring"
+    confirmed = driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
+    assert [type(effect) for effect in confirmed if not isinstance(effect, type(confirmed[-1]))] == [
+        PersistTerm
+    ]
+    assert driver.role.record.term == 1
+    assert HoldVip() in driver.persisted()
+    assert (driver.state, driver.role.record.term, driver.role.record.leader) == ("taking_over", 2, "b")
+
+
+def test_the_steps_of_a_takeover_come_in_their_order() -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
+    assert HoldVip() in driver.persisted()
+    assert AddVip() in driver.feed(StepDone(step="hold"))
+    driver.feed(StepDone(step="add_vip"))
+    order = driver.role.order
+    assert (order.role, order.action, order.term) == ("lead", "restore", 2)
+    driver.feed(AgentReport(WorkloadReport(name="w", spec=SPEC, running=False, order_done=order.number - 1)))
+    assert driver.role.step == "order"
+    up = WorkloadReport(name="w", spec=SPEC, running=True, order_done=order.number, restored=EpochId(1, 9))
+    assert CheckHealth() in driver.feed(AgentReport(up))
+    assert LiftHold() in driver.feed(StepDone(step="health"))
+    driver.feed(StepDone(step="lift"))
+    driver.feed(StepDone(step="announce"))
+    assert driver.state == "leading"
+    assert driver.role.order.action == "none"
+    assert driver.role.order.number > order.number
+    names = [entry.event for entry in driver.role.timeline]
+    assert names[:4] == ["last heard", "suspected", "fence asked", "right acquired"]
+    assert names[4:] == [
+        *("term recorded", "VIP held", "VIP added"),
+        *("ordered", "running", "healthy", "hold lifted", "announced", "leading"),
+    ]
+
+
+@pytest.mark.parametrize("origin", ["keeper", "agent"])
+def test_one_of_keeper_and_agent_is_enough_to_be_alive(origin: str) -> None:
+    driver = follower()
+    for _ in range(20):
+        driver.after(0.1)
+        driver.feed(Heard(node="a", origin=origin, boot_id="boot-a", term=1, claim="leading"))  # type: ignore[arg-type]
+    assert driver.state == "following"
+
+
+@pytest.mark.parametrize("outcome", ["unknown", "refused"])
+def test_a_fence_that_does_not_confirm_gives_no_right_and_is_asked_again(outcome: str) -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.feed(FenceResult(node="a", attempt=1, outcome=outcome, reason="no answer"))  # type: ignore[arg-type]
+    assert driver.state == "waiting"
+    assert outcome in driver.role.reason
+    assert driver.role.wanted is None
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    assert RunFence("a", 2) in driver.after(1.1)
+
+
+def test_a_leader_that_is_heard_while_its_fence_runs_is_followed_unless_the_fence_confirms() -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.hear("leading")
+    assert driver.state == "acquiring"
+    driver.feed(FenceResult(node="a", attempt=1, outcome="unknown", reason="?"))
+    assert driver.state == "following"
+
+
+def test_an_answer_of_an_earlier_attempt_is_ignored() -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.feed(FenceResult(node="a", attempt=0, outcome="confirmed", reason="off"))
+    assert driver.role.wanted is None
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"stored": None, "restorable": False}, "no epoch"),
+        ({"stored": EpochId(1, 9), "restorable": False, "reasons": ("no room",)}, "no room"),
+    ],
+)
+def test_without_a_restorable_epoch_nobody_is_fenced(values: dict[str, object], word: str) -> None:
+    driver = follower()
+    driver.report(**values)
+    effects = driver.after(0.5)
+    assert driver.state == "waiting"
+    assert word in driver.role.reason
+    assert not any(isinstance(effect, RunFence) for effect in effects)
+
+
+def test_an_epoch_of_an_older_term_is_not_restored_without_an_operator() -> None:
+    driver = follower()
+    driver.hear("leading", term=5)
+    driver.persisted()
+    driver.after(0.5)
+    assert driver.state == "waiting"
+    assert "older than term 5" in driver.role.reason
+
+
+def test_manual_mode_waits_for_an_operator_who_accepts_the_loss() -> None:
+    driver = follower(spec=replace(SPEC, right_to_lead="manual"), fenceable=frozenset())
+    driver.after(0.5)
+    assert "--accept-data-loss" in driver.role.reason
+    for request, accepted, off in [(1, False, "a"), (2, True, "")]:
+        driver.feed(OperatorFailover(request=request, accept_data_loss=accepted, old_primary_is_off=off))
+        assert _answer(driver, request, Refused).error == "NoRightToLeadError"
+    driver.feed(OperatorFailover(request=3, accept_data_loss=True, old_primary_is_off="a"))
+    driver.persisted()
+    assert driver.state == "taking_over"
+    _answer(driver, 3, Done)
+
+
+def test_an_operator_cannot_vouch_for_a_node_that_is_heard() -> None:
+    driver = follower(spec=replace(SPEC, right_to_lead="manual"), fenceable=frozenset())
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="a"))
+    assert "heard" in _answer(driver, 1, Refused).message
+
+
+def test_a_leader_that_hears_of_a_newer_term_is_killed_and_follows() -> None:
+    driver = leader()
+    effects = driver.hear("leading", term=2, node="b")
+    assert driver.state == "deposed"
+    assert effects.index(KillWorkload()) < effects.index(DropVip())
+    for done in ("kill", "drop_vip", "lift"):
+        driver.feed(StepDone(step=done))  # type: ignore[arg-type]
+    driver.persisted()
+    driver.after(0.05)
+    assert (driver.state, driver.role.record.term, driver.role.record.leader) == ("following", 2, "b")
+
+
+def test_a_kill_that_fails_is_repeated_and_nothing_else_happens_before_it_succeeds() -> None:
+    driver = leader()
+    driver.hear("leading", term=2, node="b")
+    driver.feed(StepFailed(step="kill", reason="a process in state D"))
+    assert KillWorkload() in driver.after(1.1)
+    assert driver.state == "deposed"
+
+
+def test_older_terms_are_ignored() -> None:
+    driver = leader()
+    driver.hear("leading", term=0, node="b")
+    assert driver.state == "leading"
+
+
+def test_of_two_leaders_of_one_term_exactly_one_gives_way() -> None:
+    one, two = (
+        leader(),
+        Driver("b", TermRecord(term=1, leader="b", mark="leads", boot_id="boot-1"), running=True),
+    )
+    one.hear("leading", node="b")
+    two.hear("leading", node="a")
+    assert (one.state, two.state) == ("leading", "deposed")
+
+
+def test_an_ended_workload_is_yielded_only_when_nothing_of_it_is_left_and_that_is_recorded() -> None:
+    driver = leader(spec=replace(SPEC, on_exit="failover"))
+    driver.report(replicas=(ready_replica(),))
+    driver.feed(WorkloadEnded(1))
+    driver.after(0.05)
+    assert driver.state == "yielding"
+    assert claim_of(driver.role.name) == "leading"
+    for done in ("kill", "drop_vip", "lift"):
+        assert driver.role.wanted is None
+        driver.feed(StepDone(step=done))  # type: ignore[arg-type]
+    driver.after(0.05)
+    assert driver.state == "yielding"
+    driver.persisted()
+    assert claim_of(driver.role.name) == "yielded"
+
+
+def test_the_successor_of_a_leader_that_yielded_takes_over_without_a_fence() -> None:
+    driver = follower(fenceable=frozenset())
+    driver.hear("yielded")
+    driver.persisted()
+    driver.after(0.05)
+    driver.persisted()
+    assert (driver.state, driver.role.record.term) == ("taking_over", 2)
+
+
+def test_a_yield_counts_after_a_boot_of_the_successor_only_if_it_is_heard_again() -> None:
+    record = TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-0")
+    driver = Driver("b", record, fenceable=frozenset())
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    driver.after(0.1)
+    assert driver.state == "waiting"
+    driver.hear("yielded")
+    driver.after(0.05)
+    assert driver.role.newest.term == 2
+
+
+@pytest.mark.parametrize("policy", ["restart", "failover"])
+def test_an_ended_workload_without_an_heir_is_restarted_in_the_same_term_and_not_for_ever(
+    policy: str,
+) -> None:
+    driver = leader(spec=replace(SPEC, on_exit=policy, vip=None, health=None))
+    for count in range(1, 7):
+        driver.feed(WorkloadEnded(3))
+        for _ in range(2000):
+            if driver.role.wanted is not None:
+                driver.persisted()
+            driver.after(0.025)
+            if driver.role.step == "order" or driver.state == "stopped":
+                break
+        if count == 6:
+            break
+        assert driver.role.order.action == "start"
+        driver.feed(
+            AgentReport(
+                WorkloadReport(
+                    name="w", spec=driver.role.spec, running=True, order_done=driver.role.order.number
+                )
+            )
+        )
+        assert (driver.state, driver.role.newest.term) == ("leading", 1)
+    assert driver.state == "stopped"
+    assert "5 times" in driver.role.reason
+
+
+def test_an_ended_workload_with_on_exit_stop_is_stopped_and_its_exit_code_shown() -> None:
+    driver = leader()
+    driver.feed(WorkloadEnded(7))
+    driver.after(0.05)
+    driver.persisted()
+    assert driver.state == "stopped"
+    assert workload_status(driver.role, driver.instant()).exit_code == 7
+    assert "code 7" in driver.role.reason
+
+
+def test_a_stop_is_recorded_before_the_agent_is_told_and_forced_if_the_agent_does_nothing() -> None:
+    driver = leader()
+    driver.feed(OperatorStop(request=1))
+    assert driver.role.order.role == "lead"
+    driver.persisted()
+    assert (driver.state, driver.role.order.role) == ("stopped", "idle")
+    assert KillWorkload() not in driver.after(10)
+    assert KillWorkload() in driver.after(6)
+
+
+def test_a_stopped_leader_is_not_taken_over_from() -> None:
+    driver = follower()
+    driver.hear("stopped")
+    driver.persisted()
+    driver.after(3)
+    assert driver.state == "following"
+
+
+def test_a_leader_that_starts_again_in_its_term_is_watched_again() -> None:
+    driver = follower()
+    driver.hear("stopped")
+    driver.persisted()
+    driver.hear("leading")
+    driver.persisted()
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    driver.after(0.4)
+    assert driver.state == "acquiring"
+
+
+@pytest.mark.parametrize(
+    ("mark", "running", "expected"),
+    [
+        ("leads", True, "leading"),
+        ("taking_over", False, "taking_over"),
+        ("taking_over", True, "taking_over"),
+        ("launching", False, "launching"),
+        ("stopped", False, "stopped"),
+        ("yielded", False, "yielded"),
+        ("failed", False, "failed"),
+    ],
+)
+def test_a_restarted_keeper_goes_on_where_it_was(mark: Mark, running: bool, expected: str) -> None:
+    record = TermRecord(term=3, leader="a", mark=mark, boot_id="boot-1")
+    assert Driver("a", record, running=running).state == expected
+
+
+@pytest.mark.parametrize("mark", ["leads", "taking_over", "launching", "failed"])
+def test_after_a_boot_a_leader_runs_nothing_until_it_has_heard_its_successor(mark: Mark) -> None:
+    record = TermRecord(term=3, leader="a", mark=mark, boot_id="another-boot")
+    driver = Driver("a", record)
+    driver.after(5)
+    assert driver.state == "starting"
+    assert driver.role.order.role == "idle"
+    driver.feed(OperatorStart(request=1, spec=SPEC))
+    assert _answer(driver, 1, Refused).error == "NoRightToLeadError"
+    driver.hear("following", term=3, node="b")
+    driver.after(0.05)
+    driver.persisted()
+    assert driver.state == "yielded"
+
+
+def test_a_returning_leader_follows_the_newer_term() -> None:
+    record = TermRecord(term=3, leader="a", mark="leads", boot_id="another-boot")
+    driver = Driver("a", record)
+    driver.hear("leading", term=4, node="b")
+    driver.persisted()
+    assert (driver.state, driver.role.order.role, driver.role.order.term) == ("following", "follow", 4)
+
+
+def test_what_runs_where_another_node_leads_is_killed_at_the_keepers_start() -> None:
+    driver = Driver("b", TermRecord(term=3, leader="a", mark="leads"), running=True)
+    assert driver.state == "deposed"
+    assert KillWorkload() in driver.effects
+
+
+def test_the_first_start_is_for_the_first_node_alone() -> None:
+    first, second = Driver("a"), Driver("b")
+    for driver in (first, second):
+        driver.after(2.1)
+        driver.feed(OperatorStart(request=1, spec=SPEC))
+    assert _answer(second, 1, Refused).error == "NoRightToLeadError"
+    first.persisted()
+    assert (first.state, first.role.record.term) == ("launching", 1)
+
+
+def test_a_start_on_a_replica_is_refused_whatever_its_leader_says() -> None:
+    driver = follower()
+    for claim in ("leading", "stopped"):
+        driver.hear(claim)  # type: ignore[arg-type]
+        if driver.role.wanted is not None:
+            driver.persisted()
+        driver.feed(OperatorStart(request=1, spec=SPEC))
+        assert _answer(driver, 1, Refused).error == "NoRightToLeadError"
+        driver.effects.clear()
+
+
+def test_a_step_that_fails_does_not_stop_a_takeover_but_a_failed_restore_does() -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
+    driver.persisted()
+    driver.feed(StepFailed(step="hold", reason="no nft"))
+    driver.feed(StepDone(step="add_vip"))
+    assert driver.role.step == "order"
+    number = driver.role.order.number
+    driver.report(order_failed=number, order_detail="criu says no")
+    assert driver.state == "failed"
+    assert "criu says no" in driver.role.reason
+    assert {KillWorkload(), DropVip(), LiftHold()} <= {
+        e for e in driver.effects if isinstance(e, KillWorkload | DropVip | LiftHold)
+    }
+
+
+def test_a_workload_that_is_not_healthy_in_time_serves_and_is_called_unhealthy() -> None:
+    driver = Driver("a", TermRecord(term=1, leader="a", mark="launching", boot_id="boot-1"))
+    driver.feed(StepDone(step="hold"))
+    driver.feed(StepDone(step="add_vip"))
+    driver.report(running=True, order_done=driver.role.order.number)
+    assert LiftHold() in driver.feed(StepFailed(step="health", reason="refused"))
+    driver.feed(StepDone(step="lift"))
+    driver.feed(StepDone(step="announce"))
+    assert driver.state == "leading"
+    assert workload_status(driver.role, driver.instant()).reason.startswith("not healthy: refused")
+
+
+def test_time_in_which_this_keeper_stood_still_is_no_silence() -> None:
+    driver = follower()
+    driver.now_s += 30
+    driver.feed(Tick())
+    assert driver.state == "following"
+
+
+def test_a_term_that_cannot_be_recorded_is_not_led_and_tried_again() -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
+    driver.feed(StepFailed(step="persist", reason="the disk is full"))
+    assert driver.state == "acquiring"
+    assert any(isinstance(effect, PersistTerm) for effect in driver.after(1.1))
+
+
+def _answer(driver: Driver, request: int, kind: type) -> object:
+    answers = [e.answer for e in driver.effects if isinstance(e, Answer) and e.request == request]
+    assert len(answers) == 1
+    assert isinstance(answers[0], kind), answers[0]
+    return answers[0]
+
+
+CLAIMS = st.sampled_from(["starting", "leading", "stopped", "yielded", "following", "acquiring"])
+EVENTS = st.one_of(
+    st.builds(Tick),
+    st.builds(
+        Heard,
+        node=st.sampled_from(["a", "c"]),
+        origin=st.sampled_from(["keeper", "agent"]),
+        boot_id=st.sampled_from(["x", "y"]),
+        term=st.integers(0, 4),
+        claim=st.none() | CLAIMS,
+    ),
+    st.builds(WorkloadEnded, st.none() | st.integers(0, 137)),
+    st.builds(
+        StepDone, step=st.sampled_from(["hold", "add_vip", "health", "lift", "announce", "kill", "drop_vip"])
+    ),
+    st.builds(
+        StepFailed,
+        step=st.sampled_from(
+            ["hold", "add_vip", "health", "lift", "announce", "kill", "drop_vip", "persist"]
+        ),
+        reason=st.just("no"),
+    ),
+    st.builds(
+        FenceResult,
+        node=st.just("a"),
+        attempt=st.integers(0, 3),
+        outcome=st.sampled_from(["confirmed", "refused", "unknown"]),
+        reason=st.just("so"),
+    ),
+    st.builds(
+        OperatorFailover,
+        request=st.integers(1, 3),
+        accept_data_loss=st.booleans(),
+        old_primary_is_off=st.sampled_from(["", "a", "c"]),
+    ),
+    st.builds(
+        OperatorStart,
+        request=st.integers(4, 6),
+        spec=st.just(SPEC),
+        peers_are_off=st.sampled_from([(), ("a",)]),
+    ),
+    st.builds(OperatorStop, request=st.integers(7, 9)),
+    st.sampled_from(["persisted", "time", "report"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(EVENTS, max_size=60), st.sampled_from(["restart", "failover", "stop"]))
+def test_no_sequence_of_events_lowers_a_term_or_acts_before_it_is_recorded(
+    events: list[Event | str], on_exit: str
+) -> None:
+    spec = replace(SPEC, nodes=("a", "b", "c"), on_exit=on_exit)
+    driver = Driver("b", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1"), spec=spec)
+    term = driver.role.newest.term
+    for event in events:
+        if event == "persisted":
+            effects = driver.persisted() if driver.role.wanted is not None else []
+        elif event == "time":
+            effects = driver.after(0.6)
+        elif event == "report":
+            effects = driver.report(
+                stored=EpochId(1, 1),
+                restorable=True,
+                order_done=driver.role.order.number,
+                running=driver.role.alive,
+            )
+        else:
+            assert not isinstance(event, str)
+            effects = driver.feed(event)
+        role = driver.role
+        assert role.newest.term >= term
+        term = role.newest.term
+        if role.name in LEADING:
+            assert role.record.leader == role.me
+        if any(isinstance(effect, AddVip | HoldVip) for effect in effects) or role.order.role == "lead":
+            assert role.record.leader == role.me
+        assert role.reason
+
+
+def test_every_state_is_entered_and_left_by_the_table_and_explained() -> None:
+    states = set(MEANING)
+    assert {source for source, _ in edges()} == states
+    assert {target for _, target in edges()} | {"starting"} == states
+    assert all(set(row.sources) <= states for row in TABLE)
+
+
+def test_the_page_on_roles_shows_the_table_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs/concepts/roles.md").read_text()
+    generated = dict(re.findall(r"<!-- generated: (\w+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
+    assert generated == {"states": table(), "diagram": mermaid()}, "run: python -m common.role_diagram"

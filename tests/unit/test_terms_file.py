@@ -1,0 +1,102 @@
+"""Term files: what is recorded stays, is never lowered, and damage is never taken for emptiness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.control import TermHistory
+from common.durable import RealDisk
+from common.errors import StaleTermError, StoreError
+from common.model import WorkloadSpec
+from common.roles import TermRecord
+from common.terms_file import HISTORY_TERMS, TermFiles
+
+SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
+
+
+class FullDisk(RealDisk):
+    """Nothing can be renamed on it."""
+
+    def rename(self, source: Path, target: Path, *, op: str) -> None:
+        raise StoreError(f"{op}: no")
+
+
+def test_a_record_is_read_back_by_the_next_keeper(tmp_path: Path) -> None:
+    record = TermRecord(term=4, leader="b", mark="leads", boot_id="x", cause="takeover", began_wall_s=1.5)
+    TermFiles(tmp_path, "b").record("w", record)
+    assert TermFiles(tmp_path, "b").load("w") == record
+
+
+def test_without_a_file_the_term_is_0(tmp_path: Path) -> None:
+    assert TermFiles(tmp_path, "a").load("w") == TermRecord()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"term": -', b'{"term": "4"}'])
+def test_a_damaged_file_is_an_error_and_not_term_0(tmp_path: Path, content: bytes) -> None:
+    files = TermFiles(tmp_path, "a")
+    files.record("w", TermRecord(term=4, leader="a"))
+    (tmp_path / "terms/w/term.json").write_bytes(content)
+    with pytest.raises(StoreError):
+        files.load("w")
+    with pytest.raises(StoreError):
+        files.record("w", TermRecord(term=5, leader="a"))
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path: Path) -> None:
+    TermFiles(tmp_path, "a").record("w", TermRecord(term=4, leader="a"))
+    with pytest.raises(StoreError):
+        TermFiles(tmp_path, "a", FullDisk()).record("w", TermRecord(term=5, leader="a"))
+    assert TermFiles(tmp_path, "a").load("w").term == 4
+    assert [path.name for path in (tmp_path / "terms/w").iterdir()] == ["term.json"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"])), max_size=12))
+def test_no_sequence_lowers_a_term_or_gives_one_two_leaders(
+    tmp_path_factory: pytest.TempPathFactory, records: list[tuple[int, str]]
+) -> None:
+    files = TermFiles(tmp_path_factory.mktemp("t"), "a")
+    for term, leader in records:
+        before = files.load("w")
+        try:
+            files.record("w", TermRecord(term=term, leader=leader))
+        except StaleTermError:
+            assert files.load("w") == before
+            assert term < before.term or leader != before.leader
+            continue
+        after = files.load("w")
+        assert after.term >= before.term
+        if after.term == before.term > 0 and before.leader not in ("", after.leader):
+            assert before.leader == "a", "only this node itself may give way in a term"
+
+
+def test_starts_are_counted_across_keepers(tmp_path: Path) -> None:
+    assert [TermFiles(tmp_path, "a").count_start() for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_forgotten_workload_keeps_its_term(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    files.save_spec(SPEC)
+    files.record("w", TermRecord(term=4, leader="a"))
+    assert files.workloads() == ("w",)
+    assert files.load_spec("w") == SPEC
+    files.forget_spec("w")
+    assert files.workloads() == ()
+    assert files.load("w").term == 4
+
+
+def test_history_keeps_the_newest_terms_once_each(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    for term in (*range(1, HISTORY_TERMS + 6), 20):
+        files.save_history(TermHistory(workload="w", term=term, leader="a", cause=f"c{term}", began_wall_s=0))
+    terms = [each.term for each in files.history("w")]
+    assert terms == list(range(6, HISTORY_TERMS + 6))
+
+
+def test_a_name_that_leads_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError):
+        TermFiles(tmp_path, "a").load("../../etc")
