@@ -1,9 +1,13 @@
 """The thaw deadline: whatever the agent and criu do, no workload stays frozen past it.
 
 In: the announcement of a freeze, before it begins, with criu's PID; its end. Out, if the end does not come:
-at the freeze deadline criu is continued (somebody may have stopped it); a second later, at the thaw deadline,
-criu is killed, for the kernel detaches and continues what a dead tracer held, and the workload's cgroup is
-thawed. The agent is not needed for any of it. The workload's own stopped processes are left alone.
+at the freeze deadline criu is continued (somebody may have stopped it); half a second later it gets
+SIGALRM, its own time-out, at which it undoes what it did; half a second after that, at the thaw deadline, it
+is killed, for the kernel detaches and continues what a dead tracer held, and the workload's cgroup is thawed. The agent
+is not needed for any of it. The workload's own stopped processes are left alone.
+
+Why in steps: a criu that is killed while it has a thread of the workload run a call on borrowed registers
+takes that thread, and so the workload, with it (docs/concepts/freeze.md). One that is asked does not.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from common.errors import WorkloadError
 log = logging.getLogger(__name__)
 
 THAW_AFTER_S = 1.0
-"""Between the freeze deadline, when criu is continued, and the thaw deadline, when it is killed."""
+"""Between the freeze deadline, when criu is continued, and the thaw deadline, when it is killed; it is asked
+to give up half-way."""
 _WATCHED = 1000
 """Announcements at a time; more are the work of an agent gone mad."""
 _THAW_AGAIN_S = 0.2
@@ -78,7 +83,9 @@ class FreezeWatch:
         try:
             await asyncio.sleep(max(0.0, deadline_s - THAW_AFTER_S))
             _signal(pidfd, signal.SIGCONT)
-            await asyncio.sleep(min(THAW_AFTER_S, deadline_s))
+            await asyncio.sleep(min(THAW_AFTER_S, deadline_s) / 2)
+            _signal(pidfd, signal.SIGALRM)
+            await asyncio.sleep(min(THAW_AFTER_S, deadline_s) / 2)
             lived = _signal(pidfd, signal.SIGKILL)
             for _ in range(_THAW_TIMES):  # until criu is gone it may freeze the cgroup once more
                 self._thaw(workload)
