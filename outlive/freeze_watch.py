@@ -3,8 +3,8 @@
 In: the announcement of a freeze, before it begins, with criu's PID; its end. Out, if the end does not come:
 at the freeze deadline criu is continued (somebody may have stopped it); half a second later it gets
 SIGALRM, its own time-out, at which it undoes what it did; half a second after that, at the thaw deadline, it
-is killed, for the kernel detaches and continues what a dead tracer held, and the workload's cgroup is thawed. The agent
-is not needed for any of it. The workload's own stopped processes are left alone.
+is killed, for the kernel detaches and continues what a dead tracer held, and the workload's cgroup is thawed.
+The agent is not needed for any of it. The workload's own stopped processes are left alone.
 
 Why in steps: a criu that is killed while it has a thread of the workload run a call on borrowed registers
 takes that thread, and so the workload, with it (docs/concepts/freeze.md). One that is asked does not.

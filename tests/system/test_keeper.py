@@ -82,6 +82,11 @@ asyncio.run(run_keeper(config, Hands(config)))
 """
 
 
+def ignore_alarm() -> None:
+    """Be a criu that does not listen to its own time-out."""
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+
 class FakeAgent:
     """Reports, obeys with a `sleep` for a container, and beats, as an agent would."""
 
@@ -477,7 +482,7 @@ async def test_what_a_stopped_criu_holds_is_released_at_the_thaw_deadline_withou
         with tempfile.TemporaryDirectory() as directory:
             fake = Path(directory) / "criu"
             fake.symlink_to("/bin/sleep")
-            criu = subprocess.Popen([str(fake), "1000"])
+            criu = subprocess.Popen([str(fake), "1000"], preexec_fn=ignore_alarm)
             other = subprocess.Popen(["sleep", "1000"])
             try:
                 announcement = AnnounceFreeze(workload="w", criu_pid=criu.pid, deadline_ms=1300)
@@ -501,7 +506,7 @@ async def test_a_freeze_that_ends_in_time_is_left_alone() -> None:
         with tempfile.TemporaryDirectory() as directory:
             fake = Path(directory) / "criu"
             fake.symlink_to("/bin/sleep")
-            criu = subprocess.Popen([str(fake), "1000"])
+            criu = subprocess.Popen([str(fake), "1000"], preexec_fn=ignore_alarm)
             try:
                 await a.ask(AnnounceFreeze(workload="w", criu_pid=criu.pid, deadline_ms=200))
                 await a.ask(EndFreeze(workload="w", criu_pid=criu.pid))
