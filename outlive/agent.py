@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -74,6 +75,8 @@ _KEEPER_DEADLINE_S = 1.0
 _FOLD_EVERY_S = 1.0
 _JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
+_M_ARENA_MAX, _M_TRIM_THRESHOLD = -8, -1
+"""From glibc's <malloc.h>."""
 
 
 async def run_agent(config: NodeConfig) -> None:
@@ -81,6 +84,7 @@ async def run_agent(config: NodeConfig) -> None:
 
     Workloads are left running, whatever ends it.
     """
+    _keep_heap_small()
     agent = Agent(config)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -98,6 +102,18 @@ async def run_agent(config: NodeConfig) -> None:
             await task
         except* OutliveError as group:
             raise group.exceptions[0] from None
+
+
+def _keep_heap_small() -> None:
+    """Let malloc give memory back: page hashes and blocks pass through several threads, in bursts.
+
+    With glibc's defaults each thread keeps a heap of its own: 14 MiB more at 512 MiB of workload. Without
+    glibc nothing is changed.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
 
 class _KeeperGuard:
