@@ -43,6 +43,8 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """How the last incarnation ended by itself, until the next one starts."""
     stored: EpochId | None = None
     """Newest committed epoch in this node's store."""
+    stored_wall_s: float | None = None
+    """When that epoch froze the workload, by its leader's clock."""
     restorable: bool = False
     """The stored epoch passed this node's readiness checks."""
     reasons: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ def workload_status(role: Role, now: Instant) -> WorkloadStatus:
         running=role.alive,
         restorable=restorable,
         reasons=reasons,
-        data_at_risk_s=_data_at_risk_s(replicas, now),
+        data_at_risk_s=_data_at_risk_s(role, replicas, now),
         captured=report.captured if report is not None else None,
         stored=report.stored if report is not None else None,
         replicas=replicas,
@@ -55,8 +55,12 @@ def _restorable(
     return role.report.restorable and not silent, (*silent, *role.report.reasons)
 
 
-def _data_at_risk_s(replicas: tuple[ReplicaProgress, ...], now: Instant) -> float | None:
-    """Age of the newest epoch that could be restored elsewhere."""
+def _data_at_risk_s(role: Role, replicas: tuple[ReplicaProgress, ...], now: Instant) -> float | None:
+    """Age of the newest epoch that could be restored: elsewhere for the leader, here for a replica."""
+    report = role.report
+    if role.record.leader != role.me and report is not None:
+        usable = report.restorable and report.stored_wall_s is not None
+        return max(0.0, now.wall_s - (report.stored_wall_s or 0.0)) if usable else None
     frozen = [
         replica.acknowledged_wall_s
         for replica in replicas

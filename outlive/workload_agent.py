@@ -151,6 +151,7 @@ class WorkloadAgent:
             restored=run.restored if run is not None else None,
             exit_code=exit_code(self._config, name),
             stored=newest.id if newest is not None else None,
+            stored_wall_s=newest.frozen_wall_s if newest is not None else None,
             restorable=newest is not None and self._restorable,
             reasons=self._reasons,
             captured=leading.captured if leading is not None else None,
