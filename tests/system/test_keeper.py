@@ -184,7 +184,11 @@ class NodeUnderTest:
         file.write_bytes(msgspec.json.encode(self.config))
         with self.log.open("ab") as log:
             self.keeper = subprocess.Popen(
-                [sys.executable, "-c", RUN_KEEPER, str(file)], stderr=log, cwd=Path(__file__).parents[2]
+                [sys.executable, "-c", RUN_KEEPER, str(file)],
+                stderr=log,
+                cwd=Path(__file__).parents[2],
+                # Its memory is measured here, and a tracer's is not its own; the lab's keepers are traced.
+                env={key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_")},
             )
         await until(self._answers, "the keeper answers")
 
