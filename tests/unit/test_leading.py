@@ -1,0 +1,317 @@
+"""The capture loop of a led workload, with a backend and streams that live in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from common.config import Node, NodeConfig
+from common.control import ReplicaProgress
+from common.errors import CaptureError
+from common.events import Event, EventLog, read_events
+from common.model import EpochId, WorkloadSpec
+from outlive import leading
+from outlive.leading import Leading, clear_images
+from primary.backlog import Backlog, SharedEpoch
+from primary.capture import CapturedEpoch
+from primary.numbering import EpochNumbers
+from primary.stream import StreamCounters
+from tests.unit.wire_fakes import TASK, captured, page, until
+
+TERM = 4
+
+
+class BackendInMemory:
+    """Yields an epoch of one page at every call, or what `outcomes` says for the next ones."""
+
+    name = "stock"
+
+    def __init__(self) -> None:
+        self.epochs: list[CapturedEpoch] = []
+        self.calls = 0
+        self.outcomes: list[Exception] = []
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+        self.closed = False
+
+    async def capture(self, epoch: EpochId) -> CapturedEpoch:
+        self.calls += 1
+        await self.may_end.wait()
+        if self.outcomes:
+            raise self.outcomes.pop(0)
+        taken = captured(epoch.epoch, {TASK: {1: page(epoch.epoch)}}, term=epoch.term)
+        self.epochs.append(taken)
+        return taken
+
+    async def close(self) -> None:
+        self.closed = True
+
+    @property
+    def unreleased(self) -> list[EpochId]:
+        return [epoch.id for epoch in self.epochs if epoch.pages.released != 1]  # type: ignore[attr-defined]
+
+
+class StreamInMemory:
+    """A replica that acknowledges as soon as it is let to; keeps offers as the real one does."""
+
+    def __init__(self, node: str, on_acknowledged: Callable[[EpochId], None]) -> None:
+        self.node = node
+        self._on_acknowledged = on_acknowledged
+        self._backlog = Backlog()
+        self.connected = True
+        self.offered: list[EpochId] = []
+        self.acknowledged: list[EpochId] = []
+        self.may_acknowledge = asyncio.Event()
+        self.may_acknowledge.set()
+
+    def offer(self, shared: SharedEpoch) -> None:
+        self.offered.append(shared.epoch.id)
+        self._backlog.put(shared, 0.0)
+
+    @property
+    def wants_epoch(self) -> bool:
+        return self.connected and self._backlog.empty
+
+    @property
+    def progress(self) -> ReplicaProgress:
+        newest = self.acknowledged[-1] if self.acknowledged else None
+        return ReplicaProgress(node=self.node, connected=self.connected, acknowledged=newest)
+
+    @property
+    def counters(self) -> StreamCounters:
+        return StreamCounters(10, 100, len(self.acknowledged), (1.5,) * len(self.acknowledged))
+
+    async def run(self) -> None:
+        try:
+            while True:
+                offer = await self._backlog.take()
+                try:
+                    await self.may_acknowledge.wait()
+                    self.acknowledged.append(offer.epoch.id)
+                    self._on_acknowledged(offer.epoch.id)
+                finally:
+                    offer.shared.drop()
+        finally:
+            self._backlog.close()
+
+
+class Scene:
+    """One `Leading` on node a with replicas b and c."""
+
+    def __init__(self, directory: Path, **fields: int) -> None:
+        self.backend = BackendInMemory()
+        self.streams: dict[str, StreamInMemory] = {}
+        self.file = directory / "events.jsonl"
+        self.log = EventLog(self.file, "agent")
+        spec = WorkloadSpec(
+            name="redis", nodes=("a", "b", "c"), command=("x",), **({"epoch_interval_ms": 20} | fields)
+        )
+        self.leading = Leading(
+            NodeConfig(node=Node(name="a", address="127.0.0.1")),
+            spec,
+            term=TERM,
+            incarnation="first",
+            backend=self.backend,
+            numbers=EpochNumbers(directory / "mark"),
+            make_stream=self._make_stream,  # type: ignore[arg-type]
+            events=self.log,
+        )
+
+    def _make_stream(self, node: str, on_acknowledged: Callable[[EpochId], None]) -> StreamInMemory:
+        self.streams[node] = StreamInMemory(node, on_acknowledged)
+        return self.streams[node]
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.leading.run())
+        try:
+            yield
+        finally:
+            assert not task.done(), task.exception()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def events(self) -> list[str]:
+        self.log.close()
+        return [record.event for record in read_events(self.file)]
+
+
+@pytest.fixture
+def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leading, "_FIRST_BACKOFF_S", 0.002)
+
+
+async def test_there_is_a_stream_to_every_node_but_this_one(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    assert sorted(scene.streams) == ["b", "c"]
+
+
+async def test_epochs_of_the_term_go_to_every_replica_with_growing_numbers(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with scene.running():
+        await until(lambda: len(scene.streams["c"].acknowledged) >= 3)
+    for stream in scene.streams.values():
+        assert {epoch.term for epoch in stream.offered} == {TERM}
+        assert stream.offered == sorted(set(stream.offered))
+        assert stream.offered == [epoch.id for epoch in scene.backend.epochs]
+    assert scene.leading.captured == scene.backend.epochs[-1].id
+
+
+async def test_nothing_is_captured_while_nobody_is_connected(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for stream in scene.streams.values():
+        stream.connected = False
+    async with scene.running():
+        await asyncio.sleep(0.15)
+        assert scene.backend.calls == 0
+        assert scene.leading.captured is None
+        scene.streams["c"].connected = True
+        await until(lambda: scene.backend.calls >= 2)
+
+
+async def test_nothing_is_captured_while_every_replica_has_an_epoch_waiting(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for stream in scene.streams.values():
+        stream.may_acknowledge.clear()
+    async with scene.running():
+        await until(lambda: scene.backend.calls == 2)  # one in flight, one waiting
+        await asyncio.sleep(0.15)
+        assert scene.backend.calls == 2
+        scene.streams["b"].may_acknowledge.set()
+        await until(lambda: scene.backend.calls >= 5)
+
+
+async def test_a_replica_that_hangs_slows_no_other_and_holds_two_epochs_at_most(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.streams["c"].may_acknowledge.clear()
+    async with scene.running():
+        await until(lambda: len(scene.streams["b"].acknowledged) >= 6)
+        assert len(scene.backend.unreleased) <= 4  # of c: in flight, waiting; of b: the same
+        assert scene.streams["c"].acknowledged == []
+
+
+async def test_epochs_keep_their_distance(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, epoch_interval_ms=100)
+    async with scene.running():
+        await until(lambda: scene.leading.metrics().epochs_acknowledged >= 4)
+    assert min(scene.leading.metrics().interval_ms) > 50
+
+
+async def test_a_failed_capture_is_tried_again_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leading, "_FIRST_BACKOFF_S", 0.05)
+    scene = Scene(tmp_path)
+    scene.backend.outcomes = [CaptureError("no") for _ in range(100)]
+    async with scene.running():
+        await asyncio.sleep(0.5)
+        assert 2 <= scene.backend.calls <= 5  # after 0, 50, 150, 350 ms
+        assert scene.leading.failures == scene.backend.calls
+    assert scene.leading.captured is None
+
+
+@pytest.mark.usefixtures("quick_backoff")
+async def test_the_third_failure_in_a_row_is_an_event_and_so_is_the_recovery(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.backend.outcomes = [CaptureError(f"failure {number}") for number in range(1, 6)]
+    async with scene.running():
+        await until(lambda: len(scene.backend.epochs) >= 2)
+        assert scene.leading.failures == 0
+    assert scene.events() == [Event.CAPTURE_FAILED, Event.CAPTURE_RECOVERED]
+    failed, recovered = read_events(scene.file)
+    assert "failure 3" in failed.reason
+    assert failed.workload == "redis"
+    assert "5 failures" in recovered.reason
+
+
+@pytest.mark.usefixtures("quick_backoff")
+async def test_two_failures_in_a_row_are_no_event(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.backend.outcomes = [CaptureError("no"), CaptureError("no")]
+    async with scene.running():
+        await until(lambda: scene.backend.epochs)
+    assert scene.events() == []
+
+
+async def test_metrics_count_what_was_captured_and_acknowledged(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with scene.running():
+        await until(lambda: scene.leading.metrics().epochs_acknowledged >= 3)
+    metrics = scene.leading.metrics()
+    assert metrics.name == "redis"
+    assert metrics.backend == "stock"
+    assert metrics.epochs_captured == len(scene.backend.epochs) == len(metrics.freeze_ms)
+    assert metrics.epochs_acknowledged <= metrics.epochs_captured  # each once, though two replicas did
+    assert metrics.freeze_ms[0] == pytest.approx(0.3)
+    assert metrics.memory_bytes == 4096
+    assert metrics.bytes_sent == 20
+    assert metrics.bytes_full == 200
+    assert {each.node for each in scene.leading.progress()} == {"b", "c"}
+
+
+async def test_intervals_are_those_between_epochs_acknowledged_one_after_the_other(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, epoch_interval_ms=30)
+    b, c = scene.streams["b"], scene.streams["c"]
+    c.connected = False
+    c.may_acknowledge.clear()
+    b.may_acknowledge.clear()
+    async with scene.running():
+        await until(lambda: scene.backend.calls == 2)
+        assert scene.leading.metrics().interval_ms == ()
+        b.may_acknowledge.set()
+        await until(lambda: scene.leading.metrics().epochs_acknowledged >= 5)
+        metrics = scene.leading.metrics()
+        assert len(metrics.interval_ms) == metrics.epochs_acknowledged - 1
+        assert all(value > 0 for value in metrics.interval_ms)
+
+
+async def test_an_acknowledgement_of_an_older_epoch_counts_no_more(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    b, c = scene.streams["b"], scene.streams["c"]
+    c.may_acknowledge.clear()
+    async with scene.running():
+        await until(lambda: len(b.acknowledged) >= 4)
+        b.may_acknowledge.clear()
+        await asyncio.sleep(0.05)
+        before = scene.leading.metrics()
+        c.connected = b.connected = False
+        c.may_acknowledge.set()
+        await until(lambda: c.acknowledged)
+        assert c.acknowledged[0] < b.acknowledged[-1]
+        after = scene.leading.metrics()
+        newer = sum(epoch > b.acknowledged[-1] for epoch in c.acknowledged)
+        assert after.epochs_acknowledged == before.epochs_acknowledged + newer
+
+
+async def test_every_captured_epoch_is_released_in_the_end(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.streams["c"].may_acknowledge.clear()  # holds one in flight, one waiting
+    async with scene.running():
+        await until(lambda: len(scene.streams["b"].acknowledged) >= 3)
+        assert scene.backend.unreleased
+    assert scene.backend.unreleased == []
+    assert scene.backend.closed
+
+
+async def test_an_end_in_the_midst_of_a_capture_leaves_no_epoch_behind(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with scene.running():
+        await until(lambda: len(scene.backend.epochs) >= 2)
+        scene.backend.may_end.clear()
+        calls = scene.backend.calls
+        await until(lambda: scene.backend.calls > calls)
+    assert scene.backend.unreleased == []
+    assert scene.backend.closed
+    assert scene.backend.calls == len(scene.backend.epochs) + 1
+
+
+def test_what_an_earlier_agent_captured_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "redis" / "t1-e1").mkdir(parents=True)
+    (tmp_path / "redis" / "t1-e1" / "pages-1.img").write_bytes(b"x")
+    clear_images(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    clear_images(tmp_path / "missing")
