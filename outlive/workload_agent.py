@@ -38,6 +38,9 @@ from replica.store_reader import EpochRecord
 
 log = structlog.get_logger(__name__)
 
+_AGAIN_S = 1.0
+"""How long to wait before capturing is begun again that broke or could not be begun."""
+
 MakeLeading = Callable[["WorkloadAgent", int, int], Leading]
 """Makes the capture loop of a workload for a term and the PID of the container's first process."""
 
@@ -244,16 +247,17 @@ class WorkloadAgent:
             return
         if current is not None:
             self._carrying = asyncio.create_task(self._stop_leading())
-        elif pid is not None:
-            self._leading = self._make_leading(self, order.term, pid)
-            self._leading_task = asyncio.create_task(self._lead(self._leading))
+        elif pid is not None and (self._leading_task is None or self._leading_task.done()):
+            self._leading_task = asyncio.create_task(self._lead(order.term, pid))
 
-    async def _lead(self, leading: Leading) -> None:
+    async def _lead(self, term: int, pid: int) -> None:
+        """Capture until cancelled. Whatever breaks, ends here: an order to end the workload must not."""
         try:
-            await leading.run()
-        except OutliveError as error:
-            log.error("leading.failed", workload=self.spec.name, error=str(error))
-            await asyncio.sleep(1.0)  # begun again by the next report
+            self._leading = self._make_leading(self, term, pid)
+            await self._leading.run()
+        except Exception:
+            log.exception("leading.failed", workload=self.spec.name)
+            await asyncio.sleep(_AGAIN_S)  # begun again by the next report
 
     async def _stop_leading(self) -> None:
         task, self._leading_task = self._leading_task, None
