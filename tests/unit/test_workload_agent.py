@@ -1,0 +1,579 @@
+"""How an agent carries out its keeper's orders for one workload: once, one at a time, no more than told.
+
+The container, the store and the capture loop are stand-ins that note what is done to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config import Node, NodeConfig
+from common.container import Incarnation
+from common.control import Order
+from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermError, WorkloadError
+from common.events import Event, EventLog, read_events
+from common.messages import PROTOCOL, Hello
+from common.model import EpochId, WorkloadSpec
+from outlive import workload_agent
+from outlive.workload_agent import WorkloadAgent
+from replica.readiness import ReadinessVerdict
+from replica.store_reader import EpochRecord
+from tests.unit.wire_fakes import until
+
+SPEC = WorkloadSpec(name="redis", nodes=("a", "b"), command=("redis-server",))
+
+
+def record(number: int) -> EpochRecord:
+    return EpochRecord(
+        id=EpochId(1, number),
+        base=None,
+        incarnation="old",
+        frozen_wall_s=1.0,
+        committed_wall_s=2.0,
+        bytes_on_disk=1,
+        pages=1,
+        pages_present=1,
+        levels=1,
+        folded=False,
+        path=Path(f"/epochs/{number}"),
+    )
+
+
+class Containers:
+    """Takes the place of `common.container`: one container that runs or not, and what was done, in order."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.pid: int | None = None
+        self.run: Incarnation | None = None
+        self.code: int | None = None
+        self.unrestorable: set[EpochId] = set()
+        self.unstartable = ""
+        self.may_go_on = asyncio.Event()
+        self.may_go_on.set()
+
+    def running_init_pid(self, config: NodeConfig, name: str) -> int | None:
+        return self.pid
+
+    def incarnation(self, config: NodeConfig, name: str) -> Incarnation | None:
+        return self.run
+
+    def exit_code(self, config: NodeConfig, name: str) -> int | None:
+        return self.code
+
+    async def start_workload(self, config: NodeConfig, spec: WorkloadSpec, *, order: int = 0) -> int:
+        self.done.append("start")
+        await self.may_go_on.wait()
+        if self.unstartable:
+            raise WorkloadError(self.unstartable)
+        self.run = Incarnation(id=f"run {len(self.done)}", order=order)
+        self.pid = 1000 + len(self.done)
+        return self.pid
+
+    async def restore_workload(
+        self,
+        config: NodeConfig,
+        spec: WorkloadSpec,
+        images: Path,
+        epoch: EpochId,
+        criu: Path,
+        *,
+        order: int = 0,
+    ) -> int:
+        self.done.append(f"restore {epoch} of {images}")
+        await self.may_go_on.wait()
+        if epoch in self.unrestorable:
+            raise RestoreError(f"criu cannot restore {epoch}")
+        self.run = Incarnation(id=f"run {len(self.done)}", restored=epoch, order=order)
+        self.pid = 1000 + len(self.done)
+        return self.pid
+
+    async def kill_workload(self, config: NodeConfig, name: str) -> None:
+        self.done.append("kill")
+        await self.may_go_on.wait()
+        self.pid = None
+
+    def end_by_itself(self, code: int) -> None:
+        self.pid, self.code = None, code
+
+
+class StoreOfRecords:
+    """A store that holds what it is given."""
+
+    volatile = True
+
+    def __init__(self) -> None:
+        self.held: list[EpochRecord] = []
+        self.holders = 0
+        self.closed = False
+
+    @property
+    def newest(self) -> EpochRecord | None:
+        return self.held[-1] if self.held else None
+
+    def records(self) -> list[EpochRecord]:
+        return list(self.held)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        self.holders += 1
+        yield
+        self.holders -= 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class LeadingInMemory:
+    """A capture loop that waits for its end."""
+
+    captured = EpochId(1, 9)
+    failures = 0
+
+    def __init__(self, spec: WorkloadSpec, term: int, incarnation: str) -> None:
+        self.spec = spec
+        self.term = term
+        self.incarnation = incarnation
+        self.state = "made"
+        self.failure: BaseException | None = None
+        self.fail = asyncio.Event()
+
+    async def run(self) -> None:
+        self.state = "running"
+        try:
+            await self.fail.wait()
+            assert self.failure is not None
+            raise self.failure
+        finally:
+            self.state = "ended"
+
+    def progress(self) -> tuple[()]:
+        return ()
+
+    def metrics(self) -> None:
+        return None
+
+
+class Verdicts:
+    """A readiness check that says what it is told to."""
+
+    verdict = ReadinessVerdict(True, ())
+
+    async def check(self, spec: WorkloadSpec, images: Path, memory_bytes: int) -> ReadinessVerdict:
+        return self.verdict
+
+
+class Scene:
+    """The agent of node a with one workload; `restart_agent` gives it a new one over the same container."""
+
+    def __init__(self, directory: Path, containers: Containers) -> None:
+        self.containers = containers
+        self.store = StoreOfRecords()
+        self.readiness = Verdicts()
+        self.ended_sessions: list[str] = []
+        self.leadings: list[LeadingInMemory] = []
+        self.unmakeable: ConfigError | None = None
+        self.file = directory / "events.jsonl"
+        self.log = EventLog(self.file, "agent")
+        self.restart_agent()
+
+    def restart_agent(self) -> None:
+        self.agent = WorkloadAgent(
+            NodeConfig(node=Node(name="a", address="127.0.0.1")),
+            SPEC,
+            criu=Path("/criu"),
+            store=self.store,  # type: ignore[arg-type]
+            readiness=self.readiness,  # type: ignore[arg-type]
+            make_leading=self._make_leading,  # type: ignore[arg-type]
+            end_session=lambda workload, why: self.ended_sessions.append(why),
+            events=self.log,
+        )
+
+    def _make_leading(self, agent: WorkloadAgent, term: int, pid: int) -> LeadingInMemory:
+        if self.unmakeable is not None:
+            raise self.unmakeable
+        assert self.containers.run is not None
+        self.leadings.append(LeadingInMemory(agent.spec, term, self.containers.run.id))
+        return self.leadings[-1]
+
+    async def obeyed(self, order: Order) -> None:
+        """Repeat the order, as every report's answer does, until it is carried out or has failed."""
+        async with asyncio.timeout(5):
+            while order.number not in (self.agent.report().order_done, self.agent.report().order_failed):
+                self.agent.obey(order)
+                await asyncio.sleep(0.002)
+
+    async def repeat(self, order: Order, times: int = 10) -> None:
+        for _ in range(times):
+            self.agent.obey(order)
+            await asyncio.sleep(0.002)
+
+    def events(self) -> list[tuple[str, str]]:
+        self.log.close()
+        return [(each.event, each.reason) for each in read_events(self.file)]
+
+
+def order(number: int, role: str, action: str = "none", term: int = 1, **fields: object) -> Order:
+    return Order(workload="redis", number=number, role=role, term=term, action=action, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    containers = Containers()
+    for name in (
+        "running_init_pid",
+        "incarnation",
+        "exit_code",
+        "start_workload",
+        "restore_workload",
+        "kill_workload",
+    ):
+        monkeypatch.setattr(workload_agent, name, getattr(containers, name))
+    made = Scene(tmp_path, containers)
+    try:
+        yield made
+    finally:
+        containers.may_go_on.set()
+        await made.agent.close()
+        made.log.close()
+
+
+# --- orders to lead ---------------------------------------------------------------------------------
+
+
+async def test_an_order_to_start_is_carried_out_once_however_often_it_comes(scene: Scene) -> None:
+    start = order(1, "lead", "start")
+    await scene.obeyed(start)
+    await scene.repeat(start)
+    assert scene.containers.done == ["start"]
+    report = scene.agent.report()
+    assert report.running
+    assert report.init_pid == scene.containers.pid
+    assert report.order_done == 1
+    assert report.order_failed == 0
+    assert [name for name, _ in scene.events()] == [Event.WORKLOAD_STARTED]
+
+
+async def test_a_workload_that_has_ended_is_not_started_again_by_the_same_order(scene: Scene) -> None:
+    start = order(1, "lead", "start")
+    await scene.obeyed(start)
+    scene.containers.end_by_itself(3)
+    await scene.repeat(start)
+    assert scene.containers.done == ["start"]
+    assert scene.agent.report().exit_code == 3
+    assert not scene.agent.report().running
+
+
+async def test_nor_is_it_after_a_restart_of_the_agent(scene: Scene) -> None:
+    start = order(1, "lead", "start")
+    await scene.obeyed(start)
+    scene.containers.end_by_itself(3)
+    await scene.agent.close()
+    scene.restart_agent()
+    await scene.obeyed(start)
+    assert scene.containers.done == ["start"]
+    assert scene.agent.report().order_done == 1
+
+
+async def test_a_newer_order_starts_it_again(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "start"))
+    scene.containers.end_by_itself(0)
+    await scene.obeyed(order(2, "lead", "start"))
+    assert scene.containers.done == ["start", "start"]
+
+
+async def test_what_runs_already_is_neither_started_nor_restored(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "start"))
+    await scene.agent.close()
+    scene.restart_agent()
+    scene.store.held = [record(1)]
+    for number, action in ((2, "start"), (3, "restore"), (4, "none")):
+        await scene.obeyed(order(number, "lead", action))
+    assert scene.containers.done == ["start"]
+
+
+async def test_an_order_without_an_action_starts_nothing(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "none"))
+    assert scene.containers.done == []
+    assert scene.agent.report().order_done == 1
+
+
+async def test_a_start_that_fails_is_told_and_not_repeated(scene: Scene) -> None:
+    scene.containers.unstartable = "runc cannot run redis: no such program"
+    start = order(1, "lead", "start")
+    await scene.obeyed(start)
+    await scene.repeat(start)
+    assert scene.containers.done == ["start"]
+    report = scene.agent.report()
+    assert (report.order_done, report.order_failed) == (0, 1)
+    assert "no such program" in report.order_detail
+
+
+async def test_who_leads_ends_what_another_leader_is_sending(scene: Scene) -> None:
+    await scene.obeyed(order(5, "lead", "start", term=2))
+    (why,) = scene.ended_sessions
+    assert "term 2" in why
+
+
+async def test_orders_bring_the_newest_declaration(scene: Scene) -> None:
+    newer = WorkloadSpec(name="redis", nodes=("b", "a"), command=("redis-server", "--port", "1"))
+    await scene.obeyed(order(1, "lead", "start", spec=newer))
+    assert scene.agent.report().spec == newer
+
+
+# --- restoring --------------------------------------------------------------------------------------
+
+
+async def test_the_newest_epoch_is_restored_and_named(scene: Scene) -> None:
+    scene.store.held = [record(1), record(2), record(3)]
+    await scene.obeyed(order(1, "lead", "restore"))
+    assert scene.containers.done == ["restore t1-e3 of /epochs/3"]
+    report = scene.agent.report()
+    assert report.restored == EpochId(1, 3)
+    assert "t1-e3" in report.order_detail
+    assert [name for name, _ in scene.events()] == [Event.WORKLOAD_RESTORED]
+    assert scene.store.holders == 0
+
+
+async def test_nothing_is_folded_away_while_an_epoch_is_being_restored(scene: Scene) -> None:
+    scene.store.held = [record(1)]
+    scene.containers.may_go_on.clear()
+    scene.agent.obey(order(1, "lead", "restore"))
+    await until(lambda: scene.containers.done)
+    assert scene.store.holders == 1
+
+
+async def test_if_the_newest_cannot_be_restored_the_one_before_is_and_that_is_said(scene: Scene) -> None:
+    scene.store.held = [record(1), record(2), record(3)]
+    scene.containers.unrestorable = {EpochId(1, 3)}
+    await scene.obeyed(order(1, "lead", "restore"))
+    assert scene.containers.done == ["restore t1-e3 of /epochs/3", "restore t1-e2 of /epochs/2"]
+    report = scene.agent.report()
+    assert report.restored == EpochId(1, 2)
+    assert report.order_done == 1
+    assert "t1-e2" in report.order_detail
+    assert "criu cannot restore t1-e3" in report.order_detail
+    ((_, reason),) = scene.events()
+    assert "older" in reason
+
+
+async def test_if_neither_can_be_restored_the_order_has_failed_and_says_why(scene: Scene) -> None:
+    scene.store.held = [record(1), record(2), record(3)]
+    scene.containers.unrestorable = {EpochId(1, 2), EpochId(1, 3)}
+    restore = order(1, "lead", "restore")
+    await scene.obeyed(restore)
+    await scene.repeat(restore)
+    assert len(scene.containers.done) == 2
+    report = scene.agent.report()
+    assert (report.order_done, report.order_failed) == (0, 1)
+    assert "criu cannot restore" in report.order_detail
+
+
+async def test_without_an_epoch_a_restore_fails_clearly(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "restore"))
+    assert scene.agent.report().order_failed == 1
+    assert "no committed epoch" in scene.agent.report().order_detail
+
+
+# --- orders not to run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["follow", "idle"])
+async def test_who_does_not_lead_kills_what_runs_and_stops_capturing_first(scene: Scene, role: str) -> None:
+    lead = order(1, "lead", "start")
+    await scene.obeyed(lead)
+    await scene.repeat(lead)
+    (leading,) = scene.leadings
+    assert leading.state == "running"
+    await scene.obeyed(order(2, role, term=2))
+    assert leading.state == "ended"
+    assert scene.containers.done == ["start", "kill"]
+    assert not scene.agent.report().running
+    assert scene.agent.metrics() is None
+    assert scene.events()[-1][0] == Event.WORKLOAD_KILLED
+
+
+@pytest.mark.parametrize("role", ["follow", "idle"])
+async def test_who_does_not_lead_kills_nothing_where_nothing_runs(scene: Scene, role: str) -> None:
+    await scene.obeyed(order(1, role))
+    assert scene.containers.done == []
+    assert scene.agent.report().order_done == 1
+
+
+async def test_a_restarted_agent_kills_what_it_finds_running_if_it_is_to_follow(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "start"))
+    await scene.agent.close()
+    scene.restart_agent()
+    await scene.obeyed(order(2, "follow", term=2))
+    assert scene.containers.done == ["start", "kill"]
+
+
+# --- one at a time ----------------------------------------------------------------------------------
+
+
+async def test_orders_are_carried_out_one_at_a_time_and_the_newest_comes_next(scene: Scene) -> None:
+    scene.containers.may_go_on.clear()
+    scene.agent.obey(order(1, "lead", "start"))
+    await until(lambda: scene.containers.done)
+    for _ in range(5):
+        scene.agent.obey(order(2, "follow", term=2))
+        scene.agent.obey(order(3, "idle", term=3))
+        await asyncio.sleep(0.002)
+    assert scene.containers.done == ["start"]
+    assert scene.agent.report().order_done == 0
+    scene.containers.may_go_on.set()
+    await until(lambda: scene.agent.report().order_done == 1)
+    await scene.obeyed(order(3, "idle", term=3))
+    assert scene.containers.done == ["start", "kill"]
+
+
+async def test_the_end_of_the_agent_waits_for_what_is_under_way_and_leaves_the_workload(scene: Scene) -> None:
+    scene.containers.may_go_on.clear()
+    scene.agent.obey(order(1, "lead", "start"))
+    await until(lambda: scene.containers.done)
+    closing = asyncio.create_task(scene.agent.close())
+    await asyncio.sleep(0.02)
+    assert not closing.done()
+    scene.containers.may_go_on.set()
+    await closing
+    assert scene.containers.pid is not None
+    assert scene.containers.done == ["start"]
+    assert scene.store.closed
+
+
+# --- the capture loop -------------------------------------------------------------------------------
+
+
+async def test_it_is_captured_exactly_while_it_runs_here_and_this_node_leads(scene: Scene) -> None:
+    lead = order(1, "lead", "start")
+    await scene.obeyed(lead)
+    await scene.repeat(lead)
+    (leading,) = scene.leadings
+    assert (leading.state, leading.term) == ("running", 1)
+    assert scene.agent.report().captured == leading.captured
+    scene.containers.end_by_itself(0)
+    await scene.repeat(lead)
+    assert leading.state == "ended"
+    assert len(scene.leadings) == 1
+    assert scene.agent.report().captured is None
+
+
+async def test_a_new_incarnation_term_or_declaration_is_captured_by_a_new_loop(scene: Scene) -> None:
+    lead = order(1, "lead", "start")
+    await scene.obeyed(lead)
+    await scene.repeat(lead)
+    scene.containers.run = Incarnation(id="another", order=1)
+    await scene.repeat(lead)
+    await scene.repeat(order(2, "lead", term=2))
+    newer = WorkloadSpec(name="redis", nodes=("a", "b"), command=("redis-server",), epoch_interval_ms=50)
+    await scene.repeat(order(2, "lead", term=2, spec=newer))
+    assert [each.state for each in scene.leadings] == ["ended", "ended", "ended", "running"]
+    assert [each.term for each in scene.leadings] == [1, 1, 2, 2]
+    assert scene.leadings[-1].spec == newer
+    assert scene.containers.done == ["start"]
+
+
+async def test_a_capture_loop_that_breaks_is_begun_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload_agent, "_AGAIN_S", 0.02)
+    lead = order(1, "lead", "start")
+    await scene.obeyed(lead)
+    await scene.repeat(lead)
+    # A task group's failures come as a group.
+    scene.leadings[0].failure = ExceptionGroup("unhandled", [ConfigError("a peer is gone")])
+    scene.leadings[0].fail.set()
+    await scene.repeat(lead, times=40)
+    assert len(scene.leadings) == 2
+    assert scene.leadings[1].state == "running"
+    assert scene.agent.report().running
+
+
+async def test_a_capture_loop_that_broke_does_not_keep_an_order_from_being_carried_out(scene: Scene) -> None:
+    lead = order(1, "lead", "start")
+    await scene.obeyed(lead)
+    await scene.repeat(lead)
+    scene.leadings[0].failure = ExceptionGroup("unhandled", [RuntimeError("a mistake of ours")])
+    scene.leadings[0].fail.set()
+    await scene.obeyed(order(2, "follow", term=2))
+    assert scene.containers.done == ["start", "kill"]
+
+
+async def test_a_capture_loop_that_cannot_be_made_harms_neither_agent_nor_workload(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload_agent, "_AGAIN_S", 0.02)
+    scene.unmakeable = ConfigError("redis names the node c, which is no peer of a")
+    lead = order(1, "lead", "start")
+    await scene.obeyed(lead)
+    await scene.repeat(lead)
+    assert scene.agent.report().running
+    assert scene.leadings == []
+    scene.unmakeable = None
+    await scene.repeat(lead, times=40)
+    assert [each.state for each in scene.leadings] == ["running"]
+
+
+# --- what another node may send ---------------------------------------------------------------------
+
+
+def hello(node: str = "b", spec: WorkloadSpec = SPEC) -> Hello:
+    return Hello(protocol=PROTOCOL, software="x", node=node, workload="redis", term=2, spec=spec)
+
+
+async def test_a_leader_may_send_what_this_node_follows_and_its_declaration_counts(scene: Scene) -> None:
+    newer = WorkloadSpec(name="redis", nodes=("b", "a"), command=("redis-server",), epoch_interval_ms=50)
+    scene.agent.accept(hello(spec=newer))
+    assert scene.agent.report().spec == newer
+    assert scene.agent.follows
+
+
+async def test_nothing_is_accepted_while_this_node_leads(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "none"))
+    assert not scene.agent.follows
+    with pytest.raises(StaleTermError, match="leads redis itself"):
+        scene.agent.accept(hello())
+
+
+async def test_nothing_is_accepted_while_the_workload_still_runs_here(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "start"))
+    await scene.agent.close()
+    scene.restart_agent()
+    assert not scene.agent.follows
+    with pytest.raises(StaleTermError, match="still runs"):
+        scene.agent.accept(hello())
+    await scene.obeyed(order(2, "follow", term=2))
+    scene.agent.accept(hello())
+
+
+async def test_nothing_is_accepted_that_is_not_declared_for_both_nodes(scene: Scene) -> None:
+    with pytest.raises(ProtocolError):
+        scene.agent.accept(hello(node="c"))
+    elsewhere = WorkloadSpec(name="redis", nodes=("b", "c"), command=("redis-server",))
+    with pytest.raises(ProtocolError):
+        scene.agent.accept(hello(spec=elsewhere))
+    assert scene.agent.report().spec == SPEC
+
+
+async def test_what_stands_against_a_restore_is_reported_and_told_once(scene: Scene) -> None:
+    assert not scene.agent.report().restorable
+    scene.store.held = [record(1)]
+    assert await scene.agent.judge(record(1)) == (True, ())
+    assert scene.agent.report().restorable
+    await scene.agent.judge(record(1))
+    scene.readiness.verdict = ReadinessVerdict(False, ("port 6379 is taken",))
+    await scene.agent.judge(record(1))
+    await scene.agent.judge(record(1))
+    report = scene.agent.report()
+    assert not report.restorable
+    assert report.reasons == ("port 6379 is taken",)
+    assert report.stored == EpochId(1, 1)
+    assert report.volatile
+    told = scene.events()
+    assert [name for name, _ in told] == [Event.REPLICA_RESTORABLE, Event.REPLICA_NOT_RESTORABLE]
+    assert "port 6379 is taken" in told[1][1]
