@@ -24,12 +24,11 @@ _BLOCK_PAGES = 512
 class PageHasher:
     """Identifies pages under one secret; identities of different hashers cannot be compared.
 
-    Not safe for use by several threads at once: the read buffer is shared between calls.
+    Holds nothing but the secret, so that captures of several workloads may use one side by side.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self._seed = secrets.randbits(64) if seed is None else seed
-        self._buffer = bytearray(_BLOCK_PAGES * PAGE_BYTES)
         self._zero_digest = xxhash.xxh3_128_digest(bytes(PAGE_BYTES), self._seed)
 
     def identify_image(self, descriptor: int, pages: int) -> NDArray[np.uint64]:
@@ -38,7 +37,7 @@ class PageHasher:
         Raises CaptureError if the file is shorter than that.
         """
         digest, seed = xxhash.xxh3_128_digest, self._seed
-        view = memoryview(self._buffer)
+        view = memoryview(bytearray(min(pages, _BLOCK_PAGES) * PAGE_BYTES))
         identity = np.empty((pages, 2), dtype=np.uint64)
         for start in range(0, pages, _BLOCK_PAGES):
             stop = min(start + _BLOCK_PAGES, pages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,21 @@ def test_equal_pages_are_identical_zeros_are_zero_and_the_secret_matters(tmp_pat
     assert (other[2] == 0).all()
     assert other[0].tolist() != identity[0].tolist()
     os.close(descriptor)
+
+
+def test_two_captures_may_hash_side_by_side(tmp_path: Path) -> None:
+    first = image(tmp_path, [os.urandom(4096) for _ in range(3000)])
+    (tmp_path / "other").mkdir()
+    second = image(tmp_path / "other", [bytes(4096)] * 3000)
+    hasher = PageHasher()
+    alone = hasher.identify_image(first, 3000)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            one, two = (pool.submit(hasher.identify_image, each, 3000) for each in (first, second))
+            assert np.array_equal(one.result(), alone)
+            assert not two.result().any()
+    os.close(first)
+    os.close(second)
 
 
 def test_an_image_that_ends_too_early_fails_the_epoch(tmp_path: Path) -> None:
