@@ -113,12 +113,12 @@ def undo(role: Role, *steps: Clean) -> Acted:
 
 
 def undoing(steps: frozenset[Clean]) -> tuple[Effect, ...]:
-    """Return the effects that undo these steps: the processes first, they do the harm."""
+    """Return the effects that undo these steps: first the address, at once; killing may take long."""
     effects: list[Effect] = []
-    if "kill" in steps:
-        effects.append(KillWorkload())
     if "drop_vip" in steps:
         effects.append(DropVip())
+    if "kill" in steps:
+        effects.append(KillWorkload())
     if "lift" in steps:
         effects.append(LiftHold())
     return tuple(effects)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from common.control import ReplicaProgress, WorkloadStatus
 from common.roles import LEADING, Instant, Role
-from common.succession import agent_alive
+from common.succession import agent_alive, of_this_term, ready
 
 
 def workload_status(role: Role, now: Instant) -> WorkloadStatus:
@@ -47,8 +47,11 @@ def _restorable(
     """Primary: could another node restore it. Replica: could this one."""
     silent = () if agent_alive(role, now) else ("this node's agent is silent",)
     if role.record.leader == role.me or role.report is None:
-        if any(replica.connected and replica.restorable for replica in replicas) and not silent:
+        if any(ready(role, replica) for replica in replicas) and not silent:
             return True, ()
+        failing = role.report.capture_failures if role.report is not None else 0
+        if failing:
+            silent = (*silent, f"the last {failing} captures failed: outlive events")
         said = tuple(f"{replica.node}: {reason}" for replica in replicas for reason in replica.reasons)
         away = tuple(f"{replica.node} is not connected" for replica in replicas if not replica.connected)
         return False, (*silent, *away, *said) or ("no replica is known yet",)
@@ -64,7 +67,7 @@ def _data_at_risk_s(role: Role, replicas: tuple[ReplicaProgress, ...], now: Inst
     frozen = [
         replica.acknowledged_wall_s
         for replica in replicas
-        if replica.restorable and replica.acknowledged_wall_s is not None
+        if replica.restorable and replica.acknowledged_wall_s is not None and of_this_term(role, replica)
     ]
     return max(0.0, now.wall_s - max(frozen)) if frozen else None
 
@@ -74,12 +77,12 @@ def _reason(role: Role, now: Instant) -> str:
     if role.name != "leading":
         return role.reason
     replicas = role.report.replicas if role.report is not None else ()
-    ready = [replica.node for replica in replicas if replica.connected and replica.restorable]
-    syncing = [replica.node for replica in replicas if replica.connected and not replica.restorable]
+    able = [replica.node for replica in replicas if ready(role, replica)]
+    syncing = [replica.node for replica in replicas if replica.connected and not ready(role, replica)]
     if not agent_alive(role, now):
         protection = "unprotected: this node's agent is silent; the workload runs on, uncaptured"
-    elif ready:
-        protection = f"protected by {', '.join(ready)}"
+    elif able:
+        protection = f"protected by {', '.join(able)}"
     elif syncing:
         protection = f"unprotected: {', '.join(syncing)} is being synchronised"
     else:

@@ -6,7 +6,7 @@ was heard of a peer long ago; where a peer's silence matters, it counts from thi
 
 from __future__ import annotations
 
-from common.control import Refused
+from common.control import Refused, ReplicaProgress
 from common.model import WorkloadSpec
 from common.role_events import Heard, OperatorFailover, OperatorStart
 from common.roles import LEADING, OWNING, PURSUING, Instant, PeerView, Role
@@ -143,7 +143,17 @@ def has_heir(role: Role) -> bool:
     """Tell whether, by the agent's last report, the successor could restore the workload."""
     heir = successor(role.spec, role.me)
     replicas = role.report.replicas if role.report is not None else ()
-    return any(replica.node == heir and replica.connected and replica.restorable for replica in replicas)
+    return any(replica.node == heir and ready(role, replica) for replica in replicas)
+
+
+def of_this_term(role: Role, replica: ReplicaProgress) -> bool:
+    """Tell whether what the replica acknowledged is of this term: older epochs are of an earlier run."""
+    return replica.acknowledged is not None and replica.acknowledged.term == role.record.term
+
+
+def ready(role: Role, replica: ReplicaProgress) -> bool:
+    """Tell whether, by the agent's last report, the replica could restore what runs here."""
+    return replica.connected and replica.restorable and of_this_term(role, replica)
 
 
 def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
