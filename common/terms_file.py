@@ -107,7 +107,7 @@ class TermFiles:
         if path != self._directory:
             self._make(self._directory)
         try:
-            path.mkdir(mode=0o700, parents=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)  # two threads may write first files
         except OSError as error:
             raise StoreError(f"cannot make {path}: {error.strerror}") from error
         _sync_directory(path.parent)
