@@ -117,7 +117,8 @@ class Keeper:
         self._freezes = FreezeWatch(thaw=lambda name: thaw_cgroup(config, name), released=self._released)
         self._workloads: dict[str, KeptWorkload] = {}
         self._sequence = first_sequence()
-        self._starts = 0
+        self._last_order = 0
+        """No workload that is taken up may be given this order number or a smaller one: agents know those."""
         self._agent_at_s: float | None = None
         self._agent_silent = False
         self._requests = 0
@@ -130,7 +131,7 @@ class Keeper:
             self._warnings = (refused,)
             log.warning("keeper.memory reason=%r", refused)
         try:
-            self._starts = await in_thread(self._files.count_start)
+            self._last_order = 1_000_000 * await in_thread(self._files.count_start)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 for spec in (await in_thread(known_workloads, self._config, self._files)).values():
@@ -180,7 +181,7 @@ class Keeper:
             timing=self._timing,
             fenceable=fenceable(self._config),
             record=record,
-            first_order=self._starts * 1_000_000,
+            first_order=self._last_order + 1,
             hands=self._hands,
             files=self._files,
             tasks=self._tasks,
@@ -208,6 +209,7 @@ class Keeper:
                 kept.feed(Tick())
                 if kept.forgotten:
                     kept.close()
+                    self._last_order = max(self._last_order, kept.role.order.number)
                     del self._workloads[name]
             self._peers.tick(now())
             self._watch_agent()
