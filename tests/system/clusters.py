@@ -72,9 +72,13 @@ async def protected_redis(
     fill_mib: int = 0,
     settings: dict[str, dict[str, Any]] | None = None,
     fenced: bool = True,
+    without_agent: Sequence[str] = (),
     **fields: Any,
 ) -> AsyncIterator[Protected]:
-    """Build a lab with a redis on the first of `names`, wait until it is protected."""
+    """Build a lab with a redis on the first of `names`, wait until it is protected by the second.
+
+    On the nodes in `without_agent` only the keeper is started.
+    """
     async with Lab() as lab:
         spec = WorkloadSpec(
             **(
@@ -92,7 +96,9 @@ async def protected_redis(
         )
         nodes = await build_cluster(lab, names, workloads=[spec], settings=settings, fenced=fenced)
         cluster = Protected(lab, nodes, await lab.add_host("client"), spec)
-        await start_all(nodes)
+        await start_all({name: node for name, node in nodes.items() if name not in without_agent})
+        for name in without_agent:
+            await nodes[name].start("keeper")
         await nodes[names[0]].cli("start", NAME)
         await eventually(cluster.answers, what="redis answers")
         if fill_mib:
