@@ -94,6 +94,11 @@ class WorkloadPaths:
         return self.bundle / "conmon.pid"
 
     @property
+    def shim_answer(self) -> Path:
+        """What conmon says of its start: one line of JSON."""
+        return self.bundle / "conmon.answer"
+
+    @property
     def incarnation_file(self) -> Path:
         """JSON: which run of the workload this is, and what it was restored from."""
         return self.bundle / "incarnation.json"

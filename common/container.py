@@ -10,9 +10,9 @@ A container is *ours* only if the PID in its pid file belongs to the workload's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import time
@@ -30,6 +30,7 @@ from common.model import EpochId, WorkloadSpec
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 300.0
 _KILL_TIMEOUT_S = 10.0
+_ANSWER_POLL_S = 0.005
 _LOG_LIMIT_BYTES = 64 * 1024 * 1024
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
@@ -41,6 +42,8 @@ class Incarnation(msgspec.Struct, frozen=True, kw_only=True):
     restored: EpochId | None = None
     order: int = 0
     """Number of the order that it came from: an order is carried out once, agent restarts included."""
+    came_up: bool = False
+    """It has been seen to run: if it does not now, it has ended. False: it may have been interrupted."""
 
 
 def running_init_pid(config: NodeConfig, name: str) -> int | None:
@@ -87,8 +90,11 @@ async def start_workload(config: NodeConfig, spec: WorkloadSpec, *, order: int =
     try:
         pid = await _run_conmon(paths, spec.root, [], _START_TIMEOUT_S)
         await _runc(config, ["start", spec.name], timeout_s=_START_TIMEOUT_S)
-    except WorkloadError:
+        mark_up(config, spec.name)
+    except (WorkloadError, OSError) as error:
         await kill_workload(config, spec.name)
+        if isinstance(error, OSError):
+            raise WorkloadError(f"cannot start {spec.name}: {error}") from error
         raise
     return pid
 
@@ -103,19 +109,44 @@ async def restore_workload(
     """
     paths = await _prepare(config, spec, restored=epoch, order=order)
     work = paths.bundle / "restore"
-    work.mkdir(mode=0o700, exist_ok=True)
     options = ["--manage-cgroups-mode", "ignore", "--work-path", str(work)]
     arguments = ["--restore", str(images)]
     for option in options:
         arguments += ["--runtime-opt", option]
     try:
-        return await _run_conmon(paths, spec.root, arguments, _RESTORE_TIMEOUT_S, criu=criu)
-    except WorkloadError as error:
+        work.mkdir(mode=0o700, exist_ok=True)
+        pid = await _run_conmon(paths, spec.root, arguments, _RESTORE_TIMEOUT_S, criu=criu)
+        mark_up(config, spec.name)
+    except (WorkloadError, OSError) as error:
         await kill_workload(config, spec.name)
         raise RestoreError(
-            f"epoch {epoch} of {spec.name} could not be restored: {_criu_errors(work) or error.message}",
+            f"epoch {epoch} of {spec.name} could not be restored: {_criu_errors(work) or error}",
             hint=f"the whole log: {work / 'restore.log'}",
         ) from error
+    return pid
+
+
+def mark_up(config: NodeConfig, name: str) -> None:
+    """Record that the present incarnation has been seen to run. Raises OSError."""
+    run = incarnation(config, name)
+    if run is not None and not run.came_up:
+        _write_incarnation(WorkloadPaths(config, name), msgspec.structs.replace(run, came_up=True))
+
+
+async def stop_workload(config: NodeConfig, name: str, grace_s: float) -> None:
+    """Ask the workload's first process to end (SIGTERM); kill what is left after `grace_s`.
+
+    A first process without a handler for it never sees the signal: it is the init of its PID namespace.
+    Raises WorkloadError as `kill_workload` does.
+    """
+    pid = running_init_pid(config, name)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        deadline_s = time.monotonic() + grace_s
+        while running_init_pid(config, name) == pid and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(_ANSWER_POLL_S)
+    await kill_workload(config, name)
 
 
 async def kill_workload(config: NodeConfig, name: str) -> None:
@@ -141,7 +172,8 @@ async def kill_workload(config: NodeConfig, name: str) -> None:
         await asyncio.sleep(0.005)
     if (config.runc_root / name).exists():
         await _runc(config, ["delete", "--force", name], timeout_s=_KILL_TIMEOUT_S, check=False)
-    paths.pid_file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        paths.pid_file.unlink(missing_ok=True)
 
 
 def workload_pids(config: NodeConfig, name: str) -> list[int]:
@@ -184,8 +216,9 @@ async def _prepare(
     """Make the bundle and everything that it refers to."""
     if (pid := running_init_pid(config, spec.name)) is not None:
         raise WorkloadError(f"{spec.name} runs already (PID {pid})")
-    await kill_workload(config, spec.name)  # remnants of an earlier container of this name
     paths = WorkloadPaths(config, spec.name)
+    await kill_workload(config, spec.name)  # remnants of an earlier container of this name
+    _end_shim(paths)
     try:
         for directory in (paths.bundle, paths.rootfs, paths.exit_dir, paths.state):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -199,17 +232,38 @@ async def _prepare(
         (paths.bundle / "shm").chmod(0o1777)
         paths.criu_settings.write_text(CRIU_RESTORE_SETTINGS)
         (paths.bundle / "config.json").write_text(json.dumps(runtime_config(spec, paths), indent=1))
-        run = Incarnation(id=uuid.uuid4().hex, restored=restored, order=order)
-        paths.incarnation_file.write_bytes(msgspec.json.encode(run))
+        paths.shim_pid_file.unlink(missing_ok=True)
+        _write_incarnation(paths, Incarnation(id=uuid.uuid4().hex, restored=restored, order=order))
     except OSError as error:
         raise WorkloadError(f"cannot prepare the container of {spec.name}: {error}") from error
     return paths
 
 
+def _end_shim(paths: WorkloadPaths) -> None:
+    """Kill a conmon, and the runc that it started, that an interrupted start or restore left at work."""
+    try:
+        pid = int(paths.shim_pid_file.read_text())
+        if Path(f"/proc/{pid}/comm").read_text().strip() != "conmon":
+            return
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, ValueError):
+        return
+    for each in (pid, *map(int, children)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+
+
+def _write_incarnation(paths: WorkloadPaths, run: Incarnation) -> None:
+    """Replace the file at once: a torn one would lose which order was carried out."""
+    new = paths.incarnation_file.with_suffix(".new")
+    new.write_bytes(msgspec.json.encode(run))
+    new.rename(paths.incarnation_file)
+
+
 async def _run_conmon(
     paths: WorkloadPaths, root: str, arguments: Sequence[str], timeout_s: float, criu: Path | None = None
 ) -> int:
-    """Run conmon, which runs runc; return the container's PID as conmon tells it over its sync pipe."""
+    """Run conmon, which runs runc; return the container's PID as conmon tells it in a file."""
     node, name = paths.config.node, paths.name
     command = [
         *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c"),
@@ -227,31 +281,48 @@ async def _run_conmon(
     environment = dict(os.environ)
     if criu is not None:  # runc looks for a program called criu in its PATH
         environment["PATH"] = f"{criu.parent}:{environment.get('PATH', '')}"
-    reader, writer = os.pipe()
+    # A file and not a pipe: conmon must be able to answer when whoever asked is gone.
+    answer = os.open(paths.shim_answer, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            env=environment | {"_OCI_SYNCPIPE": str(writer)},
-            pass_fds=(writer,),
+            env=environment | {"_OCI_SYNCPIPE": str(answer)},
+            pass_fds=(answer,),
             start_new_session=True,
         )
-    except OSError as error:
-        os.close(reader)
-        raise WorkloadError(f"cannot run {command[0]}: {error}", hint="outlive doctor") from error
     finally:
-        os.close(writer)
+        os.close(answer)
     try:
         async with asyncio.timeout(timeout_s):
-            answer = await asyncio.to_thread(_read_line, reader, timeout_s)
             await process.wait()
+            return _container_pid(await _answer(paths), name)
     except TimeoutError:
         raise WorkloadError(f"no container of {name} after {timeout_s:.0f} s") from None
-    finally:
-        os.close(reader)
-    return _container_pid(answer, name)
+
+
+async def _answer(paths: WorkloadPaths) -> bytes:
+    """Wait until conmon has answered, or is gone; return what it said."""
+    while True:
+        gone = not _shim_lives(paths)
+        said = paths.shim_answer.read_bytes()
+        if said.endswith(b"\n") or gone:
+            return said
+        await asyncio.sleep(_ANSWER_POLL_S)
+
+
+def _shim_lives(paths: WorkloadPaths) -> bool:
+    """Tell whether conmon runs, or has not been forked far enough to say who it is."""
+    try:
+        pid = int(paths.shim_pid_file.read_text())
+    except (OSError, ValueError):
+        return not paths.shim_answer.read_bytes()
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
 
 
 def _container_pid(answer: bytes, name: str) -> int:
@@ -267,21 +338,6 @@ def _container_pid(answer: bytes, name: str) -> int:
     return pid
 
 
-def _read_line(descriptor: int, timeout_s: float) -> bytes:
-    """Read up to a newline or the end, for `timeout_s` at most (a thread cannot be cancelled)."""
-    received = b""
-    deadline_s = time.monotonic() + timeout_s
-    while not received.endswith(b"\n"):
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline_s - time.monotonic()))
-        if not ready:
-            return received
-        block = os.read(descriptor, 65536)
-        if not block:
-            return received
-        received += block
-    return received
-
-
 def _which(program: str) -> str:
     """Resolve a program's name: conmon wants runc's absolute path."""
     found = shutil.which(program)
@@ -293,15 +349,18 @@ def _which(program: str) -> str:
 async def _runc(
     config: NodeConfig, arguments: Sequence[str], *, timeout_s: float, check: bool = True
 ) -> None:
-    process = await asyncio.create_subprocess_exec(
-        _which(config.node.runc),
-        "--root",
-        str(config.runc_root),
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            _which(config.node.runc),
+            "--root",
+            str(config.runc_root),
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise WorkloadError(f"cannot run {config.node.runc}: {error}", hint="outlive doctor") from error
     try:
         async with asyncio.timeout(timeout_s):
             _, stderr = await process.communicate()

@@ -207,7 +207,7 @@ class Effects:
             effect, spec = await self._disk.get()
             try:
                 await in_thread(self._write, effect, spec)
-            except OutliveError as error:
+            except (OutliveError, OSError) as error:
                 self._feed(
                     StepFailed(
                         step="persist" if isinstance(effect, PersistTerm) else "history", reason=str(error)

@@ -22,9 +22,11 @@ from common.container import (
     exit_code,
     incarnation,
     kill_workload,
+    mark_up,
     restore_workload,
     running_init_pid,
     start_workload,
+    stop_workload,
 )
 from common.control import Order, WorkloadMetrics, WorkloadReport
 from common.errors import OutliveError, ProtocolError, RestoreError, StaleTermError
@@ -38,6 +40,8 @@ from replica.store_reader import EpochRecord
 
 log = structlog.get_logger(__name__)
 
+_STOP_GRACE_S = 10.0
+"""From SIGTERM to SIGKILL; the keeper kills by itself after 15 s."""
 _AGAIN_S = 1.0
 """How long to wait before capturing is begun again that broke or could not be begun."""
 
@@ -178,6 +182,9 @@ class WorkloadAgent:
         except OutliveError as error:
             self._failed, self._detail = order.number, str(error)
             log.error("order.failed", workload=order.workload, order=order.number, error=str(error))
+        except Exception as error:  # whatever it is, the keeper must hear that it was not done
+            self._failed, self._detail = order.number, f"a defect in Outlive, or its host: {error!r}"
+            log.exception("order.failed", workload=order.workload, order=order.number)
         else:
             self._done, self._detail = order.number, detail
             log.info("order.done", workload=order.workload, order=order.number, detail=detail)
@@ -189,15 +196,24 @@ class WorkloadAgent:
             await self._stop_leading()
             if running_init_pid(self._config, name) is None:
                 return f"{name} does not run here"
-            await kill_workload(self._config, name)
-            self._events.append(Event.WORKLOAD_KILLED, workload=name, reason="another node leads, or none")
+            if order.role == "idle":
+                await stop_workload(self._config, name, _STOP_GRACE_S)
+            else:  # it runs without a right: no time to be gentle
+                await kill_workload(self._config, name)
+            reason = "it was to be stopped" if order.role == "idle" else f"{order.leader} leads it"
+            self._events.append(Event.WORKLOAD_KILLED, workload=name, reason=reason)
             return f"{name} was ended here"
-        if (pid := running_init_pid(self._config, name)) is not None:
+        pid, run = running_init_pid(self._config, name), incarnation(self._config, name)
+        ours = run is not None and run.order == order.number
+        interrupted = ours and run is not None and not run.came_up
+        if pid is not None and not (interrupted and order.action == "start"):
+            mark_up(self._config, name)
             return f"{name} runs (PID {pid})"
         self._end_session(name, f"{self._config.node.name} leads {name} itself, in term {order.term}")
-        run = incarnation(self._config, name)
-        if order.action == "none" or (run is not None and run.order == order.number):
+        if order.action == "none" or (ours and not interrupted):
             return f"{name} does not run"
+        if pid is not None:  # it was made, but an agent that died did not see it start
+            await kill_workload(self._config, name)
         if order.action == "restore":
             return await self._restore(order)
         pid = await start_workload(self._config, self.spec, order=order.number)
@@ -205,12 +221,14 @@ class WorkloadAgent:
         return f"{name} was started (PID {pid})"
 
     async def _restore(self, order: Order) -> str:
-        """Restore the newest committed epoch, or the one before it if that cannot be."""
-        candidates = self.store.records()[::-1]
-        if not candidates:
+        """Restore the newest committed epoch, or the one before it (of the same run) if that cannot be."""
+        newest = self.store.newest
+        if newest is None:
             raise RestoreError(
                 f"no committed epoch of {self.spec.name} is stored here", hint="outlive store list"
             )
+        records = self.store.records()[::-1]
+        candidates = [each for each in records if each.incarnation == newest.incarnation]
         failure: RestoreError | None = None
         for record in candidates[:2]:
             try:

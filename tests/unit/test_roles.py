@@ -256,7 +256,7 @@ def test_a_leader_that_hears_of_a_newer_term_is_killed_and_follows() -> None:
     driver = leader()
     effects = driver.hear("leading", term=2, node="b")
     assert driver.state == "deposed"
-    assert effects.index(KillWorkload()) < effects.index(DropVip())
+    assert effects.index(DropVip()) < effects.index(KillWorkload())
     for done in ("kill", "drop_vip", "lift"):
         driver.feed(StepDone(step=done))  # type: ignore[arg-type]
     driver.persisted()

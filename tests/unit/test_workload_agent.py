@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.config import Node, NodeConfig
@@ -71,7 +72,7 @@ class Containers:
         await self.may_go_on.wait()
         if self.unstartable:
             raise WorkloadError(self.unstartable)
-        self.run = Incarnation(id=f"run {len(self.done)}", order=order)
+        self.run = Incarnation(id=f"run {len(self.done)}", order=order, came_up=True)
         self.pid = 1000 + len(self.done)
         return self.pid
 
@@ -89,7 +90,7 @@ class Containers:
         await self.may_go_on.wait()
         if epoch in self.unrestorable:
             raise RestoreError(f"criu cannot restore {epoch}")
-        self.run = Incarnation(id=f"run {len(self.done)}", restored=epoch, order=order)
+        self.run = Incarnation(id=f"run {len(self.done)}", restored=epoch, order=order, came_up=True)
         self.pid = 1000 + len(self.done)
         return self.pid
 
@@ -97,6 +98,15 @@ class Containers:
         self.done.append("kill")
         await self.may_go_on.wait()
         self.pid = None
+
+    async def stop_workload(self, config: NodeConfig, name: str, grace_s: float) -> None:
+        self.done.append("stop")
+        await self.may_go_on.wait()
+        self.pid = None
+
+    def mark_up(self, config: NodeConfig, name: str) -> None:
+        if self.run is not None:
+            self.run = msgspec.structs.replace(self.run, came_up=True)
 
     def end_by_itself(self, code: int) -> None:
         self.pid, self.code = None, code
@@ -232,6 +242,8 @@ async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         "start_workload",
         "restore_workload",
         "kill_workload",
+        "stop_workload",
+        "mark_up",
     ):
         monkeypatch.setattr(workload_agent, name, getattr(containers, name))
     made = Scene(tmp_path, containers)
@@ -278,6 +290,41 @@ async def test_nor_is_it_after_a_restart_of_the_agent(scene: Scene) -> None:
     await scene.obeyed(start)
     assert scene.containers.done == ["start"]
     assert scene.agent.report().order_done == 1
+
+
+@pytest.mark.parametrize("action", ["start", "restore"])
+async def test_what_a_dying_agent_left_unfinished_is_done_again(scene: Scene, action: str) -> None:
+    scene.store.held = [record(1)]
+    scene.containers.run = Incarnation(id="half", order=1)  # written before the container was made
+    await scene.obeyed(order(1, "lead", action))
+    assert [word.split()[0] for word in scene.containers.done] == [action]
+
+
+async def test_a_restore_that_ended_well_without_its_agent_is_taken_over(scene: Scene) -> None:
+    scene.store.held = [record(1)]
+    scene.containers.run, scene.containers.pid = Incarnation(id="whole", order=1), 77
+    await scene.obeyed(order(1, "lead", "restore"))
+    assert scene.containers.done == []
+    assert scene.containers.run.came_up
+
+
+async def test_a_container_that_was_made_but_perhaps_not_started_is_made_again(scene: Scene) -> None:
+    scene.containers.run, scene.containers.pid = Incarnation(id="made", order=1), 77
+    await scene.obeyed(order(1, "lead", "start"))
+    assert scene.containers.done == ["kill", "start"]
+
+
+async def test_a_defect_is_told_to_the_keeper_like_any_failure(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*arguments: object, **options: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workload_agent, "start_workload", fail)
+    await scene.obeyed(order(1, "lead", "start"))
+    report = scene.agent.report()
+    assert report.order_failed == 1
+    assert "No space left" in report.order_detail
 
 
 async def test_a_newer_order_starts_it_again(scene: Scene) -> None:
@@ -392,7 +439,7 @@ async def test_who_does_not_lead_kills_what_runs_and_stops_capturing_first(scene
     assert leading.state == "running"
     await scene.obeyed(order(2, role, term=2))
     assert leading.state == "ended"
-    assert scene.containers.done == ["start", "kill"]
+    assert scene.containers.done == ["start", "stop" if role == "idle" else "kill"]
     assert not scene.agent.report().running
     assert scene.agent.metrics() is None
     assert scene.events()[-1][0] == Event.WORKLOAD_KILLED
@@ -429,7 +476,7 @@ async def test_orders_are_carried_out_one_at_a_time_and_the_newest_comes_next(sc
     scene.containers.may_go_on.set()
     await until(lambda: scene.agent.report().order_done == 1)
     await scene.obeyed(order(3, "idle", term=3))
-    assert scene.containers.done == ["start", "kill"]
+    assert scene.containers.done == ["start", "stop"]
 
 
 async def test_the_end_of_the_agent_waits_for_what_is_under_way_and_leaves_the_workload(scene: Scene) -> None:
