@@ -178,14 +178,15 @@ class ReplicaStream:
 
     @property
     def progress(self) -> ReplicaProgress:
-        """How far the replica is."""
+        """How far the replica is; what keeps epochs from it stands among the reasons."""
+        hindered = (self.problem,) if self.problem and not self._restorable else ()
         return ReplicaProgress(
             node=self._peer.name,
             connected=self._connected,
             acknowledged=self._acknowledged,
             acknowledged_wall_s=self._acknowledged_wall_s,
             restorable=self._restorable,
-            reasons=self._reasons,
+            reasons=self._reasons + hindered,
         )
 
     @property

@@ -123,6 +123,9 @@ async def refuses_without_space(cluster: Protected) -> None:
     assert held is not None
     assert held.acknowledged is None
     assert not held.restorable
+    assert any("bytes free" in reason for reason in held.reasons)
+    lines = (await cluster.nodes["a"].cli("status", check=False)).stdout.splitlines()
+    assert any("replica c could not restore it" in line and "bytes free" in line for line in lines)
     status = await third.workload(NAME)
     assert status is None or status.stored is None
 
