@@ -34,6 +34,8 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     spec: WorkloadSpec
+    learned: bool = False
+    """A leader sent it since the keeper last named it: the keeper is to take it up."""
     running: bool
     """A container of it runs on this node."""
     incarnation: str = ""

@@ -70,6 +70,8 @@ class Hello(_Message, frozen=True):
     node: Name
     workload: Name
     term: Term
+    incarnation: Annotated[str, Meta(min_length=1, max_length=128)]
+    """Which run of the workload is led: epochs of another one are not its."""
     spec: WorkloadSpec
 
 

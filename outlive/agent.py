@@ -25,7 +25,7 @@ import structlog
 import zmq.asyncio
 
 from common.bundle import WorkloadPaths, restore_command
-from common.config import NodeConfig
+from common.config import NodeConfig, Peer
 from common.container import incarnation
 from common.control import (
     AgentMetrics,
@@ -38,16 +38,14 @@ from common.control import (
     Refused,
     Report,
 )
-from common.control_channel import ControlServer, ask
+from common.control_channel import ControlServer, ask, prepare_run_directory
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import (
     CaptureError,
-    ConfigError,
     NoSpaceError,
     OutliveError,
     ProtocolError,
-    StaleTermError,
     StoreError,
 )
 from common.events import Event, EventLog, event_file
@@ -55,10 +53,12 @@ from common.heartbeat import AgentBeater
 from common.keys import load
 from common.messages import Hello
 from common.model import EpochId, WorkloadSpec
-from common.origin import encode_origin, read_origin
+from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.sd_notify import notify
 from common.terms import TermGuard
+from common.threads import in_thread
 from outlive.heard_terms import HeardTerms
+from outlive.held_workloads import HeldWorkloads
 from outlive.leading import Leading, clear_images
 from outlive.workload_agent import WorkloadAgent
 from primary.identity import PageHasher
@@ -72,6 +72,7 @@ from replica.store import EpochStore
 log = structlog.get_logger(__name__)
 
 _KEEPER_DEADLINE_S = 1.0
+_REFUSED_PAUSE_S = 1.0
 _FOLD_EVERY_S = 1.0
 _JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
@@ -154,9 +155,9 @@ class Agent:
         self._hasher = PageHasher()
         self._events = EventLog(event_file(config), "agent")
         self._readiness = Readiness(config)
-        self._workloads: dict[str, WorkloadAgent] = {}
-        heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
-        self._guard = TermGuard(heard.record, heard.read_all())
+        self._workloads = HeldWorkloads(config, self._make_workload)
+        self._heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
+        self._guard = TermGuard(self._heard.record, self._heard.read_all())
         self._attachments: dict[str, bytes] = {}
         self._keeper_lost = False
         self._context = zmq.asyncio.Context()
@@ -175,12 +176,13 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until cancelled."""
+        # First of all the socket: a second agent by mistake ends here, before it touches the images.
+        control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
         images = Path(self._config.node.image_dir)
-        images.mkdir(mode=0o700, parents=True, exist_ok=True)
+        prepare_run_directory(images)
         await asyncio.to_thread(clear_images, images)
         criu_version = str(await (await spawn(self._criu)).version())
-        self._attachments = {"origin.json": encode_origin(read_origin(criu_version))}
-        control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
+        self._attachments = {ORIGIN_FILE: encode_origin(read_origin(criu_version))}
         self._events.append(Event.AGENT_STARTED, reason=f"CRIU {criu_version}, PID {os.getpid()}")
         log.info("agent.started", node=self._config.node.name, criu=criu_version)
         try:
@@ -195,8 +197,7 @@ class Agent:
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SHUTDOWN_S):
-                    for workload in self._workloads.values():
-                        await workload.close()
+                    await self._workloads.close()
             self._events.append(Event.AGENT_STOPPED, reason="workloads run on, unprotected")
             self._events.close()
             control.close()
@@ -206,7 +207,7 @@ class Agent:
         """Tell the keeper what is, take its orders; at its heartbeat's interval."""
         interval_s = self._config.heartbeat.interval_ms / 1000
         while True:
-            reports = tuple(workload.report() for workload in self._workloads.values())
+            reports = tuple(workload.report() for workload in self._workloads.all())
             try:
                 answer = await ask(
                     self._config.keeper_endpoint,
@@ -225,34 +226,30 @@ class Agent:
             if isinstance(answer, Orders):
                 for order in answer.orders:
                     await self._pass_on(order)
+                await self._workloads.drop_unwanted({order.workload for order in answer.orders})
             elif isinstance(answer, Refused):
                 log.error("keeper.refused", message=answer.message)
+                await asyncio.sleep(_REFUSED_PAUSE_S)
             notify("WATCHDOG=1")
             await asyncio.sleep(interval_s)
 
     async def _pass_on(self, order: Order) -> None:
+        """Hand an order to its workload. One workload's trouble is logged, and stops no other."""
         workload = self._workloads.get(order.workload)
-        if workload is None:
-            if order.spec is None:
-                return
-            try:
-                workload = await asyncio.to_thread(self._take_up, order.spec)
-            except OutliveError as error:
-                log.error("workload.not_taken_up", workload=order.workload, error=str(error))
-                return
-        if order.term > 0 and order.leader:
-            with contextlib.suppress(StaleTermError):
+        try:
+            if workload is None:
+                if order.spec is None:
+                    return
+                workload = await self._workloads.take_up(order.spec)
+            if order.term > 0 and order.leader:
                 await asyncio.to_thread(self._guard.advance, order.workload, order.term, order.leader)
+        except (OutliveError, OSError) as error:
+            log.error("order.not_taken", workload=order.workload, number=order.number, error=str(error))
+            if workload is None or order.role == "lead":
+                return  # an order to end it is obeyed in any case
         workload.obey(order)
 
-    def _take_up(self, spec: WorkloadSpec) -> WorkloadAgent:
-        """Open the workload's store and look after it from now on. Blocking. Raises StoreError."""
-        store = EpochStore.open(
-            self._config.store_dir,
-            spec.name,
-            min_free_bytes=self._config.store.min_free_bytes,
-            max_levels=self._config.store.max_levels,
-        )
+    def _make_workload(self, spec: WorkloadSpec, store: EpochStore) -> WorkloadAgent:
         workload = WorkloadAgent(
             self._config,
             spec,
@@ -263,17 +260,19 @@ class Agent:
             end_session=self._receiver.end_session,
             events=self._events,
         )
-        self._workloads[spec.name] = workload
+        workload.leader_run = self._heard.read_run(spec.name)
         return workload
 
     async def _accept(self, hello: Hello) -> None:
         """Say whether the greeting node may send epochs of a workload; raises if not."""
-        workload = self._workloads.get(hello.workload)
+        name = hello.workload
+        workload = self._workloads.get(name)
         if workload is None:
             if self._config.node.name not in hello.spec.nodes:
-                raise ProtocolError(f"{hello.workload} is not declared for {self._config.node.name}")
-            workload = await asyncio.to_thread(self._take_up, hello.spec)
+                raise ProtocolError(f"{name} is not declared for {self._config.node.name}")
+            workload = await self._workloads.take_up(hello.spec, learned=True)
         workload.accept(hello)
+        await asyncio.to_thread(self._heard.record_run, name, hello.incarnation)
 
     def _make_leading(self, workload: WorkloadAgent, term: int, init_pid: int) -> Leading:
         spec = workload.spec
@@ -297,20 +296,18 @@ class Agent:
             incarnation=run.id if run is not None else "unknown",
             backend=backend,
             numbers=EpochNumbers(paths.state / "epoch-mark", at_least=newest.id.epoch if newest else 0),
-            make_stream=partial(self._make_stream, spec, term),
+            make_stream=partial(self._make_stream, spec, term, run.id if run is not None else "unknown"),
             events=self._events,
         )
 
     def _make_stream(
-        self, spec: WorkloadSpec, term: int, node: str, on_acknowledged: Callable[[EpochId], None]
+        self,
+        spec: WorkloadSpec,
+        term: int,
+        run: str,
+        peer: Peer,
+        on_acknowledged: Callable[[EpochId], None],
     ) -> ReplicaStream:
-        """Make the stream to one replica. Raises ConfigError if the node is no configured peer."""
-        peer = self._config.peer(node)
-        if peer is None:
-            raise ConfigError(
-                f"{spec.name} names the node {node}, which is no peer of {self._config.node.name}",
-                hint="add a [[peers]] block for it, then restart the agent",
-            )
         return ReplicaStream(
             self._context,
             node=self._config.node.name,
@@ -318,6 +315,7 @@ class Agent:
             peer=peer,
             spec=spec,
             term=term,
+            incarnation=run,
             on_acknowledged=on_acknowledged,
         )
 
@@ -326,25 +324,28 @@ class Agent:
         low: set[str] = set()
         while True:
             await asyncio.sleep(_FOLD_EVERY_S)
-            for name, workload in list(self._workloads.items()):
-                store = workload.store
-                if store.space_warning and name not in low:
-                    reason = f"{self._config.store_dir} has less than twice store.min_free_bytes free"
-                    self._events.append(Event.STORE_LOW_SPACE, workload=name, reason=reason)
-                    low.add(name)
-                elif not store.space_warning:
-                    low.discard(name)
-                if store.fold_due():
-                    await self._fold(name, store)
+            for workload in self._workloads.all():
+                try:
+                    await self._fold(workload.spec.name, workload.store, low)
+                except (OutliveError, OSError) as error:
+                    log.error("fold.failed", workload=workload.spec.name, error=str(error))
 
-    async def _fold(self, name: str, store: EpochStore) -> None:
+    async def _fold(self, name: str, store: EpochStore, low: set[str]) -> None:
+        if not store.space_warning:
+            low.discard(name)
+        elif name not in low:
+            low.add(name)
+            reason = f"{self._config.store_dir} has less than twice store.min_free_bytes free"
+            self._events.append(Event.STORE_LOW_SPACE, workload=name, reason=reason)
+        if not store.fold_due():
+            return
         try:
-            await asyncio.to_thread(store.fold)
+            await in_thread(store.fold)
         except NoSpaceError as error:
             log.warning("fold.postponed", workload=name, reason=str(error))
         except StoreError as error:
             # Restoring damaged memory would be worse than restoring none: the leader sends it all anew.
-            for epoch in await asyncio.to_thread(_set_damaged_aside, store):
+            for epoch in await in_thread(_set_damaged_aside, store):
                 reason = f"epoch {epoch} was damaged on disk and set aside: {error.message}"
                 self._events.append(Event.STORE_RECOVERED, workload=name, reason=reason)
 
@@ -352,11 +353,15 @@ class Agent:
         """Ask again whether what is stored could be restored: the node changes, not only the epochs."""
         while True:
             await asyncio.sleep(_JUDGE_EVERY_S)
-            for name, workload in list(self._workloads.items()):
+            for workload in self._workloads.all():
                 newest = workload.store.newest
-                if newest is not None and workload.follows:
+                if newest is None or not workload.follows:
+                    continue
+                try:
                     restorable, reasons = await workload.judge(newest)
-                    await self._receiver.readiness_changed(name, restorable, reasons)
+                    await self._receiver.readiness_changed(workload.spec.name, restorable, reasons)
+                except (OutliveError, OSError) as error:
+                    log.error("judge.failed", workload=workload.spec.name, error=str(error))
 
     async def _answer(self, request: object) -> AgentMetrics | Refused:
         """Answer the command line and the benchmarks."""
@@ -364,7 +369,7 @@ class Agent:
             return Refused(error="ProtocolError", message="the agent takes orders from its keeper only")
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        metrics = [workload.metrics() for workload in self._workloads.values()]
+        metrics = [workload.metrics() for workload in self._workloads.all()]
         return AgentMetrics(
             node=self._config.node.name,
             pid=os.getpid(),

@@ -26,6 +26,22 @@ class HeardTerms:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_write(self._directory / f"{workload}.json", msgspec.json.encode(leadership), op="heard-term")
 
+    def record_run(self, workload: str, incarnation: str) -> None:
+        """Make durable which run of the workload its leader greeted with; does nothing if it is known."""
+        if incarnation == self.read_run(workload):
+            return
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_write(self._directory / f"{workload}.run", incarnation.encode(), op="heard-run")
+
+    def read_run(self, workload: str) -> str:
+        """Return which run the leader greeted with last; empty if none did. Raises StoreError."""
+        try:
+            return (self._directory / f"{workload}.run").read_text()
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"{self._directory / workload}.run cannot be read: {error}") from error
+
     def read_all(self) -> dict[str, Leadership]:
         """Return what was recorded. Raises StoreError if a file is damaged: it is never guessed."""
         found: dict[str, Leadership] = {}

@@ -303,8 +303,8 @@ class Keeper:
         for each in report.workloads:
             kept = self._workloads.get(each.name)
             if kept is None:
-                if self._config.node.name not in each.spec.nodes:
-                    continue
+                if self._config.node.name not in each.spec.nodes or not each.learned:
+                    continue  # forgotten here: the agent drops it when this answer does not name it
                 kept = await self._take_up(each.spec)
                 await in_thread(self._files.save_spec, each.spec)
             kept.take_report(each)

@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import structlog
 
-from common.config import NodeConfig
+from common.config import NodeConfig, Peer
 from common.control import ReplicaProgress, WorkloadMetrics
 from common.errors import OutliveError
 from common.events import Event, EventLog
-from common.model import EpochId, WorkloadSpec
+from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
 from primary.numbering import EpochNumbers
@@ -36,6 +37,7 @@ _SERIES = 1000
 """How many of the newest measurements are kept of each kind."""
 _IDLE_S = 0.02
 """How often to look whether a replica wants an epoch, while none does."""
+_TELL_EVERY_S = 0.2
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _ALARM_AFTER = 3
 """Failed captures in a row that make an event of their own."""
@@ -53,7 +55,7 @@ class Leading:
         incarnation: str,
         backend: CaptureBackend,
         numbers: EpochNumbers,
-        make_stream: Callable[[str, Callable[[EpochId], None]], ReplicaStream],
+        make_stream: Callable[[Peer, Callable[[EpochId], None]], ReplicaStream],
         events: EventLog,
     ) -> None:
         self.spec = spec
@@ -65,9 +67,12 @@ class Leading:
         self._backend = backend
         self._numbers = numbers
         self._events = events
+        others = {node: config.peer(node) for node in spec.nodes if node != config.node.name}
+        self._strangers = tuple(node for node, peer in others.items() if peer is None)
         self._streams: Mapping[str, ReplicaStream] = {
-            node: make_stream(node, self._acknowledged) for node in spec.nodes if node != config.node.name
+            node: make_stream(peer, self._acknowledged) for node, peer in others.items() if peer is not None
         }
+        self._connected: dict[str, bool] = {}
         self._frozen_at: dict[int, float] = {}
         self._freeze_ms: deque[float] = deque(maxlen=_SERIES)
         self._epoch_ms: deque[float] = deque(maxlen=_SERIES)
@@ -84,12 +89,26 @@ class Leading:
                 for stream in self._streams.values():
                     group.create_task(stream.run())
                 group.create_task(self._capture_for_ever())
+                group.create_task(self._tell_connections())
         finally:
             await self._backend.close()
 
     def progress(self) -> tuple[ReplicaProgress, ...]:
-        """Return how far each replica is."""
-        return tuple(stream.progress for stream in self._streams.values())
+        """Return how far each replica is, with why its stream does not get on, if it does not."""
+        known = tuple(
+            msgspec.structs.replace(
+                stream.progress,
+                reasons=(*stream.progress.reasons, *([stream.problem] if stream.problem else [])),
+            )
+            for stream in self._streams.values()
+        )
+        here = self._config.node.name
+        return known + tuple(
+            ReplicaProgress(
+                node=node, connected=False, reasons=(f"it is no peer of {here}: add a [[peers]] block there",)
+            )
+            for node in self._strangers
+        )
 
     def metrics(self) -> WorkloadMetrics:
         """Return what was measured since this began."""
@@ -119,6 +138,23 @@ class Leading:
             gap_s = self._frozen_at[epoch.epoch] - self._frozen_at[before.epoch]
             self._interval_ms.append(gap_s * 1000)
         self._frozen_at = {number: at for number, at in self._frozen_at.items() if number >= epoch.epoch}
+
+    async def _tell_connections(self) -> None:
+        """Write an event when a replica comes or goes, and when it has its first epoch of this run."""
+        based: set[str] = set()
+        while True:
+            for node, stream in self._streams.items():
+                progress, name = stream.progress, self.spec.name
+                if progress.connected != self._connected.get(node, False):
+                    self._connected[node] = progress.connected
+                    event = Event.REPLICA_CONNECTED if progress.connected else Event.REPLICA_DISCONNECTED
+                    reason = stream.problem or f"{node} receives epochs of {name}"
+                    self._events.append(event, workload=name, reason=reason, peer=node)
+                if stream.counters.epochs_acknowledged and node not in based:
+                    based.add(node)
+                    reason = f"{node} holds {progress.acknowledged}; what changes is sent from now on"
+                    self._events.append(Event.BASE_FINISHED, workload=name, reason=reason, peer=node)
+            await asyncio.sleep(_TELL_EVERY_S)
 
     async def _capture_for_ever(self) -> None:
         interval_s = self.spec.epoch_interval_ms / 1000
@@ -177,7 +213,11 @@ class Leading:
 
 
 def clear_images(directory: Path) -> None:
-    """Remove what an earlier agent captured and nobody can send any more."""
-    with contextlib.suppress(FileNotFoundError):
-        for child in directory.iterdir():
-            shutil.rmtree(child, ignore_errors=True)
+    """Remove what an earlier agent captured and nobody can send any more. Touches nothing else."""
+    for workload in directory.iterdir():
+        if not (NAME_PATTERN.match(workload.name) and workload.is_dir()):
+            continue
+        for epoch in workload.iterdir():
+            with contextlib.suppress(ValueError):
+                EpochId.parse(epoch.name)
+                shutil.rmtree(epoch, ignore_errors=True)

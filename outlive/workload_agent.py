@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from common.config import NodeConfig
+from common.config import NodeConfig, workload_problems
 from common.container import (
     exit_code,
     incarnation,
@@ -34,7 +34,7 @@ from common.events import Event, EventLog
 from common.messages import Hello
 from common.model import PAGE_BYTES, WorkloadSpec
 from outlive.leading import Leading
-from replica.readiness import Readiness
+from replica.readiness import Readiness, ReadinessVerdict
 from replica.store import EpochStore
 from replica.store_reader import EpochRecord
 
@@ -82,16 +82,22 @@ class WorkloadAgent:
         self._leading: Leading | None = None
         self._leading_task: asyncio.Task[None] | None = None
         self._carrying: asyncio.Task[None] | None = None
+        self.leader_run = ""
+        """Incarnation that the leader greeted with last; empty: not known."""
+        self.learned = False
+        """A leader sent it, and no order has named it since."""
 
     # --- what the keeper says ---------------------------------------------------------------------
 
     def obey(self, order: Order) -> None:
         """Take the keeper's order and see that it is, or is being, carried out. Never blocks."""
-        if order.spec is not None:
-            self.spec = order.spec
+        self.learned = False
+        newly = self._order is None or order.number != self._order.number
+        if order.spec is not None and (newly or order.role == "lead"):
+            self.spec = order.spec  # a follower's spec comes with the stream, and may be newer
         if self._carrying is not None and not self._carrying.done():
             return  # one at a time; the next report brings the newest order again
-        if self._order is None or order.number != self._order.number:
+        if newly:
             self._order = order
             self._carrying = asyncio.create_task(self._carry_out(order))
             return
@@ -119,7 +125,10 @@ class WorkloadAgent:
             raise StaleTermError(f"{here} leads {spec.name} itself, in term {self._order.term}")
         if running_init_pid(self._config, spec.name) is not None:
             raise StaleTermError(f"{spec.name} still runs on {here}, so {here} cannot be its replica yet")
+        for problem in workload_problems(spec, set(spec.nodes)):
+            raise ProtocolError(f"{node} sends {spec.name} with a declaration that cannot be: {problem}")
         self.spec = spec
+        self.leader_run = hello.incarnation
 
     @property
     def follows(self) -> bool:
@@ -130,7 +139,7 @@ class WorkloadAgent:
 
     async def judge(self, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
         """Say whether a committed epoch could be restored here now, and why not."""
-        verdict = await self._readiness.check(self.spec, record.path, record.pages * PAGE_BYTES)
+        verdict = await self._ask_readiness(record)
         if verdict.restorable != self._restorable or (verdict.reasons != self._reasons and verdict.reasons):
             self._events.append(
                 Event.REPLICA_RESTORABLE if verdict.restorable else Event.REPLICA_NOT_RESTORABLE,
@@ -139,6 +148,17 @@ class WorkloadAgent:
             )
         self._restorable, self._reasons = verdict.restorable, verdict.reasons
         return verdict.restorable, verdict.reasons
+
+    async def _ask_readiness(self, record: EpochRecord) -> ReadinessVerdict:
+        if self.leader_run not in ("", record.incarnation):
+            return ReadinessVerdict(
+                False,
+                (f"epoch {record.id} is of an earlier run of {self.spec.name}, none of the present one",),
+            )
+        try:
+            return await self._readiness.check(self.spec, record.path, record.pages * PAGE_BYTES)
+        except (OSError, ValueError) as error:
+            return ReadinessVerdict(False, (f"whether it could be restored cannot be told: {error}",))
 
     # --- what is ----------------------------------------------------------------------------------
 
@@ -152,6 +172,7 @@ class WorkloadAgent:
         return WorkloadReport(
             name=name,
             spec=self.spec,
+            learned=self.learned,
             running=pid is not None,
             init_pid=pid or 0,
             incarnation=run.id if run is not None else "",

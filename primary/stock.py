@@ -10,13 +10,13 @@ The next criu is spawned ahead, so its start-up is never on an epoch's path.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -31,12 +31,13 @@ from common.criu.images import PE_PRESENT, SpaceKey, expand, page_images, read_p
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
 from common.errors import CaptureError, NoSpaceError, OutliveError
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from common.threads import in_thread
 from primary.capture import CapturedEpoch, FreezeTimes, MetadataFile, SpacePages
 from primary.identity import PageHasher
 
 log = structlog.get_logger(__name__)
 
-_NOT_SENT = {"dump.log", "stats-dump"}
+_REMOVER = ThreadPoolExecutor(1, "images")
 _ROOM_FACTOR = 1.1
 """Room for the images' pages, and a tenth for everything else."""
 
@@ -87,12 +88,13 @@ class StockBackend:
     async def capture(self, epoch: EpochId) -> CapturedEpoch:
         """Freeze, dump, thaw, hash. See `CaptureBackend.capture`."""
         directory = self._images / str(epoch)
+        pages = ImagePages(directory)
         try:
-            await asyncio.to_thread(self._make_room, directory)
+            await in_thread(self._make_room, directory)
             result, frozen_wall_s, wall_ms = await self._dump(directory)
-            spaces, pages = await asyncio.to_thread(self._identify, directory)
+            spaces = await in_thread(self._identify, directory, pages)
         except BaseException as error:
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            pages.release()
             if isinstance(error, OSError):
                 raise CaptureError(f"epoch {epoch} of {self._spec.name}: {error}") from error
             raise
@@ -151,6 +153,7 @@ class StockBackend:
         options = DumpOptions(
             pid=self._init_pid,
             images_dir=directory,
+            work_dir=self._paths.bundle,  # its log stays there after a failure, until the next dump
             root=self._paths.rootfs,
             external=tuple(mount.external for mount in bind_mounts(self._spec, self._paths)),
             log_level=1,
@@ -171,35 +174,35 @@ class StockBackend:
             self._ahead = await spawn(self._criu)
         return result, frozen_wall_s, wall_ms
 
-    def _identify(self, directory: Path) -> tuple[tuple[SpacePages, ...], ImagePages]:
+    def _identify(self, directory: Path, pages: ImagePages) -> tuple[SpacePages, ...]:
         """Read the pagemaps, hash the pages."""
         spaces: list[SpacePages] = []
-        files: dict[SpaceKey, int] = {}
-        pages = ImagePages(directory, files)
-        try:
-            for image in page_images(directory):
-                numbers, flags = expand(read_pagemap(directory / image.key.pagemap_name).entries)
-                if not np.all(flags & PE_PRESENT):
-                    raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
-                if len(numbers):
-                    files[image.key] = os.open(directory / image.pages_name, os.O_RDONLY | os.O_CLOEXEC)
-                    identity = self._hasher.identify_image(files[image.key], len(numbers))
-                else:
-                    identity = np.zeros((0, 2), dtype=np.uint64)
-                spaces.append(SpacePages(image.key, numbers, flags, identity))
-        except BaseException:
-            pages.release()
-            raise
-        return tuple(spaces), pages
+        for image in page_images(directory):
+            numbers, flags = expand(read_pagemap(directory / image.key.pagemap_name).entries)
+            if not np.all(flags & PE_PRESENT):
+                raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
+            if len(numbers):
+                descriptor = pages.open(image.key, image.pages_name)
+                identity = self._hasher.identify_image(descriptor, len(numbers))
+            else:
+                identity = np.zeros((0, 2), dtype=np.uint64)
+            spaces.append(SpacePages(image.key, numbers, flags, identity))
+        return tuple(spaces)
 
 
 class ImagePages:
     """Page contents out of CRIU's images: row n of a space is the n-th page of its file."""
 
-    def __init__(self, directory: Path, files: dict[SpaceKey, int]) -> None:
+    def __init__(self, directory: Path) -> None:
+        """Own `directory`: it is removed with all that is in it at the release."""
         self._directory = directory
-        self._files = files
+        self._files: dict[SpaceKey, int] = {}
         self._released = False
+
+    def open(self, key: SpaceKey, name: str) -> int:
+        """Open the file with a space's pages; return its descriptor, which stays this object's."""
+        self._files[key] = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[key]
 
     def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
         """Copy the pages at `rows` into `into`. See `PageReader.read`."""
@@ -222,13 +225,14 @@ class ImagePages:
         self._released = True
         for descriptor in self._files.values():
             os.close(descriptor)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        # Giving a GiB of tmpfs back takes ~0.1 s: not in the event loop.
+        _REMOVER.submit(shutil.rmtree, self._directory, ignore_errors=True)
 
 
 def _metadata(directory: Path) -> tuple[MetadataFile, ...]:
-    """List what is sent whole: everything but pagemaps, pages, and criu's own log and statistics."""
+    """List what is sent whole: everything but pagemaps and pages."""
     return tuple(
         MetadataFile(path.name, path, path.stat().st_size)
         for path in sorted(directory.iterdir())
-        if not path.name.startswith(("pagemap-", "pages-")) and path.name not in _NOT_SENT
+        if not path.name.startswith(("pagemap-", "pages-"))
     )

@@ -127,6 +127,7 @@ class ReplicaStream:
         peer: Peer,
         spec: WorkloadSpec,
         term: int,
+        incarnation: str,
         on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
         on_refused: Callable[[Refused], None] = lambda refusal: None,
         need_full: Callable[[], None] = lambda: None,
@@ -141,7 +142,13 @@ class ReplicaStream:
         self._keys = keys
         self._peer = peer
         self._hello = Hello(
-            protocol=PROTOCOL, software=software, node=node, workload=spec.name, term=term, spec=spec
+            protocol=PROTOCOL,
+            software=software,
+            node=node,
+            workload=spec.name,
+            term=term,
+            incarnation=incarnation,
+            spec=spec,
         )
         self._on_acknowledged = on_acknowledged
         self._on_refused = on_refused

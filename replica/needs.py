@@ -118,6 +118,11 @@ def _problems(files: OpenFiles, remaps: tuple[Remap, ...], maps: list[MemoryMap]
                 f"{file.path} was deleted while another name of it lives on, and is held by a link on the "
                 "primary's disk only: close it, or keep it on shared storage"
             )
+    if any(vma.flags & _MAP_HUGETLB for memory_map in maps for vma in memory_map.vmas):
+        yield (
+            "the workload uses huge pages (hugetlb), which an epoch that stands on another one does not "
+            "carry yet: switch them off for it (transparent huge pages do no harm)"
+        )
     if any("" in other.watched for other in files.other):
         yield (
             "a watch (inotify or fanotify) is on a file that CRIU knows no path of, so another node cannot "

@@ -90,6 +90,7 @@ async def stream(directory: Path, addresses: list[str]) -> None:
         peer=Peer(name="b", address=addresses[1], public_key=key_of(directory, "b").public, agent_port=PORT),
         spec=SPEC,
         term=1,
+        incarnation="i",
         on_acknowledged=acknowledged,
         timing=StreamTiming(greeting_s=2),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Node, NodeConfig
+from common.config import Node, NodeConfig, Peer
 from common.control import ReplicaProgress
 from common.errors import CaptureError
 from common.events import Event, EventLog, read_events
@@ -72,6 +72,8 @@ class StreamInMemory:
         self.offered.append(shared.epoch.id)
         self._backlog.put(shared, 0.0)
 
+    problem = ""
+
     @property
     def wants_epoch(self) -> bool:
         return self.connected and self._backlog.empty
@@ -102,16 +104,18 @@ class StreamInMemory:
 class Scene:
     """One `Leading` on node a with replicas b and c."""
 
-    def __init__(self, directory: Path, **fields: int) -> None:
+    def __init__(self, directory: Path, **fields: object) -> None:
         self.backend = BackendInMemory()
         self.streams: dict[str, StreamInMemory] = {}
         self.file = directory / "events.jsonl"
         self.log = EventLog(self.file, "agent")
-        spec = WorkloadSpec(
-            name="redis", nodes=("a", "b", "c"), command=("x",), **({"epoch_interval_ms": 20} | fields)
-        )
+        declared = {"nodes": ("a", "b", "c"), "epoch_interval_ms": 20} | fields
+        spec = WorkloadSpec(name="redis", command=("x",), **declared)  # type: ignore[arg-type]
         self.leading = Leading(
-            NodeConfig(node=Node(name="a", address="127.0.0.1")),
+            NodeConfig(
+                node=Node(name="a", address="127.0.0.1"),
+                peers=tuple(Peer(name=name, address="127.0.0.1", public_key=name * 40) for name in "bc"),
+            ),
             spec,
             term=TERM,
             incarnation="first",
@@ -121,9 +125,9 @@ class Scene:
             events=self.log,
         )
 
-    def _make_stream(self, node: str, on_acknowledged: Callable[[EpochId], None]) -> StreamInMemory:
-        self.streams[node] = StreamInMemory(node, on_acknowledged)
-        return self.streams[node]
+    def _make_stream(self, peer: Peer, on_acknowledged: Callable[[EpochId], None]) -> StreamInMemory:
+        self.streams[peer.name] = StreamInMemory(peer.name, on_acknowledged)
+        return self.streams[peer.name]
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -137,7 +141,7 @@ class Scene:
 
     def events(self) -> list[str]:
         self.log.close()
-        return [record.event for record in read_events(self.file)]
+        return [each.event for each in read_events(self.file) if each.event.startswith("capture.")]
 
 
 @pytest.fixture
@@ -312,6 +316,19 @@ async def test_an_end_in_the_midst_of_a_capture_leaves_no_epoch_behind(tmp_path:
 def test_what_an_earlier_agent_captured_is_removed(tmp_path: Path) -> None:
     (tmp_path / "redis" / "t1-e1").mkdir(parents=True)
     (tmp_path / "redis" / "t1-e1" / "pages-1.img").write_bytes(b"x")
+    (tmp_path / "redis" / "letters").mkdir()
+    (tmp_path / "Photos" / "t1-e1").mkdir(parents=True)
     clear_images(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    clear_images(tmp_path / "missing")
+    assert not (tmp_path / "redis" / "t1-e1").exists()
+    assert (tmp_path / "redis" / "letters").exists(), "what is not an epoch is somebody else's"
+    assert (tmp_path / "Photos" / "t1-e1").exists()
+    clear_images(tmp_path)
+
+
+async def test_a_node_that_is_no_peer_is_told_of_and_hinders_no_other(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, nodes=("a", "b", "z"))
+    async with scene.running():
+        await until(lambda: scene.streams["b"].acknowledged)
+        stranger = scene.leading.progress()[-1]
+        assert (stranger.node, stranger.connected) == ("z", False)
+        assert "[[peers]]" in stranger.reasons[0]

@@ -64,7 +64,9 @@ SPEC = WorkloadSpec(
 
 VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
     "hello": (
-        Hello(protocol=PROTOCOL, software="0.1", node="a", workload="redis", term=3, spec=SPEC),
+        Hello(
+            protocol=PROTOCOL, software="0.1", node="a", workload="redis", term=3, incarnation="i", spec=SPEC
+        ),
         (),
     ),
     "welcome": (

@@ -344,7 +344,15 @@ class RawPeer:
 
     async def greet(self, term: int = 1):
         await self.say(
-            Hello(protocol=PROTOCOL, software="t", node="a", workload="redis", term=term, spec=SPEC)
+            Hello(
+                protocol=PROTOCOL,
+                software="t",
+                node="a",
+                workload="redis",
+                term=term,
+                incarnation="i",
+                spec=SPEC,
+            )
         )
         return await self.hear()
 
@@ -486,7 +494,9 @@ async def test_nonsense_is_refused_before_and_after_the_greeting(pair: Pair, raw
 
 
 async def test_another_version_is_refused_by_name(pair: Pair, raw) -> None:
-    hello = encode(Hello(protocol=PROTOCOL, software="t", node="a", workload="redis", term=1, spec=SPEC))
+    hello = encode(
+        Hello(protocol=PROTOCOL, software="t", node="a", workload="redis", term=1, incarnation="i", spec=SPEC)
+    )
     await raw.link.send([b"\x94\x63" + hello[0][2:]])
     assert (await raw.hear()).code == "version"
 

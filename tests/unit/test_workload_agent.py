@@ -570,7 +570,9 @@ async def test_a_capture_loop_that_cannot_be_made_harms_neither_agent_nor_worklo
 
 
 def hello(node: str = "b", spec: WorkloadSpec = SPEC) -> Hello:
-    return Hello(protocol=PROTOCOL, software="x", node=node, workload="redis", term=2, spec=spec)
+    return Hello(
+        protocol=PROTOCOL, software="x", node=node, workload="redis", term=2, incarnation="old", spec=spec
+    )
 
 
 async def test_a_leader_may_send_what_this_node_follows_and_its_declaration_counts(scene: Scene) -> None:

@@ -253,7 +253,14 @@ class Pair:
         peer = Peer(name="b", address="127.0.0.1", public_key=self.b.public, agent_port=port or self.port)
         options = {"timing": QUICK, "link_timing": QUICK_LINK, **options}
         stream = ReplicaStream(
-            self.context_a, node=node, keys=keys or self.a, peer=peer, spec=SPEC, term=term, **options
+            self.context_a,
+            node=node,
+            keys=keys or self.a,
+            peer=peer,
+            spec=SPEC,
+            term=term,
+            incarnation="i",
+            **options,
         )
         task = asyncio.create_task(stream.run())
         try:

@@ -1,0 +1,76 @@
+"""The workloads of one agent, by name: opened once, kept while somebody wants them, then let go.
+
+A workload is taken up because the keeper orders it, or because a leader greeted with it (*learned*: the
+keeper hears of it by the next report). One that is neither ordered nor learned is dropped; what is stored
+of it stays on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+
+import structlog
+
+from common.config import NodeConfig
+from common.model import WorkloadSpec
+from outlive.workload_agent import WorkloadAgent
+from replica.store import EpochStore
+
+log = structlog.get_logger(__name__)
+
+MakeWorkload = Callable[[WorkloadSpec, EpochStore], WorkloadAgent]
+
+
+class HeldWorkloads:
+    """Changes only in the event loop: whoever iterates, iterates over a copy."""
+
+    def __init__(self, config: NodeConfig, make: MakeWorkload) -> None:
+        self._config = config
+        self._make = make
+        self._held: dict[str, WorkloadAgent] = {}
+        self._opening = asyncio.Lock()
+
+    def __getitem__(self, name: str) -> WorkloadAgent:
+        return self._held[name]
+
+    def get(self, name: str) -> WorkloadAgent | None:
+        """Return a workload that is held."""
+        return self._held.get(name)
+
+    def all(self) -> tuple[WorkloadAgent, ...]:
+        """Return all that are held now."""
+        return tuple(self._held.values())
+
+    async def take_up(self, spec: WorkloadSpec, *, learned: bool = False) -> WorkloadAgent:
+        """Return the workload, opening its store if it is not held yet. Raises StoreError, NoSpaceError."""
+        async with self._opening:
+            held = self._held.get(spec.name)
+            if held is None:
+                store = await asyncio.to_thread(self._open, spec.name)
+                held = self._held[spec.name] = self._make(spec, store)
+                held.learned = learned
+                newest = store.newest
+                if newest is not None and held.follows:
+                    await held.judge(newest)
+            return held
+
+    async def drop_unwanted(self, ordered: Collection[str]) -> None:
+        """Let go of what the keeper does not name and nobody has sent since."""
+        for name, workload in list(self._held.items()):
+            if name not in ordered and not workload.learned:
+                del self._held[name]
+                await workload.close()
+                log.info("workload.dropped", workload=name)
+
+    async def close(self) -> None:
+        """Let go of everything; workloads run on."""
+        await asyncio.gather(*(workload.close() for workload in self.all()))
+
+    def _open(self, name: str) -> EpochStore:
+        return EpochStore.open(
+            self._config.store_dir,
+            name,
+            min_free_bytes=self._config.store.min_free_bytes,
+            max_levels=self._config.store.max_levels,
+        )
