@@ -297,7 +297,8 @@ async def _run_conmon(
         os.close(answer)
     try:
         async with asyncio.timeout(timeout_s):
-            await process.wait()
+            if await process.wait():  # no conmon was ever there: the root cannot be mounted, for one
+                return _container_pid(paths.shim_answer.read_bytes(), name)
             return _container_pid(await _answer(paths), name)
     except TimeoutError:
         raise WorkloadError(f"no container of {name} after {timeout_s:.0f} s") from None
