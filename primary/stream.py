@@ -185,15 +185,14 @@ class ReplicaStream:
 
     @property
     def progress(self) -> ReplicaProgress:
-        """How far the replica is; what keeps epochs from it stands among the reasons."""
-        hindered = (self.problem,) if self.problem and not self._restorable else ()
+        """How far the replica is."""
         return ReplicaProgress(
             node=self._peer.name,
             connected=self._connected,
             acknowledged=self._acknowledged,
             acknowledged_wall_s=self._acknowledged_wall_s,
             restorable=self._restorable,
-            reasons=self._reasons + hindered,
+            reasons=self._reasons,
         )
 
     @property
