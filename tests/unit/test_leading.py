@@ -12,7 +12,7 @@ import pytest
 from common.config import Node, NodeConfig, Peer
 from common.control import ReplicaProgress
 from common.errors import CaptureError
-from common.events import Event, EventLog, read_events
+from common.events import Event, EventLog, EventRecord, read_events
 from common.model import EpochId, WorkloadSpec
 from outlive import leading
 from outlive.leading import Leading, clear_images
@@ -60,6 +60,7 @@ class StreamInMemory:
 
     def __init__(self, node: str, on_acknowledged: Callable[[EpochId], None]) -> None:
         self.node = node
+        self.problem = ""
         self._on_acknowledged = on_acknowledged
         self._backlog = Backlog()
         self.connected = True
@@ -71,8 +72,6 @@ class StreamInMemory:
     def offer(self, shared: SharedEpoch) -> None:
         self.offered.append(shared.epoch.id)
         self._backlog.put(shared, 0.0)
-
-    problem = ""
 
     @property
     def wants_epoch(self) -> bool:
@@ -139,9 +138,9 @@ class Scene:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def events(self) -> list[str]:
+    def events(self, kind: str = "capture.") -> list[EventRecord]:
         self.log.close()
-        return [each.event for each in read_events(self.file) if each.event.startswith("capture.")]
+        return [each for each in read_events(self.file) if each.event.startswith(kind)]
 
 
 @pytest.fixture
@@ -225,8 +224,8 @@ async def test_the_third_failure_in_a_row_is_an_event_and_so_is_the_recovery(tmp
     async with scene.running():
         await until(lambda: len(scene.backend.epochs) >= 2)
         assert scene.leading.failures == 0
-    assert scene.events() == [Event.CAPTURE_FAILED, Event.CAPTURE_RECOVERED]
-    failed, recovered = read_events(scene.file)
+    failed, recovered = scene.events()
+    assert (failed.event, recovered.event) == (Event.CAPTURE_FAILED, Event.CAPTURE_RECOVERED)
     assert "failure 3" in failed.reason
     assert failed.workload == "redis"
     assert "5 failures" in recovered.reason
@@ -271,6 +270,31 @@ async def test_intervals_are_those_between_epochs_acknowledged_one_after_the_oth
         metrics = scene.leading.metrics()
         assert len(metrics.interval_ms) == metrics.epochs_acknowledged - 1
         assert all(value > 0 for value in metrics.interval_ms)
+
+
+async def test_it_is_told_when_a_replica_comes_goes_and_has_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leading, "_TELL_EVERY_S", 0.005)
+    scene = Scene(tmp_path)
+    scene.streams["c"].connected = False
+    scene.streams["c"].may_acknowledge.clear()
+    scene.streams["c"].problem = "c does not answer"
+    async with scene.running():
+        await until(lambda: len(scene.streams["b"].acknowledged) >= 2)
+        await asyncio.sleep(0.05)
+        (b, c) = scene.leading.progress()
+        assert b.reasons == ()
+        assert c.reasons == ("c does not answer",)
+        scene.streams["b"].connected = False
+        await asyncio.sleep(0.05)
+    told = [*scene.events("replica."), *scene.events("base.")]
+    assert [each.event for each in told] == [
+        Event.REPLICA_CONNECTED,
+        Event.REPLICA_DISCONNECTED,
+        Event.BASE_FINISHED,
+    ]
+    assert all(each.fields == {"peer": "b"} and each.reason for each in told)
 
 
 async def test_an_acknowledgement_of_an_older_epoch_counts_no_more(tmp_path: Path) -> None:
