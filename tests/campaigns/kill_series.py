@@ -18,6 +18,7 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -103,9 +104,9 @@ class Series:
         """Send one signal in the middle of a dump, and see."""
         await self._cluster.wait_for_epochs(1, timeout_s=60.0)
         await self._write()
-        started_s = await asyncio.to_thread(self._wait_for_dump)
         dump_ms = self._dump_ms(await self._node.metrics())
-        await asyncio.sleep(self._chance.uniform(0.0, dump_ms / 1000))
+        started_s = await asyncio.to_thread(self._wait_for_dump)
+        time.sleep(self._chance.uniform(0.0, dump_ms / 1000))  # noqa: ASYNC251 - to the millisecond
         pid = self._pid_of(target)
         incarnation = running_init_pid(self._node.config, NAME)
         traced = self._traced()
@@ -164,7 +165,7 @@ class Series:
 
     def _dump_ms(self, metrics: object) -> float:
         recent = metrics.workloads[0].freeze_ms[-5:] if metrics.workloads else ()  # type: ignore[attr-defined]
-        return max(recent, default=50.0)
+        return statistics.median(recent) if recent else 50.0
 
     def _pid_of(self, target: Target) -> int | None:
         agent = self._node.processes["agent"].pid
