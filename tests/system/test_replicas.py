@@ -118,7 +118,7 @@ async def refuses_without_space(cluster: Protected) -> None:
         await eventually(told, what="c tells its operator of the lack of space")
         await cluster.wait_for_epochs(3)
     assert steady.unanswered == 0
-    assert steady.longest_gap_s < 5.0
+    assert steady.longest_gap_s < 10.0
     held = await progress(cluster, "c")
     assert held is not None
     assert held.acknowledged is None
@@ -145,7 +145,7 @@ async def joins_while_epochs_go_on(cluster: Protected) -> None:
     assert ready.stored is not None
     assert steady.unanswered == 0
     assert steady.epochs >= 3
-    assert steady.longest_gap_s < 5.0
+    assert steady.longest_gap_s < 10.0
     done = await joined.cli("store", "show", NAME, "--output", "json")
     assert json.loads(done.stdout)["epoch"]["pages"] * 4096 > 64 << 20
 
