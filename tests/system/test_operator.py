@@ -142,6 +142,8 @@ async def test_a_workload_from_protect_to_unprotect_and_a_node_that_nobody_knows
         await ask(first, "unprotect", NAME)
         assert first.config_path.read_text().startswith(comment)
         assert (await ask(first, "config", "check"))["workloads"] == []
+        await asyncio.sleep(0.5)  # the agent reports several times
+        assert await seen(first) is None
         assert (await ask(second, "store", "list"))["epochs"]  # kept
 
         for _ in range(2):  # what was taken out can be put in again, and is started each time
