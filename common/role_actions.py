@@ -64,8 +64,13 @@ def persist(role: Role, record: TermRecord) -> Acted:
 
 
 def remark(role: Role, mark: Mark) -> Acted:
-    """Record how far this term's leader is."""
-    return persist(role, replace(role.newest, mark=mark, boot_id=role.boot_id))
+    """Record how far this term's leader is.
+
+    What another node said counts as heard under this boot. This node's own term stays bound to the boot in
+    which it began: after another boot others may lead, and no mark of ours can change that.
+    """
+    boot_id = role.newest.boot_id if role.newest.leader == role.me else role.boot_id
+    return persist(role, replace(role.newest, mark=mark, boot_id=boot_id))
 
 
 def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False) -> Acted:
@@ -257,7 +262,9 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
 
 def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """Record a fresh start: in the same term if this node leads it, else in a new one."""
-    same = role.record.leader == role.me and role.record.mark != "yielded" and not event.peers_are_off
+    record = role.record
+    same = record.leader == role.me and record.mark != "yielded" and record.boot_id == role.boot_id
+    same = same and not event.peers_are_off
     role = replace(role, spec=event.spec, request=event.request)
     if not same:
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)

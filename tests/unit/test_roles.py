@@ -600,3 +600,15 @@ def test_the_page_on_roles_shows_the_table_as_it_is() -> None:
     page = (Path(__file__).parents[2] / "docs/concepts/roles.md").read_text()
     generated = dict(re.findall(r"<!-- generated: (\w+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     assert generated == {"states": table(), "diagram": mermaid()}, "run: python -m common.role_diagram"
+
+
+def test_stopping_after_another_boot_gives_no_right_to_start_unheard() -> None:
+    record = TermRecord(term=2, leader="a", mark="leads", boot_id="another-boot")
+    driver = Driver("a", record)
+    driver.feed(OperatorStop(request=1))
+    driver.persisted()
+    assert driver.state == "stopped"
+    driver.after(10.0)  # b, which may have fenced this node and lead term 3, is not heard
+    driver.feed(OperatorStart(request=2, spec=SPEC))
+    assert driver.state == "stopped"
+    assert "b" in _answer(driver, 2, Refused).message
