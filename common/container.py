@@ -217,6 +217,15 @@ async def _prepare(
     if (pid := running_init_pid(config, spec.name)) is not None:
         raise WorkloadError(f"{spec.name} runs already (PID {pid})")
     paths = WorkloadPaths(config, spec.name)
+    inside = Path(spec.working_directory)
+    declared = any(inside.is_relative_to(item.path) for item in spec.files)
+    if (
+        not declared and not Path(spec.root, *inside.parts[1:]).is_dir()
+    ):  # runc would make it, on the node's disk
+        raise WorkloadError(
+            f"the working directory {inside} of {spec.name} does not exist below {spec.root}",
+            hint="make it on every node, or declare it under `files`",
+        )
     await kill_workload(config, spec.name)  # remnants of an earlier container of this name
     _end_shim(paths)
     try:

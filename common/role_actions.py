@@ -52,7 +52,9 @@ def nothing(role: Role, event: Event, now: Instant) -> Acted:
 
 
 def noted(role: Role, now: Instant, event: str, reason: str) -> Role:
-    """Add an entry to the timeline."""
+    """Add an entry to the timeline; the first one begins it."""
+    if not role.timeline_from_s:
+        role = replace(role, timeline_from_s=now.monotonic_s)
     at_ms = (now.monotonic_s - role.timeline_from_s) * 1000
     entry = TimelineEntry(at_ms=round(at_ms, 3), wall_s=now.wall_s, event=event, reason=reason)
     return replace(role, timeline=(*role.timeline[-_TIMELINE_ENTRIES + 1 :], entry))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -98,12 +98,16 @@ class Server:
         keys: KeyPair,
         peers: Mapping[str, str],
         timing: LinkTiming = DEFAULT_TIMING,
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Listen at `address`; `peers` maps public keys (Z85) to node names; port 0 is any free one.
+
+        `on_refused` is told whose key was refused, as often as it is logged.
 
         Raises ConfigError if the address cannot be listened on.
         """
         self._peers = dict(peers)
+        self._on_refused = on_refused
         self._logged_at: dict[tuple[str, str], float] = {}
         self.refused = 0
         """Connections refused since the start."""
@@ -172,6 +176,7 @@ class Server:
         if last is None or now - last >= _REFUSAL_LOG_INTERVAL_S:
             self._logged_at[(address, key)] = now
             log.warning("transport.refused address=%s public_key=%s reason=not-a-peer", address, key)
+            self._on_refused(f"the key {key} from {address} is no configured peer's")
         return ""
 
 

@@ -23,14 +23,20 @@ class HeardTerms:
 
     def record(self, workload: str, leadership: Leadership) -> None:
         """Make it durable before returning. Raises StoreError, NoSpaceError."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make()
         atomic_write(self._directory / f"{workload}.json", msgspec.json.encode(leadership), op="heard-term")
+
+    def _make(self) -> None:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {self._directory}: {error.strerror}") from error
 
     def record_run(self, workload: str, incarnation: str) -> None:
         """Make durable which run of the workload its leader greeted with; does nothing if it is known."""
         if incarnation == self.read_run(workload):
             return
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make()
         atomic_write(self._directory / f"{workload}.run", incarnation.encode(), op="heard-run")
 
     def read_run(self, workload: str) -> str:

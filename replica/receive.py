@@ -146,8 +146,11 @@ class Receiver:
         limits: ReceiverLimits = ReceiverLimits(),
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`restore_command` says how stock CRIU restores a workload; what the images need is added to it."""
+        """`on_refused` is told of connections with a key that is no peer's.
+
+        `restore_command` says how stock CRIU restores a workload; what the images need is added to it."""
         self._context = context
         self._config = config
         self._keys = keys
@@ -157,6 +160,7 @@ class Receiver:
         self._readiness = readiness
         self._restore_command = restore_command
         self._limits = limits
+        self._on_refused = on_refused
         self._link_timing = link_timing
         self._clock = clock or SystemClock()
         self._sessions: dict[bytes, _Session] = {}
@@ -179,6 +183,7 @@ class Receiver:
             keys=self._keys,
             peers={peer.public_key: peer.name for peer in self._config.peers},
             timing=self._link_timing,
+            on_refused=self._on_refused,
         )
         self._server = server
         self.port = server.port

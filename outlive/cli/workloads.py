@@ -124,16 +124,19 @@ def protect(
 def unprotect(call: Call, name: str) -> None:
     """Protect a stopped workload no longer: the keeper forgets it, its block leaves this node's file.
 
-    Stored epochs are not deleted.
+    Stored epochs are not deleted. On a replica it is forgotten too, unless its leader sends it again.
     """
     config = call.config()
-    _declared(call, config, name)
+    declared = any(workload.name == name for workload in config.workloads)
+    if not declared and name not in known_workloads(config):
+        _declared(call, config, name)
     if running_init_pid(config, name) is not None:
         raise WorkloadError(f"{name} runs here", hint=f"outlive stop {name}")
     detail = f"{name} was not known to the keeper"
     if any(workload.name == name for workload in ask_status(call, config).workloads):
         detail = call.ask(config.keeper_endpoint, ForgetWorkload(workload=name), Done).detail
-    withdraw_workload(call.config_path, name)
+    if declared:
+        withdraw_workload(call.config_path, name)
     answer = WorkloadAnswer(workload=name, detail=detail, outcome=None)
     call.show(answer, f"{name} is protected no longer")
 
