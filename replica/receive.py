@@ -150,7 +150,8 @@ class Receiver:
     ) -> None:
         """`on_refused` is told of connections with a key that is no peer's.
 
-        `restore_command` says how stock CRIU restores a workload; what the images need is added to it."""
+        `restore_command` says how stock CRIU restores a workload; what the images need is added to it.
+        """
         self._context = context
         self._config = config
         self._keys = keys
