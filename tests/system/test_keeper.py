@@ -135,6 +135,7 @@ class FakeAgent:
             report = WorkloadReport(
                 name="w",
                 spec=SPEC,
+                learned=True,  # as if its leader had greeted just now
                 running=self.running,
                 init_pid=self.process.pid if self.process is not None and self.running else 0,
                 exit_code=None if self.running or self.process is None else 137,
