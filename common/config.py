@@ -90,8 +90,8 @@ class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: str = ""
     """What reasons and timelines call it; empty: the program's name."""
     timeout_ms: int = 10_000
-    covers: tuple[str, ...] = ("host loss", "process failure")
-    """What the method can confirm; shown by `doctor` and `status`."""
+    covers: tuple[str, ...] = ("process failure", "host loss", "partition")
+    """In which failures of the node the method can confirm; for `doctor` to say. It decides nothing."""
 
 
 class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

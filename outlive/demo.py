@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -154,8 +155,10 @@ async def run_demo(options: DemoOptions, screen: Screen) -> DemoReport:
         report = await demo.run()
         if options.keep:
             lab.keep()
-            screen.note(f"The lab stays up. Look at it: outlive --config {nodes['b'].config_path} status")
-            screen.note(f"Remove it:               outlive lab down {lab.name}")
+            program = Path(sys.executable).with_name("outlive")
+            screen.note(f"The lab stays up. Look at it: {program} --config {nodes['b'].config_path} status")
+            screen.note(f"Be the client:  nsenter --net={client.netns} redis-cli -h {lab.vip().ip}")
+            screen.note(f"Remove it:      {program} lab down {lab.name}")
     return report
 
 

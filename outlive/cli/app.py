@@ -122,6 +122,8 @@ def _told(error: Exception) -> OutliveError:
     """Return what the operator is told about an error."""
     if isinstance(error, OutliveError):
         return error
+    if isinstance(error, PermissionError):
+        return OutliveError(f"permission denied: {error.filename}", hint="run it as root")
     return OutliveError(
         f"a defect in Outlive: {type(error).__name__}: {error}",
         hint=f"run it again with {DEBUG_VARIABLE}=1 and report what it prints",

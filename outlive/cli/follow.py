@@ -65,7 +65,7 @@ def follow_role(
                 took_s=round(now_s - began_s, 3),
                 timeline=timeline,
             )
-        if workload is not None and workload.state in UNDER_WAY:
+        if workload is not None and (workload.state in UNDER_WAY or _still_ends(workload, goal)):
             rests_since_s = now_s
         if now_s - rests_since_s > SETTLED_S or now_s - began_s > timeout_s:
             raise _unreached(name, workload, goal, now_s - began_s)
@@ -89,6 +89,11 @@ def _timeline(call: Call, config: NodeConfig, name: str, since_term: int) -> tup
     except WorkloadError:
         return ()  # not known yet
     return terms[-1].timeline if terms and terms[-1].term >= max(since_term, 1) else ()
+
+
+def _still_ends(workload: WorkloadStatus, goal: Goal) -> bool:
+    """Whether it was told to end and takes its time."""
+    return goal == "stopped" and workload.state == "stopped" and workload.running
 
 
 def _reached(workload: WorkloadStatus, goal: Goal, since_term: int) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from common.config import NodeConfig
+from common.config import Node, NodeConfig
 from common.errors import UnsupportedError
 from outlive.cli.call import Call, Verb, Verbs, examples
 from outlive.cli.output import Answer, Rows
@@ -117,6 +117,7 @@ def keys() -> None:
     """Make or show the key pair by which peers know this node."""
 
 
+_DEFAULT_KEY = Path(Node(name="", address="").key_file)
 _KEY_PATH = click.option(
     "--path",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -132,6 +133,8 @@ def generate(call: Call, path: Path | None) -> None:
     from common import keys as key_files
 
     chosen = path or _key_path(call)
+    if chosen == _DEFAULT_KEY:
+        chosen.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     pair = key_files.generate(chosen)
     call.talk(f"the secret key is in {chosen}; peers need this, as public_key:")
     call.show(KeyAnswer(path=str(chosen), public_key=pair.public), pair.public)
@@ -171,4 +174,7 @@ def doctor(context: click.Context, workload: str | None) -> None:
 
 
 def _key_path(call: Call) -> Path:
-    return Path(call.config().node.key_file)
+    """Where the configuration keeps the key; the default place while there is no configuration yet."""
+    if call.config_path.exists():
+        return Path(call.config().node.key_file)
+    return _DEFAULT_KEY

@@ -162,7 +162,7 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     else:  # what stands against single replicas is among the reasons otherwise
         lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
     if workload.exit_code is not None:
-        lines.append(f"{name}: ended by itself with exit code {workload.exit_code}")
+        lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:
         lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
     return lines

@@ -9,6 +9,7 @@ from contextlib import closing
 import click
 import msgspec
 
+from common.errors import LabError
 from outlive.cli.call import Call, Verb, Verbs, examples
 from outlive.cli.output import Answer, Rows, plain, print_json, yes_no
 from outlive.cli.running import configure_logs
@@ -45,9 +46,23 @@ class LabDownAnswer(Answer, frozen=True, kw_only=True):
     ),
 )
 @click.option("--workload", default="", metavar="CMD", help="Protect this command instead of redis.")
-@click.option("--size-mib", default=256, show_default=True, help="How full redis is.")
-@click.option("--epochs", default=20, show_default=True, help="Committed epochs before the power goes.")
-@click.option("--interval-ms", default=1000, show_default=True, help="Time between epochs.")
+@click.option(
+    "--size-mib", type=click.IntRange(1, 16384), default=256, show_default=True, help="How full redis is."
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1, 100_000),
+    default=20,
+    show_default=True,
+    help="Committed epochs before the power goes.",
+)
+@click.option(
+    "--interval-ms",
+    type=click.IntRange(20, 3_600_000),
+    default=1000,
+    show_default=True,
+    help="Time between epochs.",
+)
 @click.option("--keep", is_flag=True, help="Leave the lab up; remove it with `outlive lab down`.")
 @click.pass_context
 def demo(
@@ -117,6 +132,8 @@ def down(call: Call, name: str | None) -> None:
     from outlive import lab_reaper, lab_state
 
     configure_logs("warning")
+    if name and name not in {state.name for state in lab_state.list_labs()}:
+        raise LabError(f"there is no lab {name}", hint="outlive lab list")
     idle = [state.name for state in lab_state.list_labs() if not state.owner_lives or state.kept]
     chosen = (name,) if name else tuple(idle)
     for each in chosen:
