@@ -51,6 +51,11 @@ class Protected:
         return metrics[0].epochs_acknowledged if metrics else 0
 
     async def wait_for_epochs(self, more: int, node: str = "a", timeout_s: float = 60.0) -> None:
+        """Wait for that many more acknowledged ones.
+
+        Three may have been frozen before now: one in flight, one waiting, one being hashed. The fourth holds
+        whatever was written until now.
+        """
         start = await self.epochs(node)
 
         async def enough() -> bool:

@@ -21,7 +21,7 @@ async def test_a_killed_agent_leaves_redis_serving_and_a_new_one_goes_on() -> No
         probe = await cluster.client.spawn(
             cluster.probe("write", "--log", str(log)), log=cluster.client.log_dir / "probe.log"
         )
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         incarnation = (await first.workload(NAME), await first.metrics())
         await first.stop("agent", signal.SIGKILL)
         written = len(read_log(log))
@@ -54,7 +54,7 @@ async def test_a_stopped_agent_ends_cleanly_and_leaves_the_workload() -> None:
         assert process.returncode == 0
         assert await cluster.answers()
         await first.start("agent")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
 
 
 async def test_a_killed_keeper_is_no_reason_to_take_over_and_comes_back_as_leader() -> None:
@@ -68,14 +68,14 @@ async def test_a_killed_keeper_is_no_reason_to_take_over_and_comes_back_as_leade
         assert await cluster.answers()
         await first.start("keeper")
         await first.wait_for(NAME, lambda w: w.role == "primary" and w.running, what="led again")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
 
 
 async def test_agent_and_keeper_gone_is_silence_and_the_standby_takes_over() -> None:
     async with protected_redis(("a", "b")) as cluster:
         first, second = cluster.nodes["a"], cluster.nodes["b"]
         await cluster.redis("set", "kept", "yes")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         await first.stop("keeper", signal.SIGKILL)
         await first.stop("agent", signal.SIGKILL)
         await second.wait_for(NAME, lambda w: w.role == "primary" and w.running, what="taken over")
@@ -114,7 +114,7 @@ async def test_a_workload_that_ends_with_policy_restart_starts_afresh_in_the_sam
 async def test_a_workload_that_ends_with_policy_failover_goes_on_at_the_standby() -> None:
     async with protected_redis(("a", "b"), on_exit="failover") as cluster:
         await cluster.redis("set", "kept", "yes")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         await _end_redis(cluster, "a")
         status = await cluster.nodes["b"].wait_for(
             NAME, lambda w: w.role == "primary" and w.running, what="taken over"

@@ -37,7 +37,7 @@ async def test_a_restored_workload_is_protected_and_restored_again_three_times()
         leader, replica = "a", "b"
         for turn in range(3):
             await cluster.redis("set", f"turn:{turn}", f"value {turn}")
-            await cluster.wait_for_epochs(2, leader)
+            await cluster.wait_for_epochs(4, leader)
             await cluster.lab.power_off(leader)
             await cluster.nodes[replica].wait_for(
                 NAME, lambda w: w.role == "primary" and w.running, what="taken over"
@@ -56,7 +56,7 @@ async def test_manual_failover_is_refused_without_accepting_loss_and_works_with_
     async with protected_redis(("a", "b"), right_to_lead="manual", fenced=False) as cluster:
         second = cluster.nodes["b"]
         await cluster.redis("set", "kept", "yes")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         await cluster.lab.power_off("a")
         waiting = await second.wait_for(NAME, lambda w: w.state == "waiting", what="waiting")
         assert "failover" in waiting.reason
@@ -82,7 +82,7 @@ async def test_an_unfenced_silent_primary_is_never_replaced_and_goes_on_after_th
         assert first.running
         await cluster.lab.mend("a")
         await cluster.nodes["b"].wait_for(NAME, lambda w: w.state == "following", what="following again")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
 
 
 async def test_a_primary_that_was_replaced_while_cut_off_ends_its_copy_when_it_hears_of_it() -> None:

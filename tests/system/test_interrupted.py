@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 async def test_an_agent_that_dies_in_mid_restore_is_no_end_of_the_takeover() -> None:
     async with protected_redis(("a", "b"), fill_mib=256, freeze_deadline_ms=10_000) as cluster:
         await cluster.redis("set", "kept", "yes")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         second = cluster.nodes["b"]
         file = WorkloadPaths(second.config, NAME).incarnation_file
         assert not file.exists()
@@ -43,7 +43,7 @@ async def test_what_was_stopped_and_started_afresh_is_not_brought_back_from_befo
     async with protected_redis(("a", "b")) as cluster:
         first, second = cluster.nodes["a"], cluster.nodes["b"]
         await cluster.redis("set", "x", "old")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         await first.cli("stop", NAME)
         # From here on every capture of a fails: the images' directory is a file.
         images = first.host.run_dir / "images" / NAME
@@ -78,7 +78,7 @@ async def test_two_workloads_on_one_node_do_not_disturb_each_other() -> None:
         await second.wait_for("zeros", lambda w: w.restorable, what="restorable")
         await cluster.wait_for_epochs(15)
         digest = await cluster.redis("eval", _DIGEST, "0")
-        await cluster.wait_for_epochs(2)
+        await cluster.wait_for_epochs(4)
         await cluster.lab.power_off("a")
         for name in (NAME, "zeros"):
             await second.wait_for(name, lambda w: w.state == "leading" and w.running, what="led by b")
