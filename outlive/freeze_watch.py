@@ -7,7 +7,7 @@ is killed, for the kernel detaches and continues what a dead tracer held, and th
 The agent is not needed for any of it. The workload's own stopped processes are left alone.
 
 Why in steps: a criu that is killed while it has a thread of the workload run a call on borrowed registers
-takes that thread, and so the workload, with it (docs/concepts/freeze.md). One that is asked does not.
+takes that thread, and so the workload, with it (docs/concepts/freeze.md). One that is asked hardly ever does.
 """
 
 from __future__ import annotations
