@@ -9,7 +9,7 @@ SEEDS := 5000
 ROUNDS := 120
 
 help:  ## what can be made
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup:  ## packages, .venv and a CRIU that works on this kernel; nothing is done twice
 	@setup/setup.sh
