@@ -27,7 +27,7 @@ from common.role_events import (
     StepFailed,
 )
 from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
-from common.succession import contender, last_heard_s
+from common.succession import contender, how_to_replace, last_heard_s
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -158,7 +158,7 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         began_wall_s=now.wall_s,
     )
     refusal = Refused(error="NoRightToLeadError", message=f"{event.node} knows the newer term {event.term}")
-    cleared = replace(role, fence_attempt=role.fence_attempt + 1, by_operator=False, step=None)
+    cleared = replace(role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None)
     told = answered(cleared, refusal)
     return both(told, persist(told[0], record))
 
@@ -223,7 +223,7 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
         return acquired(role, now, f"{given} term {role.record.term}", leap=own)
     if rival not in role.fenceable:  # refused before, unless an operator vouches
         return acquired(role, now, f"the operator vouches that {rival} is off", leap=True)
-    role = noted(role, now, "fence asked", f"{rival} has to be confirmed off")
+    role = noted(role, now, "fence asked", f"attempt {role.retries + 1}: {rival} has to be confirmed off")
     role = replace(role, fence_attempt=role.fence_attempt + 1)
     return role, (RunFence(rival, role.fence_attempt),)
 
@@ -249,7 +249,7 @@ def unfenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     refusal = Refused(
         error="NoRightToLeadError",
         message=f"the fence of {event.node}: {event.outcome}: {event.reason}",
-        hint=f"power {event.node} off, then: --old-primary-is-off {event.node}",
+        hint=how_to_replace(role, event.node, now),
     )
     return answered(noted(role, now, "not fenced", event.reason), refusal)
 
@@ -257,7 +257,7 @@ def unfenced(role: Role, event: FenceResult, now: Instant) -> Acted:
 def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
     """Go for the lead on an operator's word."""
     if role.name in ("following", "failed"):
-        role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
+        role = replace(role, timeline=(), timeline_from_s=now.monotonic_s, retries=0)
     role = replace(role, request=event.request, vouched=event.old_primary_is_off, by_operator=True)
     return pursue(noted(role, now, "failover", "asked for by an operator"), event, now)
 

@@ -139,7 +139,10 @@ class SaveSpec(msgspec.Struct, frozen=True):
 
 
 class RunFence(msgspec.Struct, frozen=True):
-    """Ask the node's fence methods in order, then say `FenceResult` with this attempt."""
+    """Ask the node's fence methods in order, then say `FenceResult` with this attempt.
+
+    The number tells one attempt from another and no more: some are passed over.
+    """
 
     node: str
     attempt: int

@@ -169,6 +169,8 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")
     if role.me not in spec.nodes:
         return _refused(f"{role.me} is not one of its nodes ({', '.join(spec.nodes)})")
+    if refusal := _stranger(spec, event.old_primary_is_off):
+        return refusal
     if not event.accept_data_loss:
         return _refused("what was not committed here would be lost", "say so: --accept-data-loss")
     if problem := unready(role, now):
@@ -191,14 +193,39 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
 def unvouched(role: Role, vouched: str, now: Instant) -> Refused | None:
     """Return why an operator's word is not enough to take the lead from its holder; None if it is."""
     rival = contender(role, now)
-    if rival and vouched != rival:
-        return _refused(
-            f"{rival} may still run it: no fence confirmed that it is off",
-            f"power it off, then: --old-primary-is-off {rival}",
-        )
-    if rival and not is_silent(role, rival, now):
+    if not rival:
+        return None
+    hint = how_to_replace(role, rival, now)
+    if not is_silent(role, rival, now):
+        if last_heard_s(role, rival) is None:
+            return _refused(f"{rival} may still run it: this keeper has just begun to listen", "ask again")
         silence_ms = silence_s(role, rival, now) * 1000
-        return _refused(f"{rival} is not off: it was heard {silence_ms:.0f} ms ago", f"power {rival} off")
+        return _refused(f"{rival} is not off: it was heard {silence_ms:.0f} ms ago", hint)
+    if vouched != rival:
+        return _refused(f"{rival} may still run it: no fence confirmed that it is off", hint)
+    return None
+
+
+def how_to_replace(role: Role, rival: str, now: Instant) -> str:
+    """Return what an operator can do so that this node may lead instead of `rival`.
+
+    Nobody is asked to vouch for a node that is heard.
+    """
+    if is_silent(role, rival, now):
+        return f"make sure that {rival} is off, then: --old-primary-is-off {rival}"
+    return (
+        f"to end it: outlive stop {role.spec.name} on {rival}; "
+        f"to move it here: a fence that turns {rival} off, or power {rival} off yourself first"
+    )
+
+
+def _stranger(spec: WorkloadSpec, *vouched: str) -> Refused | None:
+    """Return why an operator's word is about a node that has no part in this workload."""
+    for node in vouched:
+        if node and node not in spec.nodes:
+            return _refused(
+                f"{node} is not one of the nodes of {spec.name}", f"one of: {', '.join(spec.nodes)}"
+            )
     return None
 
 
@@ -207,6 +234,8 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     record, spec, me = role.record, event.spec, role.me
     if me not in spec.nodes:
         return _refused(f"{me} is not one of its nodes ({', '.join(spec.nodes)})")
+    if refusal := _stranger(spec, *event.peers_are_off):
+        return refusal
     if role.request is not None or role.wanted is not None or role.name in ("acquiring", "deposed"):
         return _refused("another change of role is under way", "ask again in a moment")
     if role.alive or "kill" in role.undo:

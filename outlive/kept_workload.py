@@ -124,7 +124,7 @@ class KeptWorkload:
                 case _:
                     self._effects.perform(effect, self.role.spec)
                     if isinstance(effect, RunFence):
-                        self._tell(LogEvent.FENCE_ASKED, f"attempt {effect.attempt}", peer=effect.node)
+                        self._tell(LogEvent.FENCE_ASKED, f"attempt {self.role.retries + 1}", peer=effect.node)
                     elif isinstance(effect, KillWorkload):
                         self._tell(LogEvent.WORKLOAD_KILLED, self.role.reason)
                     elif isinstance(effect, ForgetFiles):

@@ -190,6 +190,18 @@ def test_a_fence_that_does_not_confirm_gives_no_right_and_is_asked_again(outcome
     assert driver.role.wanted is None
     driver.report(stored=EpochId(1, 9), restorable=True)
     assert RunFence("a", 2) in driver.after(1.1)
+    asked = [entry.reason for entry in driver.role.timeline if entry.event == "fence asked"]
+    assert [reason.split(":")[0] for reason in asked] == ["attempt 1", "attempt 2"]
+
+
+def test_the_first_attempt_to_fence_is_the_first_in_every_term() -> None:
+    driver = follower()
+    driver.hear("leading", term=2)
+    driver.persisted()
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.after(0.4)
+    (asked,) = [entry.reason for entry in driver.role.timeline if entry.event == "fence asked"]
+    assert asked == "attempt 1: a has to be confirmed off"
 
 
 def test_a_leader_that_is_heard_while_its_fence_runs_is_followed_unless_the_fence_confirms() -> None:
@@ -248,8 +260,30 @@ def test_manual_mode_waits_for_an_operator_who_accepts_the_loss() -> None:
 
 def test_an_operator_cannot_vouch_for_a_node_that_is_heard() -> None:
     driver = follower(spec=replace(SPEC, right_to_lead="manual"), fenceable=frozenset())
-    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="a"))
-    assert "heard" in _answer(driver, 1, Refused).message
+    for request, off in [(1, "a"), (2, "")]:
+        driver.feed(OperatorFailover(request=request, accept_data_loss=True, old_primary_is_off=off))
+        refused = _answer(driver, request, Refused)
+        assert "a is not off: it was heard" in refused.message
+        assert "--old-primary-is-off" not in refused.hint
+        assert "outlive stop w on a" in refused.hint
+        assert "fence" in refused.hint
+
+
+def test_nobody_is_asked_to_vouch_for_a_node_that_is_heard_though_its_fence_fails() -> None:
+    driver = follower()
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    driver.feed(FenceResult(node="a", attempt=1, outcome="unknown", reason="?"))
+    assert "outlive stop w on a" in _answer(driver, 1, Refused).hint
+
+
+def test_an_operator_cannot_vouch_for_a_node_that_has_no_part_in_it() -> None:
+    driver = follower(spec=replace(SPEC, right_to_lead="manual"))
+    driver.after(0.5)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="c"))
+    refused = _answer(driver, 1, Refused)
+    assert (refused.message, refused.hint) == ("c is not one of the nodes of w", "one of: a, b")
+    driver.feed(OperatorStart(request=2, spec=SPEC, peers_are_off=("c",)))
+    assert "c is not one of the nodes" in _answer(driver, 2, Refused).message
 
 
 def test_a_leader_that_hears_of_a_newer_term_is_killed_and_follows() -> None:
