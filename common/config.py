@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from common.config_keys import unknown_key
 from common.errors import ConfigError
 from common.model import NAME_PATTERN, WorkloadSpec
 
@@ -152,7 +153,8 @@ def parse_config(text: str, *, origin: str) -> NodeConfig:
     try:
         config = msgspec.convert(tables, NodeConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {error}", hint="docs/reference/config.md lists every key") from error
+        problem = unknown_key(tables, NodeConfig) or error
+        raise ConfigError(f"{origin}: {problem}", hint="docs/reference/config.md lists every key") from error
     for problem in _problems(config):
         raise ConfigError(f"{origin}: {problem}", hint="docs/reference/config.md lists every key")
     return config

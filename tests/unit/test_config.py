@@ -91,6 +91,35 @@ def test_what_cannot_be_is_refused_by_name(text: str, words: str) -> None:
     assert raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (NODE + 'adress = "10.0.0.1"\n', "[node] has an unknown key 'adress': did you mean 'address'?"),
+        (NODE + "[heartbeet]\n", "the file has an unknown key 'heartbeet': did you mean 'heartbeat'?"),
+        (
+            NODE + PEER + "agent_prt = 1\n",
+            "[[peers]] 'b' has an unknown key 'agent_prt': did you mean 'agent_port'?",
+        ),
+        (
+            NODE + WORKLOAD + "[workloads.health]\ntimout_ms = 1\n",
+            "[[workloads]] 'w', health has an unknown key 'timout_ms': did you mean 'timeout_ms'?",
+        ),
+        (
+            NODE + WORKLOAD + 'files = [{ path = "/a" }, { paht = "/b" }]\n',
+            "[[workloads]] 'w', files number 2 has an unknown key 'paht': did you mean 'path'?",
+        ),
+        (
+            NODE + "[heartbeat]\nfoo = 1\n",
+            "[heartbeat] has an unknown key 'foo': it may have interval_ms, suspect_after_ms",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_table_and_what_was_meant(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config(text, origin="node.toml")
+    assert raised.value.message == f"node.toml: {sentence}"
+
+
 def test_the_thaw_deadline_leaves_a_second_for_the_agent() -> None:
     spec = WorkloadSpec(name="w", nodes=("a",), command=("true",), freeze_deadline_ms=500)
     assert spec.thaw_deadline_ms == 1500
