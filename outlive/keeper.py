@@ -60,6 +60,7 @@ from common.sd_notify import notify, watchdog_interval_s
 from common.terms_file import TermFiles, known_workloads
 from common.threads import in_thread
 from common.transport import Server
+from outlive.freeze_records import FreezeRecords
 from outlive.freeze_watch import FreezeWatch
 from outlive.keeper_effects import Hands, RealHands
 from outlive.keeper_process import lock_memory, log_to_stderr, rss_bytes
@@ -114,7 +115,11 @@ class Keeper:
         self._files = TermFiles(Path(config.node.state_dir), config.node.name)
         self._events = EventLog(event_file(config), "keeper")
         self._peers = PeersHeard([peer.name for peer in config.peers], self._timing, self._events)
-        self._freezes = FreezeWatch(thaw=lambda name: thaw_cgroup(config, name), released=self._released)
+        self._freezes = FreezeWatch(
+            thaw=lambda name: thaw_cgroup(config, name),
+            released=self._released,
+            records=FreezeRecords(Path(config.node.run_dir), self._boot_id),
+        )
         self._workloads: dict[str, KeptWorkload] = {}
         self._sequence = first_sequence()
         self._last_order = 0
@@ -131,6 +136,7 @@ class Keeper:
             self._warnings = (refused,)
             log.warning("keeper.memory reason=%r", refused)
         try:
+            self._freezes.resume()
             self._last_order = 1_000_000 * await in_thread(self._files.count_start)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks

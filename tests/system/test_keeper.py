@@ -506,6 +506,27 @@ async def test_what_a_stopped_criu_holds_is_released_at_the_thaw_deadline_withou
                     process.wait()
 
 
+async def test_a_keeper_that_was_killed_in_a_freeze_releases_it_when_it_is_back() -> None:
+    async with pair() as (a, _):
+        with tempfile.TemporaryDirectory() as directory:
+            fake = Path(directory) / "criu"
+            fake.symlink_to("/bin/sleep")
+            criu = subprocess.Popen([str(fake), "1000"], preexec_fn=ignore_alarm)
+            try:
+                await a.agent.die()
+                announcement = AnnounceFreeze(workload="w", criu_pid=criu.pid, deadline_ms=200)
+                assert isinstance(await a.ask(announcement), Done)
+                a.kill_keeper()
+                criu.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.5)
+                assert criu.poll() is None
+                await a.start_keeper()
+                assert await asyncio.to_thread(criu.wait, 5) == -signal.SIGKILL
+            finally:
+                criu.kill()
+                criu.wait()
+
+
 async def test_a_freeze_that_ends_in_time_is_left_alone() -> None:
     async with pair() as (a, _):
         with tempfile.TemporaryDirectory() as directory:
