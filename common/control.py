@@ -200,6 +200,8 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """None: never heard since this keeper started."""
     agent_silence_ms: int | None
     boot_id: str = ""
+    refused: str = ""
+    """Why a key was refused, in a sentence, while nothing is heard of the peer; empty: none was lately."""
 
 
 class TimelineEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from common.config import NodeConfig, Peer
 from common.errors import AuthError, ProtocolError
 from common.keys import KeyPair
 from common.messages import Beat, decode, encode
-from common.transport import Incoming, LinkTiming, open_link
+from common.transport import Incoming, KeyRefusedError, LinkTiming, open_link
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,17 @@ class Beater:
         context: zmq.asyncio.Context,
         *,
         make: Callable[[], Beat],
+        on_refused: Callable[[str, str], None] = lambda peer, reason: None,
     ) -> None:
-        """`make` returns the beat of this moment, its sequence greater than all before."""
+        """`make` returns the beat of this moment, its sequence greater than all before.
+
+        `on_refused` is told at every attempt which peer refuses this node's key, and what may be wrong.
+        """
         self._config = config
         self._keys = keys
         self._context = context
         self._make = make
+        self._on_refused = on_refused
 
     async def run(self) -> None:
         """Beat until cancelled; a peer that cannot be reached holds up no other."""
@@ -65,6 +70,8 @@ class Beater:
                 await self._beat_until_lost(peer)
             except AuthError as error:
                 log.error("beat.refused peer=%s reason=%s", peer.name, error)
+                if isinstance(error, KeyRefusedError):
+                    self._on_refused(peer.name, str(error))
                 await asyncio.sleep(_AUTH_PAUSE_S)
 
     async def _beat_until_lost(self, peer: Peer) -> None:

@@ -55,6 +55,10 @@ class LinkTiming:
     retry_max_ms: int = 500
 
 
+class KeyRefusedError(AuthError):
+    """A peer's gate let this node's key not in: said by the peer itself, never the sign of a broken line."""
+
+
 DEFAULT_TIMING: Final = LinkTiming()
 _LINK_EVENTS: Final = (
     zmq.EVENT_DISCONNECTED
@@ -98,11 +102,11 @@ class Server:
         keys: KeyPair,
         peers: Mapping[str, str],
         timing: LinkTiming = DEFAULT_TIMING,
-        on_refused: Callable[[str], None] = lambda reason: None,
+        on_refused: Callable[[str, str], None] = lambda address, reason: None,
     ) -> None:
         """Listen at `address`; `peers` maps public keys (Z85) to node names; port 0 is any free one.
 
-        `on_refused` is told whose key was refused, as often as it is logged.
+        `on_refused` is told from which address a key was refused, and which, as often as it is logged.
 
         Raises ConfigError if the address cannot be listened on.
         """
@@ -176,7 +180,7 @@ class Server:
         if last is None or now - last >= _REFUSAL_LOG_INTERVAL_S:
             self._logged_at[(address, key)] = now
             log.warning("transport.refused address=%s public_key=%s reason=not-a-peer", address, key)
-            self._on_refused(f"the key {key} from {address} is no configured peer's")
+            self._on_refused(address, f"the key {key} from {address} is no configured peer's")
         return ""
 
 
@@ -214,7 +218,7 @@ class Link:
         while True:
             event = (await recv_monitor_message(self._monitor))["event"]
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                raise AuthError(
+                raise KeyRefusedError(
                     f"{self._peer} refuses this node's key",
                     hint=f"is this node's public key in a [[peers]] block on {self._peer}?",
                 )

@@ -172,7 +172,7 @@ class Agent:
             restore_command=lambda spec: restore_command(
                 spec, WorkloadPaths(config, spec.name), str(self._criu)
             ),
-            on_refused=lambda reason: self._events.append(Event.PEER_REFUSED, reason=reason),
+            on_refused=lambda _, reason: self._events.append(Event.PEER_REFUSED, reason=reason),
         )
 
     async def run(self) -> None:

@@ -108,13 +108,14 @@ class Keeper:
                 keys=self._keys,
                 peers={peer.public_key: peer.name for peer in config.peers},
                 timing=BEAT_TIMING,
+                on_refused=lambda address, reason: self._peers.refuse_address(address, reason, now()),
             )
         except BaseException:
             self._context.destroy(linger=0)
             raise
         self._files = TermFiles(Path(config.node.state_dir), config.node.name)
         self._events = EventLog(event_file(config), "keeper")
-        self._peers = PeersHeard([peer.name for peer in config.peers], self._timing, self._events)
+        self._peers = PeersHeard(config.peers, self._timing, self._events)
         self._freezes = FreezeWatch(
             thaw=lambda name: thaw_cgroup(config, name),
             released=self._released,
@@ -147,7 +148,7 @@ class Keeper:
                     tasks.create_task(self._server.serve()),
                     tasks.create_task(self._listen()),
                     tasks.create_task(self._tick_for_ever()),
-                    tasks.create_task(Beater(self._config, self._keys, self._context, make=self._beat).run()),
+                    tasks.create_task(self._beater().run()),
                     tasks.create_task(self._watchdog()),
                 ]
                 self._events.append(
@@ -260,6 +261,12 @@ class Keeper:
             origin="keeper",
             workloads=tuple(kept.beat(agent_alive=agent_alive) for kept in self._workloads.values()),
         )
+
+    def _beater(self) -> Beater:
+        def refused(peer: str, reason: str) -> None:
+            self._peers.refuse(peer, reason, now())
+
+        return Beater(self._config, self._keys, self._context, make=self._beat, on_refused=refused)
 
     async def _watchdog(self) -> None:
         interval_s = watchdog_interval_s()

@@ -1,12 +1,15 @@
 """What this node's keeper has heard of its peers, for people and for workloads that it learns of later.
 
-In: beats. Out: `PeerStatus`, events when a peer falls silent or is heard again, and the last beat's say.
+In: beats, and keys that were refused on either side. Out: `PeerStatus`, events when a peer falls silent, is
+heard again or refused, and the last beat's say.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 
+from common.config import Peer
 from common.control import PeerStatus
 from common.events import Event as LogEvent
 from common.events import EventLog
@@ -14,23 +17,43 @@ from common.messages import Beat
 from common.role_events import Heard
 from common.roles import Instant, Timing
 
+_REFUSAL_KEPT_S = 150.0
+"""More than two minutes: a refusal that goes on is told at least once a minute."""
+
 
 class PeersHeard:
     """The last beat of each peer's keeper and agent."""
 
-    def __init__(self, names: Sequence[str], timing: Timing, events: EventLog) -> None:
-        self._names = tuple(names)
+    def __init__(self, peers: Sequence[Peer], timing: Timing, events: EventLog) -> None:
+        self._names = tuple(peer.name for peer in peers)
+        self._addresses = {peer.name: str(ipaddress.ip_address(peer.address)) for peer in peers}
         self._timing = timing
         self._events = events
         self._beats: dict[tuple[str, str], tuple[Beat, float]] = {}
         self._silent: dict[str, bool] = {}
+        self._refused: dict[str, tuple[str, float]] = {}
 
     def hear(self, beat: Beat, now: Instant) -> None:
         """Keep a beat."""
         self._beats[(beat.node, beat.origin)] = (beat, now.monotonic_s)
         if self._silent.get(beat.node, True):
             self._silent[beat.node] = False
+            self._refused.pop(beat.node, None)
             self._events.append(LogEvent.PEER_HEARD, reason=f"{beat.node} is heard", peer=beat.node)
+
+    def refuse(self, node: str, reason: str, now: Instant) -> None:
+        """Keep why a key was refused, here or by that peer; of no interest while the peer is heard."""
+        if not self._silent.get(node, True):
+            return
+        if not self._refusal(node, now):
+            self._events.append(LogEvent.PEER_REFUSED, reason=reason, peer=node)
+        self._refused[node] = (reason, now.monotonic_s)
+
+    def refuse_address(self, address: str, reason: str, now: Instant) -> None:
+        """Keep that a key was refused here, if it came from where a peer is."""
+        for node in (name for name, its in self._addresses.items() if its == address):
+            hint = f"does {node}'s public_key in [[peers]] match its key file?"
+            self.refuse(node, f"{reason} ({hint})", now)
 
     def tick(self, now: Instant) -> None:
         """Notice who has fallen silent."""
@@ -62,6 +85,7 @@ class PeersHeard:
                 keeper_silence_ms=self._silence_ms(node, "keeper", now),
                 agent_silence_ms=self._silence_ms(node, "agent", now),
                 boot_id=self._boot_id(node),
+                refused=self._refusal(node, now),
             )
             for node in self._names
         )
@@ -69,6 +93,10 @@ class PeersHeard:
     def _silence_ms(self, node: str, origin: str, now: Instant) -> int | None:
         heard = self._beats.get((node, origin))
         return None if heard is None else round((now.monotonic_s - heard[1]) * 1000)
+
+    def _refusal(self, node: str, now: Instant) -> str:
+        reason, at = self._refused.get(node, ("", 0.0))
+        return reason if now.monotonic_s - at <= _REFUSAL_KEPT_S else ""
 
     def _boot_id(self, node: str) -> str:
         heard = self._beats.get((node, "keeper")) or self._beats.get((node, "agent"))

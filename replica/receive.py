@@ -146,7 +146,7 @@ class Receiver:
         limits: ReceiverLimits = ReceiverLimits(),
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
-        on_refused: Callable[[str], None] = lambda reason: None,
+        on_refused: Callable[[str, str], None] = lambda address, reason: None,
     ) -> None:
         """`on_refused` is told of connections with a key that is no peer's.
 

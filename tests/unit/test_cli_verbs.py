@@ -205,7 +205,7 @@ def test_status_as_json_keeps_its_keys(node: FakeNode, capsys: Captured) -> None
     assert workload["replicas"][0]["acknowledged"] == {"term": 3, "epoch": 1041}
     assert workload["data_at_risk_s"] == 0.42
     assert status["peers"] == [
-        {"node": "b", "keeper_silence_ms": 31, "agent_silence_ms": None, "boot_id": ""}
+        {"node": "b", "keeper_silence_ms": 31, "agent_silence_ms": None, "boot_id": "", "refused": ""}
     ]
 
 

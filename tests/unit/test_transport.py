@@ -5,7 +5,7 @@ import contextlib
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import zmq
@@ -15,7 +15,7 @@ from wire_fakes import new_keys
 from common.errors import AuthError, ConfigError
 from common.keys import KeyPair
 from common.messages import MESSAGE_BYTES
-from common.transport import LinkTiming, Server, open_link, tcp_endpoint
+from common.transport import KeyRefusedError, LinkTiming, Server, open_link, tcp_endpoint
 
 A, B, C, SERVER = (new_keys() for _ in range(4))
 TIMING = LinkTiming(ping_ms=100, dead_after_ms=500)
@@ -29,7 +29,11 @@ async def context() -> AsyncIterator[zmq.asyncio.Context]:
 
 
 @contextlib.asynccontextmanager
-async def serving(context: zmq.asyncio.Context, address: str = "127.0.0.1") -> AsyncIterator[Server]:
+async def serving(
+    context: zmq.asyncio.Context,
+    address: str = "127.0.0.1",
+    on_refused: Callable[[str, str], None] = lambda address, reason: None,
+) -> AsyncIterator[Server]:
     server = Server(
         context,
         address=address,
@@ -37,6 +41,7 @@ async def serving(context: zmq.asyncio.Context, address: str = "127.0.0.1") -> A
         keys=SERVER,
         peers={A.public: "a", B.public: "b"},
         timing=TIMING,
+        on_refused=on_refused,
     )
     task = asyncio.create_task(server.serve())
     try:
@@ -71,21 +76,29 @@ async def test_messages_go_both_ways_and_carry_who_sent_them(context, address: s
 
 
 async def test_an_unknown_key_is_refused_and_logged_once(context, caplog) -> None:
-    async with serving(context) as server:
+    told: list[tuple[str, str]] = []
+    async with serving(context, on_refused=lambda *what: told.append(what)) as server:
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
-                with link_to(server, context, C) as link, pytest.raises(AuthError, match="refuses"):
+                with link_to(server, context, C) as link, pytest.raises(KeyRefusedError, match="refuses"):
                     async with asyncio.timeout(5):
                         await link.lost()
         assert server.refused == 3
         assert len([r for r in caplog.records if "transport.refused" in r.message]) == 1
+        ((address, reason),) = told
+        assert address == "127.0.0.1"
+        assert C.public in reason
 
 
 async def test_a_server_with_another_key_is_not_spoken_to(context) -> None:
     async with serving(context) as server:
-        with link_to(server, context, A, key=C.public) as link, pytest.raises(AuthError, match="proved"):
+        with (
+            link_to(server, context, A, key=C.public) as link,
+            pytest.raises(AuthError, match="proved") as caught,
+        ):
             async with asyncio.timeout(5):
                 await link.lost()
+        assert not isinstance(caught.value, KeyRefusedError)  # a peer that dies looks the same
 
 
 async def test_a_peer_without_encryption_gets_nothing_through(context) -> None:
