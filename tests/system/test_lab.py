@@ -71,12 +71,19 @@ def traces(lab: str, namespaces: set[int]) -> list[str]:
     for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
         try:
             in_lab = Path(f"/proc/{pid}/ns/net").stat().st_ino in namespaces
-            is_reaper = lab.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
+        except OSError:  # ended meanwhile
             continue
-        if in_lab or is_reaper:
+        if in_lab or lab in words_of(pid):
             found.append(f"process {pid}")
     return found
+
+
+def words_of(pid: int) -> list[str]:
+    """Return a process's command line; empty if it ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 async def until(happens: Callable[[], bool], within_s: float = 10.0) -> None:
@@ -350,7 +357,7 @@ async def test_a_lab_whose_reaper_died_too_is_a_leftover() -> None:
     reaper = next(
         int(entry)
         for entry in os.listdir("/proc")
-        if entry.isdigit() and f"watch\0{name}" in Path(f"/proc/{entry}/cmdline").read_text()
+        if entry.isdigit() and {"watch", name} <= set(words_of(int(entry)))
     )
     with pytest.raises(LabError, match="in use by process"):
         await lab_reaper.tear_down(name)
