@@ -1,8 +1,8 @@
 """The file operations that durability hangs on, behind one small interface.
 
 In: paths and bytes. Out: files, directories and links that are there after a power loss once the matching
-`sync_*` call returned. Every call carries an `op`, a short label such as `commit.rename`: it stands in the
-error, and a test's disk can fail or stop at exactly one of them.
+`sync_*` call returned, and what recovery reads of them. Every call carries an `op`, a short label such as
+`commit.rename`: it stands in the error, and a test's disk can fail or stop at exactly one of them.
 
 All files are 0600 and all directories 0700, whatever the umask. A full disk (ENOSPC, EDQUOT) raises
 NoSpaceError, every other failure StoreError with operation, path and cause.
@@ -93,6 +93,26 @@ class Disk(Protocol):
         """Remove a directory with all below it; fine if it is not there. Links are not followed."""
         ...
 
+    def read_file(self, path: Path, *, op: str) -> bytes:
+        """Read a whole file; of a symlink, the one that it leads to."""
+        ...
+
+    def open_file(self, path: Path, *, op: str) -> int:
+        """Open a file for reading and return its descriptor, which the caller closes."""
+        ...
+
+    def size_bytes(self, path: Path, *, op: str) -> int:
+        """Length of a file. A symlink is not followed."""
+        ...
+
+    def names(self, path: Path, *, op: str) -> list[str]:
+        """Names in a directory, sorted."""
+        ...
+
+    def read_link(self, path: Path, *, op: str) -> str | None:
+        """What a symlink says; None if there is none of this name."""
+        ...
+
     def free_bytes(self, path: Path) -> int:
         """Bytes that can still be written to the file system of `path`."""
         ...
@@ -178,6 +198,36 @@ class RealDisk:
             if path.is_symlink() or path.exists():
                 shutil.rmtree(path)
 
+    def read_file(self, path: Path, *, op: str) -> bytes:
+        """See `Disk`."""
+        with _naming(op, path):
+            return path.read_bytes()
+
+    def open_file(self, path: Path, *, op: str) -> int:
+        """See `Disk`."""
+        with _naming(op, path):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def size_bytes(self, path: Path, *, op: str) -> int:
+        """See `Disk`."""
+        with _naming(op, path):
+            return path.lstat().st_size
+
+    def names(self, path: Path, *, op: str) -> list[str]:
+        """See `Disk`."""
+        with _naming(op, path):
+            return sorted(os.listdir(path))
+
+    def read_link(self, path: Path, *, op: str) -> str | None:
+        """See `Disk`."""
+        try:
+            with _naming(op, path):
+                return os.readlink(path)
+        except StoreError as error:
+            if cause_of(error) in (errno.ENOENT, errno.EINVAL):  # nothing there, or no link
+                return None
+            raise
+
     def free_bytes(self, path: Path) -> int:
         """See `Disk`."""
         with _naming("free space", path):
@@ -244,6 +294,11 @@ def atomic_write(path: Path, data: bytes, *, op: str, disk: Disk | None = None) 
         temporary.unlink(missing_ok=True)
         raise
     disk.sync_dir(path.parent, op=op)
+
+
+def cause_of(error: StoreError | NoSpaceError) -> int | None:
+    """Return the operating system's number for what went wrong in a `Disk`; None if it was something else."""
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 
 def temporary_name(path: Path) -> Path:

@@ -22,6 +22,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from common.criu.images import PE_LAZY, PE_PRESENT, SpaceKey
+from common.durable import Disk
 from common.errors import StoreError
 from common.model import PAGE_BYTES
 from replica.level_writer import LevelWriter, check_metadata_name
@@ -52,7 +53,7 @@ def plan_fold(sizes_bytes: Sequence[int], max_levels: int) -> int:
     return kept
 
 
-def fold_into(writer: LevelWriter, folded: Sequence[Level], *, stop: Callable[[], bool]) -> None:
+def fold_into(writer: LevelWriter, folded: Sequence[Level], disk: Disk, *, stop: Callable[[], bool]) -> None:
     """Write what `folded` (newest first) say together into `writer`; its `finish` is left to the caller.
 
     A page that none of them has the bytes of stays in the parent. Raises StoreError when a level is damaged
@@ -66,7 +67,7 @@ def fold_into(writer: LevelWriter, folded: Sequence[Level], *, stop: Callable[[]
         for entry in level.manifest.files:
             if level is newest or entry.name in names or entry.name.startswith("pagemap-"):
                 _check_stop(stop)
-                if file_hash(level, entry.name, buffer) != entry.blake3:
+                if file_hash(level, entry.name, buffer, disk) != entry.blake3:
                     raise StoreError(f"{level.path / entry.name} is damaged", hint=DAMAGE_HINT)
     for entry in newest.manifest.files:
         if not entry.name.startswith(("pagemap-", "pages-")) and entry.name not in (
@@ -76,19 +77,21 @@ def fold_into(writer: LevelWriter, folded: Sequence[Level], *, stop: Callable[[]
             check_metadata_name(entry.name)
             writer.link(entry, newest.path / entry.name)
     for space in newest.manifest.spaces:
-        _fold_space(writer, folded, space.key, buffer, stop)
+        _fold_space(writer, folded, disk, space.key, buffer, stop)
 
 
-def file_hash(level: Level, name: str, buffer: bytearray) -> str:
+def file_hash(level: Level, name: str, buffer: bytearray, disk: Disk) -> str:
     """Read a file of a level and return its hash, in hexadecimal. Raises StoreError if it can't be read."""
     hasher = blake3()
     view = memoryview(buffer)
+    fd = disk.open_file(level.path / name, op="read.file")
     try:
-        with (level.path / name).open("rb", buffering=0) as file:
-            while count := file.readinto(view):
-                hasher.update(view[:count])
+        while count := os.readv(fd, [view]):
+            hasher.update(view[:count])
     except OSError as error:
         raise StoreError(f"{level.path / name}: {error.strerror}", hint=DAMAGE_HINT) from error
+    finally:
+        os.close(fd)
     return hasher.hexdigest()
 
 
@@ -100,7 +103,7 @@ class _Origin:
     row: NDArray[np.int64]
 
 
-def _origin_of(folded: Sequence[Level], key: SpaceKey, numbers: Numbers) -> _Origin:
+def _origin_of(folded: Sequence[Level], disk: Disk, key: SpaceKey, numbers: Numbers) -> _Origin:
     """Follow each page down the levels as CRIU does, to the first that has its bytes."""
     origin = _Origin(np.full(numbers.shape, -1, dtype=np.int16), np.full(numbers.shape, -1, dtype=np.int64))
     open_rows = np.arange(len(numbers))
@@ -111,7 +114,7 @@ def _origin_of(folded: Sequence[Level], key: SpaceKey, numbers: Numbers) -> _Ori
             raise StoreError(
                 f"{level.path} lacks {key.pagemap_name}, which a newer one needs", hint=DAMAGE_HINT
             )
-        known, flags = level.pages_of(key)
+        known, flags = level.pages_of(key, disk)
         rows = rows_in(known, numbers[open_rows])
         if (rows < 0).any():
             raise StoreError(
@@ -127,10 +130,15 @@ def _origin_of(folded: Sequence[Level], key: SpaceKey, numbers: Numbers) -> _Ori
 
 
 def _fold_space(
-    writer: LevelWriter, folded: Sequence[Level], key: SpaceKey, buffer: bytearray, stop: Callable[[], bool]
+    writer: LevelWriter,
+    folded: Sequence[Level],
+    disk: Disk,
+    key: SpaceKey,
+    buffer: bytearray,
+    stop: Callable[[], bool],
 ) -> None:
-    numbers, flags = folded[0].pages_of(key)
-    origin = _origin_of(folded, key, numbers)
+    numbers, flags = folded[0].pages_of(key, disk)
+    origin = _origin_of(folded, disk, key, numbers)
     found = origin.level >= 0
     if folded[-1].base is None and not found.all():
         raise StoreError(f"{folded[-1].path} is no full base: it lacks bytes of {key}", hint=DAMAGE_HINT)
@@ -149,7 +157,7 @@ def _fold_space(
         ):
             if depth not in files:
                 _check_stop(stop)
-                files[depth] = _open_pages(folded[depth], key)
+                files[depth] = _open_pages(folded[depth], disk, key)
             offset, left = row * PAGE_BYTES, count * PAGE_BYTES
             while left:
                 part = view[: min(left, len(view))]
@@ -166,11 +174,11 @@ def _fold_space(
             os.close(fd)
 
 
-def _open_pages(level: Level, key: SpaceKey) -> int:
+def _open_pages(level: Level, disk: Disk, key: SpaceKey) -> int:
     space = level.space(key)
     if space is None:
         raise StoreError(f"{level.path} has no {key.pagemap_name}", hint=DAMAGE_HINT)
-    return os.open(level.path / space.pages_name, os.O_RDONLY | os.O_CLOEXEC)
+    return disk.open_file(level.path / space.pages_name, op="read.pages")
 
 
 def _check_stop(stop: Callable[[], bool]) -> None:

@@ -14,11 +14,12 @@ address space, and `parent`, a link to the level that it stands on (none: a full
       trash/…             what is being removed
       damaged/…           what recovery or an operator set aside, each with a file REASON
 
-In: directories. Out: `Level` values and pages' numbers. Nothing is written here.
+In: directories, by way of a `Disk`. Out: `Level` values and pages' numbers. Nothing is written here.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from common.criu.images import PE_PRESENT, SpaceKey, expand, read_pagemap
+from common.criu.images import PE_PRESENT, SpaceKey, expand
+from common.criu.pagemap import parse_pagemap
+from common.durable import Disk, cause_of
 from common.errors import StoreError
 from common.model import PAGE_BYTES, EpochId
 
@@ -43,8 +46,14 @@ CRIU_RESTORE = ("criu", "restore")
 
 REASON_NAME = "REASON"
 
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
+
 Numbers = NDArray[np.uint64]
 Flags = NDArray[np.uint8]
+
+
+class DamagedLevelError(StoreError):
+    """A directory is no whole level: what it lacks or what is wrong with it was seen, not just unreadable."""
 
 
 class EpochHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,9 +123,10 @@ class Level:
         """Return the entry of an address space; None if the epoch has no such."""
         return next((space for space in self.manifest.spaces if space.key == key), None)
 
-    def pages_of(self, key: SpaceKey) -> tuple[Numbers, Flags]:
+    def pages_of(self, key: SpaceKey, disk: Disk) -> tuple[Numbers, Flags]:
         """Read which pages the level knows of a space, and their flags. Raises StoreError if damaged."""
-        return expand(read_pagemap(self.path / key.pagemap_name).entries)
+        path = self.path / key.pagemap_name
+        return expand(parse_pagemap(disk.read_file(path, op="read.pagemap"), path.name).entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,26 +198,32 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
-def read_level(path: Path) -> Level:
+def read_level(path: Path, disk: Disk) -> Level:
     """Read a level's manifest and look at the size of each of its files, not at their content.
 
-    Raises StoreError that says why the directory is no whole level.
+    Raises DamagedLevelError that says why the directory is no whole level, and StoreError when that could
+    not be found out (no descriptor left, no permission, a disk that does not answer): then nothing is known.
     """
     try:
-        manifest = msgspec.json.decode((path / MANIFEST_NAME).read_bytes(), type=Manifest)
-    except FileNotFoundError:
-        raise StoreError(f"{path} has no manifest: it was never committed") from None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise StoreError(f"the manifest in {path} cannot be read: {error}") from error
+        content = disk.read_file(path / MANIFEST_NAME, op="read.manifest")
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except StoreError as error:
+        if cause_of(error) in _NOT_THERE:
+            raise DamagedLevelError(f"{path} has no manifest: it was never committed") from None
+        raise
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DamagedLevelError(f"the manifest in {path} makes no sense: {error}") from error
     for file in manifest.files:
         try:
-            size_bytes = (path / file.name).stat(follow_symlinks=False).st_size
-        except OSError as error:
-            raise StoreError(f"{path / file.name}: {error.strerror}") from error
+            size_bytes = disk.size_bytes(path / file.name, op="read.size")
+        except StoreError as error:
+            if cause_of(error) in _NOT_THERE:
+                raise DamagedLevelError(f"{path / file.name} is missing") from None
+            raise
         if size_bytes != file.size_bytes:
-            raise StoreError(f"{path / file.name} has {size_bytes} bytes, not {file.size_bytes}")
+            raise DamagedLevelError(f"{path / file.name} has {size_bytes} bytes, not {file.size_bytes}")
     if str(manifest.header.id) != path.name:
-        raise StoreError(f"{path} says that it is epoch {manifest.header.id}")
+        raise DamagedLevelError(f"{path} says that it is epoch {manifest.header.id}")
     return Level(path, manifest)
 
 

@@ -2,20 +2,25 @@
 
 In: a store's directory. Out: the levels that count, each view pointing to one of them. What was in the making
 or being removed is gone; what claims to be a level and is none is set aside under `damaged/`, with a reason,
-never deleted. Each step may be interrupted and is simply repeated at the next open.
+never deleted. What merely cannot be read now (no descriptor left, no permission) is not damaged: the store does
+not open then. Each step may be interrupted and is simply repeated at the next open.
 """
 
 from __future__ import annotations
 
+import errno
 import secrets
 from pathlib import Path
 
 import structlog
 
-from common.durable import TEMPORARY_PREFIX, Disk, atomic_write
+from common.durable import TEMPORARY_PREFIX, Disk, atomic_write, cause_of
 from common.errors import StoreError
 from common.model import EpochId
-from replica.levels import FORMAT, REASON_NAME, Layout, Level, chain_of, read_level
+from replica.levels import FORMAT, REASON_NAME, DamagedLevelError, Layout, Level, chain_of, read_level
+
+READ_ATTEMPTS = 3
+"""How often a level is read that the disk fails to read (EIO) before it counts as damaged."""
 
 log = structlog.get_logger(__name__)
 
@@ -30,25 +35,26 @@ def make_root(layout: Layout, disk: Disk) -> None:
 
 def prepare(layout: Layout, disk: Disk) -> None:
     """Make an empty store, or make sure that this one is of our version (else StoreError)."""
-    check_format(layout, new=not layout.epochs.exists())
-    if not layout.format.exists():
+    there = disk.names(layout.root, op="open.list")
+    check_format(layout, disk, new=layout.epochs.name not in there)
+    if layout.format.name not in there:
         atomic_write(layout.format, FORMAT, op="open.format", disk=disk)
     for room in layout.rooms:
-        if not room.exists():
+        if room.name not in there:
             disk.make_dir(room, op="open.make")
     disk.sync_dir(layout.root, op="open.sync")
 
 
-def check_format(layout: Layout, *, new: bool = False) -> None:
+def check_format(layout: Layout, disk: Disk, *, new: bool = False) -> None:
     """Raise StoreError unless the store is of our version; a `new` one may have none yet."""
     try:
-        found = layout.format.read_bytes()
-    except FileNotFoundError:
+        found = disk.read_file(layout.format, op="open.read-format")
+    except StoreError as error:
+        if cause_of(error) != errno.ENOENT:
+            raise
         if new:
             return
         raise StoreError(f"{layout.root} is no epoch store") from None
-    except OSError as error:
-        raise StoreError(f"{layout.format}: {error.strerror}") from error
     if found != FORMAT:
         raise StoreError(
             f"{layout.root} is of another version: {found[:80].decode(errors='replace').strip()}",
@@ -57,10 +63,13 @@ def check_format(layout: Layout, *, new: bool = False) -> None:
 
 
 def recover(layout: Layout, disk: Disk) -> dict[EpochId, Level]:
-    """Put the store in order and return its levels: all of them have whole chains."""
+    """Put the store in order and return its levels: all of them have whole chains.
+
+    Raises StoreError when the store cannot be read now; nothing is set aside for that.
+    """
     for room in (layout.incoming, layout.trash):
         sweep(room, disk)
-    for path in (*_names(layout.root), *_names(layout.views)):
+    for path in (*_paths(layout.root, disk), *_paths(layout.views, disk)):
         if path.name.startswith(TEMPORARY_PREFIX):
             disk.unlink(path, op="recover.remove")
 
@@ -72,14 +81,17 @@ def recover(layout: Layout, disk: Disk) -> dict[EpochId, Level]:
         view = layout.view(epoch)
         # What the view says counts; where it leads nowhere, what is there: a fold that lacks its view was
         # not finished, so that the level as it was committed comes first.
-        levels[epoch] = next((level for level in both if _leads_to(view, level)), both[0])
-        if not _leads_to(view, levels[epoch]):
-            disk.point(view, layout.view_target(levels[epoch].path), op="recover.view")
+        says = disk.read_link(view, op="recover.read-view")
+        levels[epoch] = next((level for level in both if layout.view_target(level.path) == says), both[0])
+        target = layout.view_target(levels[epoch].path)
+        if says != target:
+            disk.point(view, target, op="recover.view")
         for level in both:
             if level is not levels[epoch]:
                 throw_away(layout, disk, level.path)
-    for view in _names(layout.views):
-        if not view.exists():
+    led_to = {layout.view(epoch) for epoch in levels}
+    for view in _paths(layout.views, disk):
+        if view not in led_to:
             disk.unlink(view, op="recover.view")
     disk.sync_dir(layout.views, op="recover.sync")
     sweep(layout.trash, disk)
@@ -116,25 +128,36 @@ def throw_away(layout: Layout, disk: Disk, path: Path) -> None:
 
 def sweep(room: Path, disk: Disk) -> None:
     """Remove all that lies in `incoming` or `trash`. Raises as `Disk` does; what is left goes next time."""
-    for path in _names(room):
+    for path in _paths(room, disk):
         disk.remove_tree(path, op="sweep.remove")
 
 
 def _whole_levels(layout: Layout, room: Path, disk: Disk) -> dict[EpochId, Level]:
     levels: dict[EpochId, Level] = {}
-    for path in _names(room):
+    for path in _paths(room, disk):
         try:
-            level = read_level(path)
-        except StoreError as error:
+            level = _read_level(path, disk)
+        except DamagedLevelError as error:
             set_aside(layout, disk, path, error.message)
         else:
             levels[level.id] = level
     return levels
 
 
-def _leads_to(view: Path, level: Level) -> bool:
-    return view.is_symlink() and view.parent.joinpath(view.readlink()).resolve() == level.path.resolve()
+def _read_level(path: Path, disk: Disk) -> Level:
+    """Read a level, again if the disk fails; what it fails to read each time is damaged."""
+    attempt = 1
+    while True:
+        try:
+            return read_level(path, disk)
+        except StoreError as error:
+            if cause_of(error) != errno.EIO:
+                raise
+            if attempt == READ_ATTEMPTS:
+                raise DamagedLevelError(f"{error.message}, {attempt} times") from error
+            log.warning("store.read_failed", level=str(path), reason=error.message)
+        attempt += 1
 
 
-def _names(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir())
+def _paths(directory: Path, disk: Disk) -> list[Path]:
+    return [directory / name for name in disk.names(directory, op="recover.list")]

@@ -292,8 +292,8 @@ class EpochStore(StoreReader):
         try:
             writer = LevelWriter(self._disk, directory, op="fold")
             try:
-                fold_into(writer, folded, stop=lambda: self._holds > 0 or self._lock_fd < 0)
-                command = (newest.path / RESTORE_NAME).read_bytes()
+                fold_into(writer, folded, self._disk, stop=lambda: self._holds > 0 or self._lock_fd < 0)
+                command = self._disk.read_file(newest.path / RESTORE_NAME, op="fold.read-command")
                 made = writer.finish(self._layout, header, newest.manifest.committed_wall_s, command)
             finally:
                 writer.close()
@@ -350,7 +350,7 @@ class EpochStore(StoreReader):
             known = self._known
         if known and known[0] == epoch:
             return known[1].get(key)
-        return level.pages_of(key)[0] if level.space(key) else None
+        return level.pages_of(key, self._disk)[0] if level.space(key) else None
 
     def _check_open(self) -> None:
         if self._lock_fd < 0:

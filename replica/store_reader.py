@@ -89,16 +89,17 @@ class StoreReader:
     def inspect(cls, directory: Path, workload: str) -> StoreReader:
         """Look at a store without writing, whoever else has it open. Raises StoreError if there is none."""
         layout = Layout(directory / workload)
-        check_format(layout)
+        disk = RealDisk()
+        check_format(layout, disk)
         levels: dict[EpochId, Level] = {}
         for view in sorted(layout.views.iterdir()):
             try:
-                level = read_level(view.resolve(strict=True))
+                level = read_level(view.resolve(strict=True), disk)
             except (OSError, StoreError):
                 continue  # being removed, or damaged: recovery at the agent's next start says which
             levels[level.id] = level
         whole = {epoch: level for epoch, level in levels.items() if chain_of(levels, epoch)}
-        return StoreReader(layout, whole, RealDisk())
+        return StoreReader(layout, whole, disk)
 
     @property
     def volatile(self) -> bool:
@@ -140,7 +141,7 @@ class StoreReader:
             if not self._levels:
                 return []
             epoch = max(self._levels)
-        return verify_chain(self._chain(epoch))
+        return verify_chain(self._chain(epoch), self._disk)
 
     def _chain(self, epoch: EpochId) -> tuple[Level, ...]:
         chain = chain_of(self._levels, epoch)
@@ -180,7 +181,7 @@ def stored_workloads(directory: Path) -> list[str]:
     )
 
 
-def verify_chain(chain: Sequence[Level]) -> list[Problem]:
+def verify_chain(chain: Sequence[Level], disk: Disk) -> list[Problem]:
     """Check the content of every level's files, and that no page is missing in the level below."""
     buffer = bytearray(1 << 20)
     problems: list[Problem] = []
@@ -188,14 +189,14 @@ def verify_chain(chain: Sequence[Level]) -> list[Problem]:
         for entry in level.manifest.files:
             path = level.path / entry.name
             try:
-                if file_hash(level, entry.name, buffer) != entry.blake3:
+                if file_hash(level, entry.name, buffer, disk) != entry.blake3:
                     problems.append(Problem(level.id, path, "its content is not what was committed"))
             except StoreError as error:
                 problems.append(Problem(level.id, path, error.message))
         for space in level.manifest.spaces:
             path = level.path / space.key.pagemap_name
             try:
-                what = _wrong_with(level, below, space)
+                what = _wrong_with(level, below, space, disk)
             except StoreError as error:
                 what = error.message
             if what:
@@ -205,8 +206,8 @@ def verify_chain(chain: Sequence[Level]) -> list[Problem]:
     return problems
 
 
-def _wrong_with(level: Level, below: Level | None, space: SpaceEntry) -> str:
-    numbers, flags = level.pages_of(space.key)
+def _wrong_with(level: Level, below: Level | None, space: SpaceEntry, disk: Disk) -> str:
+    numbers, flags = level.pages_of(space.key, disk)
     present = int(np.count_nonzero(present_rows(flags)))
     if (len(numbers), present) != (space.pages, space.present):
         return f"it has {present} of {len(numbers)} pages, not {space.present} of {space.pages}"
@@ -217,7 +218,7 @@ def _wrong_with(level: Level, below: Level | None, space: SpaceEntry) -> str:
     if inherited.size:
         if below is None or below.space(space.key) is None:
             return "it needs a parent that does not have this address space"
-        missing = np.count_nonzero(rows_in(below.pages_of(space.key)[0], inherited) < 0)
+        missing = np.count_nonzero(rows_in(below.pages_of(space.key, disk)[0], inherited) < 0)
         if missing:
             return f"{missing} of its pages are not in the epoch that it stands on"
     return ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from common.durable import Disk, RealDisk, Writer
 from common.errors import NoSpaceError, StoreError
 from common.model import EpochId
 from replica.store import ZERO, EpochHeader, EpochRecord, EpochStore
+
+STOP = 0
+"""The fault that ends the machine; every other one is an error number."""
 
 Content = dict[SpaceKey, dict[int, int]]
 """What an epoch holds: for each page of each space, the byte that fills it."""
@@ -51,13 +56,12 @@ class _Name:
 class FaultyDisk:
     """Counts operations, fails the n-th, and knows what a power loss would take back.
 
-    `fault` is what happens at operation `fault_at`: "error" or "full" fail it once, "stop" ends the machine.
-    Worst case: all that could be lost is. A rename is durable when one of the two directories was synced,
-    any other name when its directory was,
+    `fault` is what happens at operation `fault_at`: an error number fails it once, `STOP` ends the machine.
+    A rename is durable when one of the two directories was synced, any other name when its directory was,
     and a file's content when the file was.
     """
 
-    def __init__(self, fault_at: int = -1, fault: str = "stop") -> None:
+    def __init__(self, fault_at: int = -1, fault: int = STOP) -> None:
         self.ops: list[str] = []
         self._real: Disk = UnsyncedDisk()
         self._fault_at = fault_at
@@ -66,13 +70,17 @@ class FaultyDisk:
         self._unsynced_files: set[Path] = set()
         self._unsynced_names: list[_Name] = []
 
-    def lose_power(self) -> None:
-        """Take back all that was not synced, the latest first."""
-        for path in self._unsynced_files:
+    def lose_power(self, chance: random.Random | None = None) -> None:
+        """Take back what was not synced, the latest first: all of it, or what `chance` says.
+
+        By chance the survivors are in no order, and what is left of a file is torn: cut short anywhere, or
+        with sectors that were never written.
+        """
+        for path in sorted(self._unsynced_files):
             if path.exists():
-                os.truncate(path, 0)
+                _tear(path, chance) if chance else os.truncate(path, 0)
         for place, name in reversed(list(enumerate(self._unsynced_names))):
-            if not name.path.parent.exists():
+            if not name.path.parent.exists() or (chance and chance.random() < 0.5):
                 continue
             name.undo(name.path)
             if name.came_from:
@@ -144,6 +152,26 @@ class FaultyDisk:
         self._count(op)
         self._real.remove_tree(path, op=op)
 
+    def read_file(self, path: Path, *, op: str) -> bytes:
+        self._count(op)
+        return self._real.read_file(path, op=op)
+
+    def open_file(self, path: Path, *, op: str) -> int:
+        self._count(op)
+        return self._real.open_file(path, op=op)
+
+    def size_bytes(self, path: Path, *, op: str) -> int:
+        self._count(op)
+        return self._real.size_bytes(path, op=op)
+
+    def names(self, path: Path, *, op: str) -> list[str]:
+        self._count(op)
+        return self._real.names(path, op=op)
+
+    def read_link(self, path: Path, *, op: str) -> str | None:
+        self._count(op)
+        return self._real.read_link(path, op=op)
+
     def free_bytes(self, path: Path) -> int:
         return 1 << 40
 
@@ -155,10 +183,12 @@ class FaultyDisk:
             raise PowerLossError
         self.ops.append(op)
         if len(self.ops) - 1 == self._fault_at:
-            if self._fault == "stop":
+            if self._fault == STOP:
                 self._stopped = True
                 raise PowerLossError
-            raise NoSpaceError(op) if self._fault == "full" else StoreError(op)
+            cause = OSError(self._fault, os.strerror(self._fault))
+            kind = NoSpaceError if self._fault == errno.ENOSPC else StoreError
+            raise kind(f"{op}: {cause.strerror}") from cause
 
     def _created(self, path: Path) -> None:
         self._unsynced_files.add(path)
@@ -166,6 +196,20 @@ class FaultyDisk:
 
     def _named(self, path: Path, undo: Callable[[Path], None]) -> None:
         self._unsynced_names.append(_Name(path, undo))
+
+
+def _tear(path: Path, chance: random.Random) -> None:
+    """Leave of an unsynced file what a disk may have got: all, a part of its length, or with gaps."""
+    size_bytes = path.stat().st_size
+    what = chance.randrange(3)
+    if what == 1:
+        os.truncate(path, chance.randrange(size_bytes + 1))
+    elif what == 2:
+        with path.open("r+b") as file:
+            for sector in range(0, size_bytes, 512):
+                if chance.random() < 0.5:
+                    file.seek(sector)
+                    file.write(bytes(min(512, size_bytes - sector)))
 
 
 class _CountingWriter:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import random
 import tempfile
 from pathlib import Path
 
 import pytest
-from store_disks import Content, FaultyDisk, PowerLossError, UnsyncedDisk, commit, composed
+from store_disks import STOP, Content, FaultyDisk, PowerLossError, UnsyncedDisk, commit, composed
 
 from common.criu.images import SpaceKey
 from common.durable import Disk
@@ -91,22 +94,34 @@ def operations() -> list[str]:
 OPERATIONS = operations()
 
 
+def places(operations: list[str]) -> list[int]:
+    """Where each operation comes first, in its middle and last; `make torture` takes them all."""
+    chosen = set()
+    for op in set(operations):
+        at = [place for place, other in enumerate(operations) if other == op]
+        chosen |= {at[0], at[len(at) // 2], at[-1]}
+    return sorted(chosen)
+
+
+PLACES = [(place, OPERATIONS[place]) for place in places(OPERATIONS)]
+
+
 def test_the_run_commits_folds_and_collects() -> None:
     assert {"commit.rename", "fold.view", "fold.link", "collect.rename", "open.format"} <= set(OPERATIONS)
 
 
-@pytest.mark.parametrize("synced_only", [True, False], ids=["unsynced is lost", "all is kept"])
+@pytest.mark.parametrize("loss", ["all that was not synced", "nothing", "by chance"])
 def test_after_a_stop_at_any_operation_the_newest_epoch_is_the_old_or_the_new_one_and_whole(
-    tmp_path: Path, synced_only: bool
+    tmp_path: Path, loss: str
 ) -> None:
-    for place, op in enumerate(OPERATIONS):
+    for place, op in PLACES:
         directory = tmp_path / str(place)
-        disk = FaultyDisk(place, "stop")
+        disk = FaultyDisk(place, STOP)
         run = Run()
         with pytest.raises(PowerLossError):
             run.go(directory, disk)
-        if synced_only:
-            disk.lose_power()
+        if loss != "nothing":
+            disk.lose_power(random.Random(place) if loss == "by chance" else None)
         if run.acknowledged:
             # Without any recovery: CRIU alone could restore it.
             view = directory / "web" / "views" / str(run.acknowledged)
@@ -124,13 +139,13 @@ def test_after_a_stop_at_any_operation_of_recovery_the_next_recovery_succeeds(tm
     for place in range(10_000):
         directory = tmp_path / str(place)
         # In the middle of a fold: its level is named, its view still the old one.
-        first = FaultyDisk(OPERATIONS.index("fold.view"), "stop")
+        first = FaultyDisk(OPERATIONS.index("fold.view"), STOP)
         run = Run()
         with pytest.raises(PowerLossError):
             run.go(directory, first)
         (directory / "web" / "incoming" / "t9-e9-torn").mkdir()
         (directory / "web" / "epochs" / "t9-e9").mkdir()
-        second = FaultyDisk(place, "stop")
+        second = FaultyDisk(place, STOP)
         try:
             opened(directory, second).close()
         except PowerLossError:
@@ -145,9 +160,9 @@ def test_after_a_stop_at_any_operation_of_recovery_the_next_recovery_succeeds(tm
     pytest.fail("recovery did not end")
 
 
-@pytest.mark.parametrize("fault", ["error", "full"])
-def test_a_failed_operation_costs_at_most_the_epoch_that_it_belongs_to(tmp_path: Path, fault: str) -> None:
-    for place, op in enumerate(OPERATIONS):
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=os.strerror)
+def test_a_failed_operation_costs_at_most_the_epoch_that_it_belongs_to(tmp_path: Path, fault: int) -> None:
+    for place, op in PLACES:
         directory = tmp_path / str(place)
         run = Run()
         try:
@@ -164,3 +179,42 @@ def test_a_failed_operation_costs_at_most_the_epoch_that_it_belongs_to(tmp_path:
             assert newest.id in (run.acknowledged, EpochId(1, len(HISTORY)))
             check_whole(store)
             check_goes_on(store)
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=os.strerror)
+def test_a_failed_operation_of_recovery_loses_nothing(tmp_path: Path, fault: int) -> None:
+    directory = tmp_path / "store"
+    run = Run()
+    run.go(directory, UnsyncedDisk())
+    for place in range(10_000):
+        disk = FaultyDisk(place, fault)
+        # It may fail to open, but it never opens with less than was acknowledged.
+        with contextlib.suppress(StoreError, NoSpaceError), opened(directory, disk) as store:
+            newest = store.newest
+            assert newest
+            assert newest.id == run.acknowledged, disk.ops[place]
+        with opened(directory, UnsyncedDisk()) as store:
+            newest = store.newest
+            assert newest
+            assert newest.id == run.acknowledged, disk.ops[place]
+            assert not list((directory / "web" / "damaged").iterdir()), disk.ops[place]
+            check_whole(store)
+        if len(disk.ops) <= place:
+            return
+    pytest.fail("recovery did not end")
+
+
+def test_what_the_disk_never_reads_again_is_set_aside_and_the_store_opens(tmp_path: Path) -> None:
+    Run().go(tmp_path, UnsyncedDisk())
+    newest = (tmp_path / "web" / "views" / f"t1-e{len(HISTORY)}").resolve()
+
+    class Scratched(UnsyncedDisk):
+        def read_file(self, path: Path, *, op: str) -> bytes:
+            if path.parent == newest:
+                raise StoreError(f"{op}: {path}: bad sector") from OSError(errno.EIO, "bad sector")
+            return super().read_file(path, op=op)
+
+    with opened(tmp_path, Scratched()) as store:
+        assert [record.id for record in store.records()] == [EpochId(1, 4), EpochId(1, 5)]
+    (aside,) = (tmp_path / "web" / "damaged").iterdir()
+    assert "bad sector, 3 times" in (aside / "REASON").read_text()
