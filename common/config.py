@@ -7,17 +7,23 @@ In: a path. Out: `NodeConfig`, or a ConfigError that names the key, what is wron
 from __future__ import annotations
 
 import ipaddress
+import json
+import shlex
 import tomllib
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
 from common.config_keys import unknown_key
 from common.errors import ConfigError
-from common.model import NAME_PATTERN, WorkloadSpec
+from common.model import NAME_PATTERN, HealthCheck, WorkloadSpec
 
 DEFAULT_PATH = Path("/etc/outlive/node.toml")
+
+_RELATIVE = "a relative one depends on where a process was started"
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -167,15 +173,23 @@ def _problems(config: NodeConfig) -> list[str]:
     for name in node_names:
         if not NAME_PATTERN.match(name):
             found.append(f"node name {name!r}: use a-z, 0-9 and '-', at most 32 characters")
-    found += [f"node name {name!r} is used twice" for name in sorted(_repeated(node_names))]
+    found += [
+        f"node name {name!r} is used twice: nodes are told apart by it, so give each its own"
+        for name in sorted(_repeated(node_names))
+    ]
     keys = [peer.public_key for peer in config.peers]
-    found += [f"public key {key!r} belongs to two peers" for key in sorted(_repeated(keys))]
+    found += [
+        f"public key {key!r} belongs to two peers: write for each what `outlive keys show` prints there"
+        for key in sorted(_repeated(keys))
+    ]
     for peer in config.peers:
         if len(peer.public_key) != 40:
             found.append(f"peer {peer.name!r}: public_key must be 40 characters of Z85")
-    for owner, address in [("node", config.node.address), *((p.name, p.address) for p in config.peers)]:
-        if not _is_address(address):
-            found.append(f"{owner}: address {address!r} is not an IP address")
+    for owner, node in _nodes(config):
+        if not _is_address(node.address):
+            found.append(f"{owner}: address {node.address!r} is not an IP address")
+    found += _port_problems(config)
+    found += _path_problems(config)
     if config.heartbeat.interval_ms < 5:
         found.append("heartbeat.interval_ms: at least 5")
     if config.heartbeat.suspect_after_ms < 3 * config.heartbeat.interval_ms:
@@ -185,15 +199,69 @@ def _problems(config: NodeConfig) -> list[str]:
     if config.store.max_levels < 2:
         found.append("store.max_levels: at least 2")
     known = set(node_names)
-    found += [f"fences: no node is called {f.node!r}" for f in config.fences if f.node not in known]
-    found += [f"fences: {f.node!r} has an empty command" for f in config.fences if not f.command]
+    for fence in config.fences:
+        if fence.node not in known:
+            found.append(f"fences: no node is called {fence.node!r}")
+        found += _command_problems(f"fences, node {fence.node!r}: command", fence.command, on_node=True)
+        if fence.timeout_ms < 1:
+            found.append(f"fences, node {fence.node!r}: timeout_ms: at least 1")
     names = [workload.name for workload in config.workloads]
     found += [f"workload {name!r} is declared twice" for name in sorted(_repeated(names))]
     for workload in config.workloads:
-        found += [f"workload {workload.name!r}: {text}" for text in workload_problems(workload, known)]
-        if workload.vip and not config.node.vip_interface:
-            found.append(f"workload {workload.name!r} has a vip, so node.vip_interface is needed")
+        about = [*workload_problems(workload, known), *_vip_problems(config, workload)]
+        found += [f"workload {workload.name!r}: {text}" for text in about]
     return found
+
+
+def _nodes(config: NodeConfig) -> list[tuple[str, Node | Peer]]:
+    """Return this node and its peers, each with what it is called in a sentence."""
+    return [("node", config.node), *((f"peer {peer.name!r}", peer) for peer in config.peers)]
+
+
+def _port_problems(config: NodeConfig) -> Iterator[str]:
+    taken: dict[tuple[str, int], str] = {}
+    for owner, node in _nodes(config):
+        for key, port in (("agent_port", node.agent_port), ("keeper_port", node.keeper_port)):
+            mine = f"{owner}: {key}"
+            if not _is_port(port):
+                yield f"{mine} {port} is not a TCP port: between 1 and 65535"
+            other = taken.setdefault((_canonical(node.address), port), mine)
+            if other != mine:
+                where = f"{node.address} port {port}"
+                yield f"{mine} is {where}, which {other} is too, and one process listens there: change one"
+
+
+def _path_problems(config: NodeConfig) -> Iterator[str]:
+    node = config.node
+    paths = {
+        "node.key_file": node.key_file,
+        "node.state_dir": node.state_dir,
+        "node.run_dir": node.run_dir,
+        "node.image_dir": node.image_dir,
+        "node.cgroup_parent": node.cgroup_parent,
+        "node.boot_id_file": node.boot_id_file,
+    }
+    optional = {"node.criu": node.criu, "store.directory": config.store.directory}
+    for key, path in (paths | {key: path for key, path in optional.items() if path}).items():
+        if not path.startswith("/"):
+            yield f"{key} {path!r} must be an absolute path: {_RELATIVE}"
+    for key, program in (("node.runc", node.runc), ("node.conmon", node.conmon)):
+        if not program or _is_relative_program(program):
+            yield f"{key} {program!r} must be a program's name or its absolute path: {_RELATIVE}"
+
+
+def _vip_problems(config: NodeConfig, workload: WorkloadSpec) -> Iterator[str]:
+    """Say what is wrong between a workload's virtual address and the nodes."""
+    if workload.vip is None:
+        return
+    if not config.node.vip_interface:
+        yield "it has a vip, so node.vip_interface is needed"
+    for owner, node in _nodes(config):
+        if _canonical(workload.vip.partition("/")[0]) == _canonical(node.address):
+            yield (
+                f"vip {workload.vip!r} is the address of {owner}, which would move away with the workload: "
+                "choose one that no node has"
+            )
 
 
 def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
@@ -201,8 +269,7 @@ def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
     found: list[str] = []
     if not NAME_PATTERN.match(spec.name):
         found.append("name: use a-z, 0-9 and '-', at most 32 characters")
-    if not spec.command:
-        found.append("command is empty")
+    found += _command_problems("command", spec.command, on_node=False)
     if not spec.nodes:
         found.append("nodes is empty: name at least the node that runs it")
     found += [
@@ -212,9 +279,7 @@ def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
     for label, path in [("root", spec.root), ("working_directory", spec.working_directory)]:
         if not path.startswith("/"):
             found.append(f"{label} must be an absolute path")
-    for item in spec.files:
-        if not item.path.startswith("/") or item.path == "/" or ".." in item.path.split("/"):
-            found.append(f"files: {item.path!r} must be an absolute path below /")
+    found += _file_problems(spec)
     parts = spec.user.split(":")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         found.append("user must be numeric: 'uid' or 'uid:gid'")
@@ -226,9 +291,7 @@ def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
         except ValueError:
             found.append(f"vip {spec.vip!r} must be an address with its prefix length, e.g. 10.0.0.100/24")
     if spec.health is not None:
-        chosen = [spec.health.tcp, spec.health.http, spec.health.command]
-        if sum(choice is not None for choice in chosen) != 1:
-            found.append("health: give exactly one of tcp, http and command")
+        found += _health_problems(spec.health)
     if not 20 <= spec.epoch_interval_ms <= 3_600_000:
         found.append("epoch_interval_ms: between 20 and 3600000")
     if spec.freeze_deadline_ms < 100:
@@ -236,8 +299,69 @@ def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
     return found
 
 
+def _file_problems(spec: WorkloadSpec) -> Iterator[str]:
+    for item in spec.files:
+        if not item.path.startswith("/") or item.path == "/" or ".." in item.path.split("/"):
+            yield f"files: {item.path!r} must be an absolute path below /"
+        if item.source and not item.source.startswith("/"):
+            yield f"files: source {item.source!r} must be an absolute path: {_RELATIVE}"
+    paths = [PurePosixPath(item.path) for item in spec.files]
+    yield from (f"files: {path!r} stands there twice" for path in sorted(_repeated(list(map(str, paths)))))
+    replicated = [path for path, item in zip(paths, spec.files, strict=True) if not item.shared]
+    for inner, outer in permutations(replicated, 2):
+        if outer in inner.parents:
+            yield (
+                f"files: {str(inner)!r} lies in {str(outer)!r}, and two replicated directories must not "
+                "overlap: declare the outer one only"
+            )
+
+
+def _health_problems(health: HealthCheck) -> Iterator[str]:
+    chosen = [health.tcp, health.http, health.command]
+    if sum(choice is not None for choice in chosen) != 1:
+        yield "health: give exactly one of tcp, http and command"
+    if health.tcp is not None and not _is_port(health.tcp):
+        yield f"health.tcp {health.tcp} is not a TCP port: between 1 and 65535"
+    if health.command is not None:
+        yield from _command_problems("health.command", health.command, on_node=True)
+    if not 1 <= health.timeout_ms <= health.grace_ms:
+        yield (
+            f"health.timeout_ms {health.timeout_ms} must be at least 1 and at most grace_ms "
+            f"({health.grace_ms}), or the grace is over before one attempt is: lower it or raise grace_ms"
+        )
+
+
+def _command_problems(label: str, command: tuple[str, ...], *, on_node: bool) -> Iterator[str]:
+    """Say what is wrong with a program and its arguments; in a container it may be a relative path."""
+    if not command or not command[0]:
+        yield f"{label} is empty: name at least a program"
+    elif len(command[0].split()) > 1:
+        try:
+            first = shlex.split(command[0])
+        except ValueError:  # a quote that is never closed
+            first = command[0].split()
+        words = json.dumps([*first, *command[1:]], ensure_ascii=False)
+        yield f"{label} begins with {command[0]!r}, which no shell takes apart: split it, {words}"
+    elif on_node and _is_relative_program(command[0]):
+        yield f"{label} {command[0]!r} must be a program's name or its absolute path: {_RELATIVE}"
+
+
 def _repeated(items: list[str]) -> set[str]:
     return {item for item in items if items.count(item) > 1}
+
+
+def _is_relative_program(program: str) -> bool:
+    """Whether it is a path that depends on the working directory; a bare name is looked up in PATH."""
+    return "/" in program and not program.startswith("/")
+
+
+def _is_port(number: int) -> bool:
+    return 1 <= number <= 65535
+
+
+def _canonical(address: str) -> str:
+    """Return an IP address in its one usual spelling; what is none as it is."""
+    return str(ipaddress.ip_address(address)) if _is_address(address) else address
 
 
 def _is_address(text: str) -> bool:

@@ -13,6 +13,11 @@ from common.model import WorkloadSpec
 NODE = '[node]\nname = "a"\naddress = "10.0.0.1"\n'
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 PEER = f'[[peers]]\nname = "b"\naddress = "10.0.0.2"\npublic_key = "{KEY}"\n'
+OTHER = PEER.replace('"b"', '"c"').replace("10.0.0.2", "10.0.0.3").replace("rq:", "xq:")
+NODE_PATHS = ("key_file", "state_dir", "run_dir", "image_dir", "cgroup_parent", "boot_id_file")
+NODE_PATHS += ("criu", "runc", "conmon")
+FENCE = '[[fences]]\nnode = "a"\ncommand = {}\n'
+VIP = 'vip_interface = "eth0"\n'
 WORKLOAD = '[[workloads]]\nname = "w"\nnodes = ["a"]\ncommand = ["true"]\n'
 
 
@@ -64,7 +69,26 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + "[heartbeat]\ninterval_ms = 200\n", "three times"),
         (NODE + "[store]\nmax_levels = 1\n", "store.max_levels"),
         (NODE + '[[fences]]\nnode = "z"\ncommand = ["true"]\n', "no node is called 'z'"),
-        (NODE + '[[fences]]\nnode = "a"\ncommand = []\n', "empty command"),
+        (NODE + '[[fences]]\nnode = "a"\ncommand = []\n', "command is empty"),
+        *((NODE + f'{key} = "x/y"\n', f"node.{key} 'x/y' must be") for key in NODE_PATHS),
+        (NODE + 'cgroup_parent = ""\n', "node.cgroup_parent '' must be an absolute path"),
+        (NODE + 'runc = ""\n', "node.runc '' must be a program's name"),
+        (NODE + '[store]\ndirectory = "x"\n', "store.directory 'x' must be an absolute path"),
+        (NODE + FENCE.format('["./off"]'), "'./off' must be a program's name or its absolute path"),
+        (NODE + FENCE.format('["off -f b"]'), r'split it, \["off", "-f", "b"\]'),
+        (NODE + FENCE.format("""["off 'b c'"]"""), r'split it, \["off", "b c"\]'),
+        (NODE + FENCE.format("""["off 'b c"]"""), "split it"),
+        (NODE + FENCE.format('["off"]') + "timeout_ms = 0\n", "timeout_ms: at least 1"),
+        (
+            NODE + PEER.replace(".2", ".1"),
+            "peer 'b': agent_port is 10.0.0.1 port 7701, which node: agent_port",
+        ),
+        (NODE + PEER + OTHER.replace(".3", ".2"), "peer 'c': agent_port .* peer 'b': agent_port is too"),
+        (NODE + "agent_port = 7702\n", "keeper_port is 10.0.0.1 port 7702, which node: agent_port is too"),
+        (NODE + PEER + "keeper_port = 7701\n", "peer 'b': keeper_port is 10.0.0.2 port 7701"),
+        (NODE + "agent_port = 0\n", "agent_port 0 is not a TCP port"),
+        (NODE + PEER + "keeper_port = 65536\n", "keeper_port 65536 is not a TCP port"),
+        (NODE.replace("10.0.0.1", "fd00::1") + PEER.replace("10.0.0.2", "fd00:0::1"), "port 7701, which"),
         (NODE + WORKLOAD + WORKLOAD, "'w' is declared twice"),
         (NODE + WORKLOAD + 'vip = "10.0.0.9/24"\n', "vip_interface"),
         (NODE + WORKLOAD.replace('["a"]', '["a", "q"]'), "'q' is neither this node nor a peer"),
@@ -75,6 +99,26 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + WORKLOAD + 'root = "x"\n', "root must be an absolute path"),
         (NODE + WORKLOAD + 'working_directory = "x"\n', "working_directory must be an absolute path"),
         (NODE + WORKLOAD + 'files = [{ path = "/a/../b" }]\n', "absolute path below /"),
+        (
+            NODE + WORKLOAD + 'files = [{ path = "/a", source = "b" }]\n',
+            "source 'b' must be an absolute path",
+        ),
+        (NODE + WORKLOAD + 'files = [{ path = "/a/b/" }, { path = "/a" }]\n', "'/a/b' lies in '/a'"),
+        (
+            NODE + WORKLOAD + 'files = [{ path = "/a" }, { path = "/a/", shared = true }]\n',
+            "'/a' stands there twice",
+        ),
+        (
+            NODE + WORKLOAD.replace('"true"', '"redis-server --port 1", "x"'),
+            r'split it, \["redis-server", "--port", "1", "x"\]',
+        ),
+        (NODE + WORKLOAD.replace('"true"', '""'), "command is empty"),
+        (NODE + WORKLOAD + 'health = { command = ["ping x"] }\n', "health.command begins with 'ping x'"),
+        (NODE + WORKLOAD + "health = { tcp = 0 }\n", "health.tcp 0 is not a TCP port"),
+        (NODE + WORKLOAD + "health = { tcp = 1, timeout_ms = 0 }\n", "health.timeout_ms 0"),
+        (NODE + WORKLOAD + "health = { tcp = 1, timeout_ms = 9, grace_ms = 8 }\n", "health.timeout_ms 9"),
+        (NODE + VIP + WORKLOAD + 'vip = "10.0.0.1/24"\n', "is the address of node, which would move away"),
+        (NODE + VIP + PEER + WORKLOAD + 'vip = "10.0.0.2/24"\n', "is the address of peer 'b'"),
         (NODE + WORKLOAD + 'user = "root"\n', "user must be numeric"),
         (NODE + WORKLOAD + 'vip = "10.0.0.9"\n', "prefix length"),
         (NODE + WORKLOAD + "health = {}\n", "exactly one"),
@@ -89,6 +133,23 @@ def test_what_cannot_be_is_refused_by_name(text: str, words: str) -> None:
         parse_config(text, origin="node.toml")
     assert raised.value.message.startswith("node.toml")
     assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        NODE + PEER + OTHER,
+        NODE + PEER.replace(".2", ".1") + "agent_port = 1\nkeeper_port = 2\n",
+        NODE + PEER + OTHER.replace(".3", ".2") + "agent_port = 1\nkeeper_port = 2\n",
+        NODE + 'runc = "crun"\nconmon = "/opt/conmon"\n',
+        NODE + FENCE.format('["fence_ipmilan", "two words"]'),
+        NODE + WORKLOAD.replace('["true"]', '["./run", "two words"]'),
+        NODE + WORKLOAD + 'files = [{ path = "/a" }, { path = "/a/b", shared = true }, { path = "/ab" }]\n',
+        NODE + VIP + PEER + WORKLOAD + 'vip = "10.0.0.9/24"\n',
+    ],
+)
+def test_what_is_unusual_but_can_be_is_accepted(text: str) -> None:
+    parse_config(text, origin="node.toml")
 
 
 @pytest.mark.parametrize(
