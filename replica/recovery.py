@@ -2,8 +2,8 @@
 
 In: a store's directory. Out: the levels that count, each view pointing to one of them. What was in the making
 or being removed is gone; what claims to be a level and is none is set aside under `damaged/`, with a reason,
-never deleted. What merely cannot be read now (no descriptor left, no permission) is not damaged: the store does
-not open then. Each step may be interrupted and is simply repeated at the next open.
+never deleted. What merely cannot be read now (no descriptor left, no permission) is not damaged: the store
+does not open then. Each step may be interrupted and is simply repeated at the next open.
 """
 
 from __future__ import annotations
