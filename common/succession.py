@@ -241,6 +241,8 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     if role.alive or "kill" in role.undo:
         return _refused("what ran here before is still being ended", "ask again in a moment")
     for node, view in role.peers.items():
+        if view.claim == "starting" and view.term == 0 and keeper_speaks(role, node, now):
+            return _refused(f"{node} does not know whether it leads it", f"outlive status on {node}")
         busy = view.claim in ("leading", "acquiring") and view.term >= record.term
         if busy and keeper_speaks(role, node, now):
             return _refused(f"{node} leads it or is about to, in term {view.term}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -50,8 +50,9 @@ class TermFiles:
         return count
 
     def workloads(self) -> tuple[str, ...]:
-        """Return the names of all workloads with a declaration on disk."""
-        return tuple(sorted(path.parent.name for path in self._directory.glob("*/spec.json")))
+        """Return the names of all workloads with a declaration on disk; other directories are not ours."""
+        names = (path.parent.name for path in self._directory.glob("*/spec.json"))
+        return tuple(sorted(name for name in names if NAME_PATTERN.match(name)))
 
     def load(self, workload: str) -> TermRecord:
         """Return the newest term recorded; term 0 if none ever was.
@@ -116,20 +117,36 @@ class TermFiles:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(value)), op=op, disk=self._disk)
 
 
-def known_workloads(config: NodeConfig, files: TermFiles | None = None) -> dict[str, WorkloadSpec]:
-    """Return every workload that this node knows, by name: what it declares and what peers sent.
+class Known(NamedTuple):
+    """The workloads of one node, by name."""
+
+    specs: dict[str, WorkloadSpec]
+    damaged: dict[str, StoreError]
+    """Those with a file that cannot be read; in `specs` too if the configuration declares them."""
+
+
+def look_up(config: NodeConfig, files: TermFiles) -> Known:
+    """Return every workload that this node knows: what it declares and what peers sent.
 
     The configuration wins where this node led last, or nobody did; else the leader's declaration, which
-    came with the stream. Raises StoreError if a file cannot be read.
+    came with the stream.
     """
-    files = files or TermFiles(Path(config.node.state_dir), config.node.name)
-    specs = {spec.name: spec for spec in config.workloads}
-    for name in files.workloads():
-        kept = files.load_spec(name)
-        leader = files.load(name).leader
-        if kept is not None and (name not in specs or leader not in ("", config.node.name)):
-            specs[name] = kept
-    return specs
+    known = Known({spec.name: spec for spec in config.workloads}, {})
+    for name in sorted({*known.specs, *files.workloads()}):
+        try:
+            kept = files.load_spec(name)
+            leader = files.load(name).leader
+        except StoreError as error:
+            known.damaged[name] = error
+            continue
+        if kept is not None and (name not in known.specs or leader not in ("", config.node.name)):
+            known.specs[name] = kept
+    return known
+
+
+def known_workloads(config: NodeConfig) -> dict[str, WorkloadSpec]:
+    """Return the declarations that `look_up` finds; the keeper tells of damaged files."""
+    return look_up(config, TermFiles(Path(config.node.state_dir), config.node.name)).specs
 
 
 def _read(path: Path, kind: type[_T]) -> _T | None:

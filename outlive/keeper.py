@@ -40,7 +40,7 @@ from common.control import (
     StopWorkload,
 )
 from common.control_channel import ControlServer
-from common.errors import ProtocolError, WorkloadError
+from common.errors import ProtocolError, StoreError, WorkloadError
 from common.events import Event as LogEvent
 from common.events import EventLog, event_file
 from common.fencing import fenceable
@@ -57,7 +57,7 @@ from common.role_events import (
 )
 from common.roles import Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
-from common.terms_file import TermFiles, known_workloads
+from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
 from common.transport import Server
 from outlive.freeze_records import FreezeRecords
@@ -66,6 +66,7 @@ from outlive.keeper_effects import Hands, RealHands
 from outlive.keeper_process import lock_memory, log_to_stderr, rss_bytes
 from outlive.kept_workload import KeptWorkload
 from outlive.peers_heard import PeersHeard, heard_of
+from outlive.set_aside import SetAside
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class Keeper:
             records=FreezeRecords(Path(config.node.run_dir), self._boot_id),
         )
         self._workloads: dict[str, KeptWorkload] = {}
+        self._aside = SetAside(lambda name: hands.init_pid(name) is not None)
         self._sequence = first_sequence()
         self._last_order = 0
         """No workload that is taken up may be given this order number or a smaller one: agents know those."""
@@ -141,8 +143,11 @@ class Keeper:
             self._last_order = 1_000_000 * await in_thread(self._files.count_start)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                for spec in (await in_thread(known_workloads, self._config, self._files)).values():
-                    await self._take_up(spec)
+                known = await in_thread(look_up, self._config, self._files)
+                for name, error in known.damaged.items():
+                    self._set_aside(name, error)
+                for name in known.specs.keys() - known.damaged.keys():
+                    await self._take_up(known.specs[name])
                 running = [
                     tasks.create_task(self._control.serve()),
                     tasks.create_task(self._server.serve()),
@@ -200,8 +205,15 @@ class Keeper:
             kept.feed(heard)
         return kept
 
+    def _set_aside(self, name: str, error: StoreError) -> None:
+        """Go on without a workload whose files are damaged: it must not cost the others their keeper."""
+        reason = self._aside.add(name, error)
+        log.error("workload.set-aside workload=%s reason=%r", name, reason)
+        self._events.append(LogEvent.ROLE_CHANGED, workload=name, reason=reason, state="failed")
+
     def _known(self, name: str) -> KeptWorkload:
-        """Return a workload. Raises WorkloadError if this node does not know it."""
+        """Return a workload. Raises WorkloadError if this node does not know it, or set it aside."""
+        self._aside.refuse(name)
         kept = self._workloads.get(name)
         if kept is None:
             raise WorkloadError(f"this node knows no workload {name!r}", hint="outlive status")
@@ -259,7 +271,10 @@ class Keeper:
             boot_id=self._boot_id,
             sequence=self._sequence,
             origin="keeper",
-            workloads=tuple(kept.beat(agent_alive=agent_alive) for kept in self._workloads.values()),
+            workloads=(
+                *(kept.beat(agent_alive=agent_alive) for kept in self._workloads.values()),
+                *self._aside.beats(agent_alive=agent_alive),
+            ),
         )
 
     def _beater(self) -> Beater:
@@ -318,13 +333,20 @@ class Keeper:
             if kept is None:
                 if self._config.node.name not in each.spec.nodes or not each.learned:
                     continue  # forgotten here: the agent drops it when this answer does not name it
-                kept = await self._take_up(each.spec)
+                if each.name in self._aside:
+                    continue
+                try:
+                    kept = await self._take_up(each.spec)
+                except StoreError as error:
+                    self._set_aside(each.name, error)
+                    continue
                 await in_thread(self._files.save_spec, each.spec)
             kept.take_report(each)
         return Orders(orders=tuple(kept.role.order for kept in self._workloads.values()))
 
     async def _start(self, request: StartWorkload) -> Done | Refused:
         """Start it once all peers were heard, or had the time to be: one of them may lead it."""
+        self._aside.refuse(request.spec.name)
         kept = self._workloads.get(request.spec.name) or await self._take_up(request.spec)
         while not kept.has_listened(request.spec):  # noqa: ASYNC110 - time alone may fulfil it
             await asyncio.sleep(_LISTEN_POLL_S)
@@ -342,7 +364,7 @@ class Keeper:
             boot_id=self._boot_id,
             agent=agent_state,  # type: ignore[arg-type]
             peers=self._peers.status(now()),
-            workloads=tuple(kept.status() for kept in self._workloads.values()),
+            workloads=(*(kept.status() for kept in self._workloads.values()), *self._aside.statuses()),
             warnings=self._warnings,
         )
 

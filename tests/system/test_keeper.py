@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq.asyncio
 
@@ -64,6 +65,8 @@ class Hands(RealHands):
     '''The process that the fake agent started stands for the container.'''
 
     def init_pid(self, name):
+        if name != "w":
+            return None
         try:
             pid = int((Path(self._config.node.run_dir) / "fake-pid").read_text())
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -179,8 +182,6 @@ class NodeUnderTest:
         self.log = directory / "keeper.log"
 
     async def start_keeper(self) -> None:
-        import msgspec
-
         file = self.directory / "config.json"
         file.write_bytes(msgspec.json.encode(self.config))
         with self.log.open("ab") as log:
@@ -424,6 +425,33 @@ async def test_the_keeper_sees_the_workload_end_without_its_agent() -> None:
             return not (await a.status()).running
 
         await until(ended, "the end is seen", 1.0)
+
+
+async def test_a_damaged_term_file_costs_one_workload_its_keeper_and_no_other() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        a.kill_keeper()
+        (Path(a.config.node.state_dir) / "terms/w/term.json").write_bytes(b"{")
+        other = msgspec.structs.replace(SPEC, name="other")
+        a.config = msgspec.structs.replace(a.config, workloads=(SPEC, other))
+        await a.start_keeper()
+        status = await a.status()
+        assert (status.state, status.role, status.term, status.running) == ("failed", "none", 0, True)
+        assert "term.json cannot be read" in status.reason
+        assert "systemctl restart outlive-keeper" in status.reason
+        for request in (
+            StartWorkload(spec=SPEC),
+            StopWorkload(workload="w"),
+            Failover(workload="w", accept_data_loss=True),
+        ):
+            refused = await a.ask(request)
+            assert isinstance(refused, Refused)
+            assert "cannot be known" in refused.message
+        assert isinstance(await a.ask(StartWorkload(spec=other)), Done), "the other one is kept"
+        await asyncio.sleep(0.5)  # reports that name it, and heartbeats
+        assert a.agent.running, "what runs, runs on"
+        assert (await b.status()).state == "following", "a is heard: no reason to take over"
+        assert (Path(a.config.node.state_dir) / "terms/w/term.json").read_bytes() == b"{"
 
 
 async def test_a_stop_is_kept_over_a_restart_and_is_no_reason_to_take_over() -> None:

@@ -492,6 +492,15 @@ def test_a_start_on_a_replica_is_refused_whatever_its_leader_says() -> None:
         driver.effects.clear()
 
 
+def test_a_fresh_start_waits_for_a_node_that_does_not_know_whether_it_leads() -> None:
+    driver = Driver("a", fenceable=frozenset())
+    driver.feed(Heard(node="b", origin="keeper", boot_id="x", term=0, claim="starting", alive=True))
+    driver.feed(OperatorStart(request=1, spec=SPEC))
+    refusal = _answer(driver, 1, Refused)
+    assert isinstance(refusal, Refused)
+    assert "b does not know" in refusal.message
+
+
 def test_a_step_that_fails_does_not_stop_a_takeover_but_a_failed_restore_does() -> None:
     driver = follower()
     driver.after(0.4)

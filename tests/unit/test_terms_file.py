@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from common.config import Node, NodeConfig
 from common.control import TermHistory
 from common.durable import RealDisk
 from common.errors import StaleTermError, StoreError
 from common.model import WorkloadSpec
 from common.roles import TermRecord
-from common.terms_file import HISTORY_TERMS, TermFiles
+from common.terms_file import HISTORY_TERMS, TermFiles, known_workloads, look_up
 
 SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
 
@@ -95,6 +99,47 @@ def test_history_keeps_the_newest_terms_once_each(tmp_path: Path) -> None:
         files.save_history(TermHistory(workload="w", term=term, leader="a", cause=f"c{term}", began_wall_s=0))
     terms = [each.term for each in files.history("w")]
     assert terms == list(range(6, HISTORY_TERMS + 6))
+
+
+@pytest.mark.parametrize("file", ["term.json", "spec.json"])
+def test_a_damaged_file_costs_the_other_workloads_nothing(tmp_path: Path, file: str) -> None:
+    node = Node(name="a", address="127.0.0.1", state_dir=str(tmp_path))
+    config = NodeConfig(node=node, workloads=(SPEC,))
+    files = TermFiles(tmp_path, "a")
+    for name in ("w", "sent", "whole"):
+        files.save_spec(replace(SPEC, name=name))
+        files.record(name, TermRecord(term=4, leader="b"))
+    for name in ("w", "sent"):
+        (tmp_path / "terms" / name / file).write_bytes(b"{")
+    (tmp_path / "terms" / "Not ours").mkdir()
+    (tmp_path / "terms" / "Not ours" / "spec.json").write_bytes(b"{")
+    known = look_up(config, files)
+    assert set(known.damaged) == {"w", "sent"}
+    assert set(known.specs) == {"w", "whole"}, "what is declared stays so"
+    assert known_workloads(config) == known.specs
+
+
+def test_first_files_may_be_written_by_two_threads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = TermFiles(tmp_path, "a")
+    both_look = threading.Barrier(2)
+    is_dir = Path.is_dir
+
+    def look(path: Path) -> bool:
+        there = is_dir(path)
+        if path.name == "w" and not there:
+            both_look.wait(5)  # neither makes it before the other has found that it is missing
+        return there
+
+    monkeypatch.setattr(Path, "is_dir", look)
+    with ThreadPoolExecutor(2) as threads:
+        spec = threads.submit(files.save_spec, SPEC)
+        record = threads.submit(files.record, "w", TermRecord(term=4, leader="a"))
+        spec.result(10)
+        record.result(10)
+    assert files.load("w").term == 4
+    assert files.load_spec("w") == SPEC
 
 
 def test_a_name_that_leads_out_of_the_directory_is_refused(tmp_path: Path) -> None:
