@@ -226,11 +226,16 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     term: int
     leader: str
     running: bool
+    stopped: bool = False
+    """It is to run nowhere: never started, stopped by an operator, or ended by itself. Nothing is at risk."""
     restorable: bool
     """Primary: at least one replica could restore it. Replica: this node could."""
     reasons: tuple[str, ...] = ()
     data_at_risk_s: float | None = None
-    """Age of the newest epoch that could be restored elsewhere (or here); None: nothing stored."""
+    """Age of the newest epoch that could be restored elsewhere (or here).
+
+    None: there is none, and all is at risk; or it is `stopped`, and nothing is.
+    """
     captured: EpochId | None = None
     stored: EpochId | None = None
     replicas: tuple[ReplicaProgress, ...] = ()

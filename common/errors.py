@@ -111,6 +111,6 @@ class LabError(OutliveError):
 
 
 class UnprotectedError(OutliveError):
-    """A workload led here could not be brought to life anywhere else if this node were lost now."""
+    """A workload is down, or no standby could bring it to life if its host were lost now."""
 
     exit_code = 16

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from msgspec.structs import replace
+
 from common.control import ReplicaProgress, WorkloadStatus
 from common.roles import LEADING, Instant, Role
 from common.succession import agent_alive, of_this_term, ready
@@ -24,12 +26,13 @@ def workload_status(role: Role, now: Instant) -> WorkloadStatus:
         term=record.term,
         leader=record.leader,
         running=role.alive,
+        stopped=record.mark == "stopped",
         restorable=restorable,
         reasons=reasons,
-        data_at_risk_s=_data_at_risk_s(role, replicas, now),
+        data_at_risk_s=None if record.mark == "stopped" else _data_at_risk_s(role, replicas, now),
         captured=report.captured if report is not None else None,
         stored=report.stored if report is not None else None,
-        replicas=replicas,
+        replicas=tuple(_judged(role, replica) for replica in replicas),
         exit_code=None if role.alive else role.exit_code,
         volatile=report.volatile if report is not None else False,
     )
@@ -39,6 +42,14 @@ def _role(role: Role, primary: bool) -> Literal["primary", "replica", "none"]:
     if primary:
         return "replica" if role.name in ("yielded", "deposed") else "primary"
     return "replica" if role.record.term > 0 and role.me in role.spec.nodes else "none"
+
+
+def _judged(role: Role, replica: ReplicaProgress) -> ReplicaProgress:
+    """Call a replica restorable only if it counts for the workload: it is at hand, and of this term."""
+    if not replica.restorable or ready(role, replica):
+        return replica
+    old = () if of_this_term(role, replica) else (f"{replica.acknowledged} is of an earlier term",)
+    return replace(replica, restorable=False, reasons=(*replica.reasons, *old))
 
 
 def _restorable(
@@ -52,7 +63,8 @@ def _restorable(
         failing = role.report.capture_failures if role.report is not None else 0
         if failing:
             silent = (*silent, f"the last {failing} captures failed: outlive events")
-        said = tuple(f"{replica.node}: {reason}" for replica in replicas for reason in replica.reasons)
+        judged = [_judged(role, replica) for replica in replicas]
+        said = tuple(f"{replica.node}: {reason}" for replica in judged for reason in replica.reasons)
         away = tuple(f"{replica.node} is not connected" for replica in replicas if not replica.connected)
         return False, (*silent, *away, *said) or ("no replica is known yet",)
     return role.report.restorable and not silent, (*silent, *role.report.reasons)

@@ -35,6 +35,9 @@ _STYLES = {
     "warn": "yellow",
     "waiting": "yellow",
     "never seen": "yellow",
+    "never heard": "yellow",
+    "refused: wrong key": "bold red",
+    "all": "bold red",
 }
 """Colours of the fixed words, on a terminal."""
 
@@ -131,6 +134,14 @@ def plain(value: object) -> object:
 def wall_time(wall_s: float) -> str:
     """Return a wall clock reading for people, in local time with milliseconds."""
     return datetime.fromtimestamp(wall_s).astimezone().isoformat(sep=" ", timespec="milliseconds")
+
+
+def duration(value_s: float) -> str:
+    """Return a length of time for people: seconds at first, then the largest unit of which there are two."""
+    for unit_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if value_s >= 2 * unit_s:
+            return f"{int(value_s // unit_s)} {unit}"
+    return f"{value_s:.1f} s"
 
 
 def yes_no(value: bool) -> str:

@@ -22,7 +22,7 @@ from common.control import (
 from common.errors import OutliveError, UnprotectedError, UnreachableError
 from common.model import EpochId
 from outlive.cli.call import Call, Verb, examples
-from outlive.cli.output import Answer, Rows, yes_no
+from outlive.cli.output import Answer, Rows, duration, yes_no
 
 REFRESH_S = 1.0
 _NOTHING = "-"
@@ -30,8 +30,12 @@ _NOTHING = "-"
 COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "REPLICAS")
 
 
+DOWN = frozenset({"waiting", "failed"})
+"""States of the role machine in which a workload that is to run runs nowhere as far as this node knows."""
+
+
 class StatusAnswer(Answer, frozen=True, kw_only=True):
-    """The keeper's answer, and the workloads led here that could not be restored anywhere else."""
+    """The keeper's answer, and the workloads that are down or would be lost with their host."""
 
     node: str
     boot_id: str
@@ -39,6 +43,7 @@ class StatusAnswer(Answer, frozen=True, kw_only=True):
     peers: tuple[PeerStatus, ...]
     workloads: tuple[WorkloadStatus, ...]
     unprotected: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @click.command(
@@ -55,8 +60,8 @@ def status(context: click.Context, watch: bool) -> None:
     """Show this node, its peers and its workloads.
 
     DATA AT RISK is what would be lost if the primary failed now: the age of the newest epoch that could be
-    restored elsewhere. Exits with 16 if a workload that is led here could not be restored anywhere else,
-    with 4 if this node's keeper does not answer.
+    restored elsewhere. Exits with 16 if a workload of this node is waiting or failed, or could not be
+    restored (one led here: anywhere else; another's: here), with 4 if this node's keeper does not answer.
     """
     call = context.ensure_object(Call)
     config = call.config()
@@ -98,10 +103,11 @@ def status_answer(found: NodeStatus) -> StatusAnswer:
         unprotected=tuple(
             workload.name
             for workload in found.workloads
-            if workload.role == "primary"
-            and workload.state != "stopped"
-            and not (workload.restorable and found.agent == "alive")
+            if workload.role != "none"
+            and not workload.stopped
+            and (workload.state in DOWN or not (workload.restorable and found.agent == "alive"))
         ),
+        warnings=found.warnings,
     )
 
 
@@ -111,22 +117,28 @@ def status_view(answer: StatusAnswer) -> list[Rows | str]:
     if answer.peers:
         view += ["", Rows(("PEER", "KEEPER", "AGENT"), [_peer_row(peer) for peer in answer.peers])]
     view.append("")
-    if not answer.workloads:
-        return [*view, "no workload is known here; declare one: outlive protect --help"]
-    rows = [_workload_row(workload) for workload in answer.workloads]
-    view.append(Rows(COLUMNS, rows, right=frozenset({"TERM", "DATA AT RISK"})))
-    sentences = [line for workload in answer.workloads for line in _sentences(workload)]
-    if answer.agent != "alive":
-        sentences.insert(0, f"the agent is {answer.agent}: workloads run on, but no epochs are captured")
+    if answer.workloads:
+        rows = [_workload_row(workload) for workload in answer.workloads]
+        view.append(Rows(COLUMNS, rows, right=frozenset({"TERM", "DATA AT RISK"})))
+    else:
+        view.append("no workload is known here; declare one: outlive protect --help")
+    sentences = [f"the keeper: {warning}" for warning in answer.warnings]
+    if answer.workloads and answer.agent != "alive":
+        sentences.append(f"the agent is {answer.agent}: workloads run on, but no epochs are captured")
+    sentences += [f"peer {peer.node}: {peer.refused}" for peer in answer.peers if peer.refused]
+    sentences += [line for workload in answer.workloads for line in _sentences(workload)]
     return [*view, "", *sentences] if sentences else view
 
 
 def _peer_row(peer: PeerStatus) -> tuple[str, str, str]:
-    return peer.node, _silence(peer.keeper_silence_ms), _silence(peer.agent_silence_ms)
+    keeper = "refused: wrong key" if peer.refused else _silence(peer.keeper_silence_ms)
+    return peer.node, keeper, _silence(peer.agent_silence_ms)
 
 
 def _silence(silence_ms: int | None) -> str:
-    return "never heard" if silence_ms is None else f"{silence_ms} ms ago"
+    if silence_ms is None:
+        return "never heard"
+    return f"{silence_ms} ms ago" if silence_ms < 1000 else f"{duration(silence_ms / 1000)} ago"
 
 
 def _workload_row(workload: WorkloadStatus) -> tuple[str, ...]:
@@ -139,8 +151,8 @@ def _workload_row(workload: WorkloadStatus) -> tuple[str, ...]:
         workload.state,
         str(workload.term),
         _epoch(epoch),
-        _NOTHING if workload.role == "none" else yes_no(workload.restorable),
-        _seconds(workload.data_at_risk_s),
+        yes_no(workload.restorable) if _matters(workload) else _NOTHING,
+        _at_risk(workload),
         f"{ready} of {known}" if known else _NOTHING,
     )
 
@@ -149,15 +161,22 @@ def _epoch(epoch: EpochId | None) -> str:
     return _NOTHING if epoch is None else str(epoch)
 
 
-def _seconds(value_s: float | None) -> str:
-    return _NOTHING if value_s is None else f"{value_s:.1f} s"
+def _matters(workload: WorkloadStatus) -> bool:
+    """Whether it can be asked if it could be restored: what was stopped here is run by nobody else."""
+    return workload.role == "replica" or (workload.role == "primary" and not workload.stopped)
+
+
+def _at_risk(workload: WorkloadStatus) -> str:
+    if workload.role == "none" or workload.stopped:
+        return _NOTHING
+    return "all" if workload.data_at_risk_s is None else duration(workload.data_at_risk_s)
 
 
 def _sentences(workload: WorkloadStatus) -> list[str]:
     """Return why this workload is as it is, one sentence a line, each naming it."""
     name = workload.name
     lines = [f"{name}: {workload.reason}"] if workload.reason else []
-    if workload.role != "none" and not workload.restorable:
+    if _matters(workload) and not workload.restorable:
         lines += [f"{name}: not restorable: {reason}" for reason in workload.reasons or ("no epoch yet",)]
     else:  # what stands against single replicas is among the reasons otherwise
         lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]

@@ -183,8 +183,8 @@ async def test_a_workload_that_writes_a_local_file_is_told_to_be_not_restorable_
             "writer", lambda w: w.stored is not None and not w.restorable, what="stored and judged"
         )
         await first.wait_for("writer", lambda w: any(str(file) in why for why in w.reasons), what="told")
-        for node, code in ((first, 16), (second, 0)):
-            (shown,) = (await ask(node, "status", code=code))["workloads"]
+        for node in (first, second):
+            (shown,) = (await ask(node, "status", code=16))["workloads"]
             assert shown["restorable"] is False
             assert any(str(file) in why and "open for writing" in why for why in shown["reasons"])
             lines = (await node.cli("status", check=False)).stdout.splitlines()

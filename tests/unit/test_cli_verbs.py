@@ -37,6 +37,7 @@ from common.control_channel import ControlServer
 from common.model import EpochId
 from outlive.cli import follow
 from outlive.cli.app import run
+from outlive.cli.status import COLUMNS
 
 NODE = """\
 [node]
@@ -79,6 +80,9 @@ WAITING = replace(
     captured=None,
     stored=EpochId(3, 1041),
     replicas=(),
+)
+STOPPED = replace(
+    LEADING, state="stopped", running=False, stopped=True, restorable=False, data_at_risk_s=None, replicas=()
 )
 TERM = TermHistory(
     workload="redis",
@@ -198,7 +202,7 @@ def test_status_as_json_keeps_its_keys(node: FakeNode, capsys: Captured) -> None
     assert node.run("status", "--output", "json") == 0
     status = read_json(capsys)
     assert list(status) == [
-        *("schema_version", "node", "boot_id", "agent", "peers", "workloads", "unprotected"),
+        *("schema_version", "node", "boot_id", "agent", "peers", "workloads", "unprotected", "warnings"),
     ]
     (workload,) = status["workloads"]
     assert workload["captured"] == {"term": 3, "epoch": 1042}
@@ -243,17 +247,83 @@ def test_a_replica_that_is_not_ready_is_named_though_another_is(node: FakeNode, 
     ("status", "code"),
     [
         (node_status(LEADING, agent="silent"), 16),
-        (node_status(replace(LEADING, role="replica", restorable=False)), 0),
-        (node_status(replace(LEADING, state="stopped", running=False, restorable=False)), 0),
+        (node_status(replace(WAITING, state="following")), 0),
+        (node_status(replace(WAITING, state="following", restorable=False)), 16),
+        (node_status(replace(WAITING, state="following", restorable=False, stopped=True)), 0),
+        (node_status(WAITING), 16),
+        (node_status(replace(LEADING, state="failed", running=False)), 16),
+        (node_status(STOPPED), 0),
+        (node_status(replace(WAITING, role="none", state="following", restorable=False)), 0),
         (node_status(), 0),
     ],
-    ids=["agent dead", "not led here", "stopped on purpose", "none"],
+    ids=[
+        "agent dead",
+        "ready replica",
+        "replica that is not ready",
+        "stopped by its leader",
+        "waiting",
+        "failed",
+        "stopped",
+        "not this node's",
+        "none",
+    ],
 )
-def test_only_what_is_led_here_and_could_be_lost_is_unprotected(
-    node: FakeNode, status: NodeStatus, code: int
-) -> None:
+def test_what_is_down_or_could_be_lost_is_unprotected(node: FakeNode, status: NodeStatus, code: int) -> None:
     node.answers[AskStatus] = status
     assert node.run("status") == code
+
+
+def row_of(node: FakeNode, capsys: Captured, workload: WorkloadStatus) -> dict[str, str]:
+    """How a workload's row looks, by column."""
+    node.answers[AskStatus] = node_status(workload)
+    node.run("status")
+    header, row = capsys.readouterr().out.splitlines()[5:7]
+    starts = [header.index(column) for column in COLUMNS]
+    ends = [*starts[1:], None]
+    return {column: row[at:end].strip() for column, at, end in zip(COLUMNS, starts, ends, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("workload", "restorable", "at_risk"),
+    [
+        (replace(LEADING, restorable=False, data_at_risk_s=None), "no", "all"),
+        (replace(LEADING, data_at_risk_s=200.0), "yes", "3 min"),
+        (STOPPED, "-", "-"),
+        (replace(WAITING, state="following", stopped=True, data_at_risk_s=None), "yes", "-"),
+        (replace(WAITING, role="none", restorable=False, data_at_risk_s=None), "-", "-"),
+    ],
+    ids=["unprotected", "long ago", "stopped here", "stopped elsewhere", "not this node's"],
+)
+def test_what_is_at_risk_is_said_in_fixed_words(
+    node: FakeNode, capsys: Captured, workload: WorkloadStatus, restorable: str, at_risk: str
+) -> None:
+    row = row_of(node, capsys, workload)
+    assert (row["RESTORABLE"], row["DATA AT RISK"]) == (restorable, at_risk)
+
+
+def test_nothing_is_said_against_the_standby_of_a_workload_that_was_stopped(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[AskStatus] = node_status(STOPPED)
+    node.run("status")
+    assert "not restorable" not in capsys.readouterr().out
+
+
+def test_silences_are_told_in_units_for_people(node: FakeNode, capsys: Captured) -> None:
+    peer = PeerStatus(node="b", keeper_silence_ms=7_300_000, agent_silence_ms=4_210)
+    node.answers[AskStatus] = node_status(LEADING, peers=(peer,))
+    node.run("status")
+    assert capsys.readouterr().out.splitlines()[3].split() == ["b", "2", "h", "ago", "4.2", "s", "ago"]
+
+
+def test_a_refused_key_and_a_warning_are_shown_though_nothing_runs(node: FakeNode, capsys: Captured) -> None:
+    reason = "b refuses this node's key (is it in a [[peers]] block on b?)"
+    peer = PeerStatus(node="b", keeper_silence_ms=None, agent_silence_ms=None, refused=reason)
+    node.answers[AskStatus] = node_status(peers=(peer,), warnings=("its memory is not locked",))
+    assert node.run("status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split("  ")[-2].strip() == "refused: wrong key"
+    assert lines[-2:] == ["the keeper: its memory is not locked", f"peer b: {reason}"]
 
 
 def test_status_without_any_process_says_so(silent: FakeNode, capsys: Captured) -> None:
@@ -359,7 +429,7 @@ def test_start_of_what_is_not_declared_is_an_error_with_the_next_command(
 
 
 def test_stop_waits_until_it_is_ended(node: FakeNode, capsys: Captured) -> None:
-    stopped = replace(LEADING, role="none", state="stopped", running=False, reason="an operator stopped it")
+    stopped = replace(STOPPED, reason="an operator stopped it")
     node.answers[AskStatus] = in_turn(node_status(LEADING), node_status(stopped))
     node.answers[StopWorkload] = Done()
     assert node.run("stop", "redis", "--timeout", "5") == 0
