@@ -14,7 +14,7 @@ the rest has grown to half of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,16 +96,16 @@ def file_hash(level: Level, name: str, buffer: bytearray, disk: Disk) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
-    """For each page of a folded space: which level has its bytes (-1: the parent), and where in its file."""
+class Origin:
+    """For each page of a space: which of a chain's levels has its bytes (-1: none), and where in its file."""
 
     level: NDArray[np.int16]
     row: NDArray[np.int64]
 
 
-def _origin_of(folded: Sequence[Level], disk: Disk, key: SpaceKey, numbers: Numbers) -> _Origin:
+def origin_of(folded: Sequence[Level], disk: Disk, key: SpaceKey, numbers: Numbers) -> Origin:
     """Follow each page down the levels as CRIU does, to the first that has its bytes."""
-    origin = _Origin(np.full(numbers.shape, -1, dtype=np.int16), np.full(numbers.shape, -1, dtype=np.int64))
+    origin = Origin(np.full(numbers.shape, -1, dtype=np.int16), np.full(numbers.shape, -1, dtype=np.int64))
     open_rows = np.arange(len(numbers))
     for depth, level in enumerate(folded):
         if not open_rows.size:
@@ -138,7 +138,7 @@ def _fold_space(
     stop: Callable[[], bool],
 ) -> None:
     numbers, flags = folded[0].pages_of(key, disk)
-    origin = _origin_of(folded, disk, key, numbers)
+    origin = origin_of(folded, disk, key, numbers)
     found = origin.level >= 0
     if folded[-1].base is None and not found.all():
         raise StoreError(f"{folded[-1].path} is no full base: it lacks bytes of {key}", hint=DAMAGE_HINT)
@@ -146,27 +146,38 @@ def _fold_space(
     levels, rows = origin.level[found], origin.row[found]
     if not levels.size:
         return
+    for part in read_pages(folded, disk, key, Origin(levels, rows), memoryview(buffer)):
+        writer.pages(key, part)
+        _check_stop(stop)
+
+
+def read_pages(
+    chain: Sequence[Level], disk: Disk, key: SpaceKey, origin: Origin, buffer: memoryview
+) -> Iterator[memoryview]:
+    """Read the bytes of pages in the order of `origin`, as many at once as lie in a row and fit in `buffer`.
+
+    What is yielded is a part of `buffer`, overwritten by the next. All pages must have their bytes in the
+    chain. Raises StoreError if they cannot be read.
+    """
+    levels, rows = origin.level, origin.row
     breaks = np.flatnonzero((np.diff(levels) != 0) | (np.diff(rows) != 1)) + 1
-    starts = np.concatenate(([0], breaks))
+    starts = np.concatenate(([0], breaks)) if levels.size else np.empty(0, dtype=np.int64)
     counts = np.diff(starts, append=levels.size)
     files: dict[int, int] = {}
-    view = memoryview(buffer)
     try:
         for depth, row, count in zip(
             levels[starts].tolist(), rows[starts].tolist(), counts.tolist(), strict=True
         ):
             if depth not in files:
-                _check_stop(stop)
-                files[depth] = _open_pages(folded[depth], disk, key)
+                files[depth] = _open_pages(chain[depth], disk, key)
             offset, left = row * PAGE_BYTES, count * PAGE_BYTES
             while left:
-                part = view[: min(left, len(view))]
+                part = buffer[: min(left, len(buffer))]
                 if os.preadv(files[depth], [part], offset) != len(part):
-                    raise StoreError(f"{folded[depth].path}: pages of {key} are cut short", hint=DAMAGE_HINT)
-                writer.pages(key, part)
+                    raise StoreError(f"{chain[depth].path}: pages of {key} are cut short", hint=DAMAGE_HINT)
+                yield part
                 offset += len(part)
                 left -= len(part)
-                _check_stop(stop)
     except OSError as error:
         raise StoreError(f"pages of {key} cannot be read: {error.strerror}", hint=DAMAGE_HINT) from error
     finally:
