@@ -21,6 +21,11 @@ _BLOCK_PAGES = 512
 """Pages read at once (2 MiB): large enough for the disk, small enough for the cache."""
 
 
+def fresh_identity() -> NDArray[np.uint64]:
+    """Draw an identity that no page has or had: what gets it counts as changed in its epoch; shape (2,)."""
+    return np.frombuffer(secrets.token_bytes(16), dtype=np.uint64)
+
+
 class PageHasher:
     """Identifies pages under one secret; identities of different hashers cannot be compared.
 

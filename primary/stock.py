@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from common.bundle import WorkloadPaths, bind_mounts
 from common.config import NodeConfig
 from common.container import standard_streams
-from common.criu.images import PE_PRESENT, SpaceKey, expand, page_images, read_pagemap
+from common.criu.images import PE_PRESENT, SpaceKey, expand, page_images, read_memory_map, read_pagemap
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
 from common.errors import CaptureError, NoSpaceError, OutliveError
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.threads import in_thread
 from primary.capture import CapturedEpoch, FreezeTimes, MetadataFile, SpacePages
-from primary.identity import PageHasher
+from primary.identity import PageHasher, fresh_identity
 
 log = structlog.get_logger(__name__)
 
@@ -184,6 +184,9 @@ class StockBackend:
             if len(numbers):
                 descriptor = pages.open(image.key, image.pages_name)
                 identity = self._hasher.identify_image(descriptor, len(numbers))
+                if name := image.key.memory_map_name:
+                    # Pages that no base can lend, zeros included, are sent with every epoch.
+                    identity[read_memory_map(directory / name).without_parent(numbers)] = fresh_identity()
             else:
                 identity = np.zeros((0, 2), dtype=np.uint64)
             spaces.append(SpacePages(image.key, numbers, flags, identity))

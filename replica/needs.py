@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from common.criu.images import (
+    PE_PARENT,
     VMA_FILE_SHARED,
     InetSocket,
     MemoryMap,
@@ -24,13 +25,15 @@ from common.criu.images import (
     RegularFile,
     Remap,
     UnixSocket,
+    expand,
+    page_images,
     read_memory_map,
     read_open_files,
+    read_pagemap,
     read_remaps,
 )
 from common.origin import ORIGIN_FILE, Origin, decode_origin
 
-_MAP_HUGETLB = 0x40000
 _MAP_NORESERVE = 0x4000
 _ESTABLISHED = 1
 
@@ -102,9 +105,25 @@ def read_needs(images: Path) -> Needs:
             for vma in vmas
             if vma.prot & mmap.PROT_WRITE and vma.flags & mmap.MAP_PRIVATE and not vma.flags & _MAP_NORESERVE
         ),
-        hugetlb_bytes=sum(vma.end - vma.start for vma in vmas if vma.flags & _MAP_HUGETLB),
+        hugetlb_bytes=sum(memory_map.hugetlb_bytes for memory_map in maps),
         problems=tuple(_problems(files, remaps, maps)),
     )
+
+
+def borrowed_huge_pages(images: Path) -> Iterator[str]:
+    """Say so if private huge pages of the epoch are to be found in its parent, where CRIU does not look.
+
+    Not one of `Needs`' problems: pagemaps differ in every epoch. Raises `StoreError`, OSError.
+    """
+    for image in page_images(images):
+        if name := image.key.memory_map_name:
+            numbers, flags = expand(read_pagemap(images / image.key.pagemap_name).entries)
+            if (flags[read_memory_map(images / name).without_parent(numbers)] & PE_PARENT).any():
+                yield (
+                    "private huge pages (hugetlb) of the workload were not sent with this epoch, and CRIU "
+                    "restores them from nowhere else: upgrade Outlive on the primary"
+                )
+                return
 
 
 def _problems(files: OpenFiles, remaps: tuple[Remap, ...], maps: list[MemoryMap]) -> Iterator[str]:
@@ -118,11 +137,6 @@ def _problems(files: OpenFiles, remaps: tuple[Remap, ...], maps: list[MemoryMap]
                 f"{file.path} was deleted while another name of it lives on, and is held by a link on the "
                 "primary's disk only: close it, or keep it on shared storage"
             )
-    if any(vma.flags & _MAP_HUGETLB for memory_map in maps for vma in memory_map.vmas):
-        yield (
-            "the workload uses huge pages (hugetlb), which an epoch that stands on another one does not "
-            "carry yet: switch them off for it (transparent huge pages do no harm)"
-        )
     if any("" in other.watched for other in files.other):
         yield (
             "a watch (inotify or fanotify) is on a file that CRIU knows no path of, so another node cannot "

@@ -34,7 +34,7 @@ from common.errors import OutliveError
 from common.model import FilePath, WorkloadSpec
 from common.origin import Origin, obstacles, read_origin
 from replica.buildid import BuildIds
-from replica.needs import NeededFile, Needs, fingerprint, read_needs
+from replica.needs import NeededFile, Needs, borrowed_huge_pages, fingerprint, read_needs
 from replica.ports import obstacle_to_name, obstacle_to_socket
 from replica.rootview import RootView
 
@@ -100,6 +100,8 @@ class Readiness:
         reasons = _missing_programs(self._config, spec)
         try:
             needs = self._read(spec.name, images)
+            if needs.hugetlb_bytes:
+                reasons += borrowed_huge_pages(images)
         except (OutliveError, OSError) as error:
             return [*reasons, f"the epoch's images cannot be read: {error}"]
         if here is not None:

@@ -7,6 +7,7 @@ one import serves who works with images.
 
 from __future__ import annotations
 
+import mmap
 import re
 import socket
 import struct
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from common.criu.framing import (
     DAMAGED_HINT,
@@ -43,6 +46,7 @@ from common.criu.proto import fdinfo_pb2, mm_pb2, remap_file_path_pb2, sk_inet_p
 from common.errors import StoreError
 
 __all__ = [
+    "MAP_HUGETLB",
     "PAGE_SIZE",
     "PE_LAZY",
     "PE_PARENT",
@@ -86,6 +90,9 @@ VMA_ANON_PRIVATE = 1 << 9
 VMA_AREA_SYSVIPC = 1 << 10
 """Bits of `Vma.status` (CRIU 4.2, `criu/include/image.h`): what kind of mapping it is."""
 
+MAP_HUGETLB = 0x40000
+"""Bit of `Vma.flags`: a mapping of huge pages (not of transparent ones); as in <linux/mman.h>."""
+
 _PAGEMAP_NAME = re.compile(r"pagemap-(shmem-)?([0-9]+)\.img")
 
 
@@ -99,6 +106,11 @@ class SpaceKey(msgspec.Struct, frozen=True, order=True):
     def pagemap_name(self) -> str:
         """The file name of its pagemap."""
         return f"pagemap-{'shmem-' if self.kind == 'shmem' else ''}{self.ident}.img"
+
+    @property
+    def memory_map_name(self) -> str | None:
+        """The file name of its memory map; None for a shared segment, which has none of its own."""
+        return f"mm-{self.ident}.img" if self.kind == "task" else None
 
 
 class PageImage(msgspec.Struct, frozen=True):
@@ -132,6 +144,26 @@ class MemoryMap(msgspec.Struct, frozen=True):
 
     vmas: tuple[Vma, ...]
     aio_rings: int
+
+    @property
+    def hugetlb_bytes(self) -> int:
+        """Size of all mappings of huge pages."""
+        return sum(vma.end - vma.start for vma in self.vmas if vma.flags & MAP_HUGETLB)
+
+    def without_parent(self, numbers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Mark the pages (address / 4096, ascending) that CRIU never looks for in the parent checkpoint.
+
+        Those of private huge pages: CRIU 4.2 has the restored task itself read them, from the newest
+        checkpoint's pages image whatever their flags say; if they say PE_PARENT, that was seen never to end.
+        Shared ones are filled by criu, which follows the flags.
+        """
+        marks = np.zeros(numbers.shape, dtype=np.bool_)
+        for vma in self.vmas:
+            if vma.flags & MAP_HUGETLB and vma.flags & mmap.MAP_PRIVATE:
+                bounds = np.array([vma.start, vma.end], dtype=np.uint64) // np.uint64(PAGE_SIZE)
+                first, last = np.searchsorted(numbers, bounds)
+                marks[first:last] = True
+        return marks
 
 
 class RegularFile(msgspec.Struct, frozen=True):

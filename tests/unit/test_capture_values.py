@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common.criu.images import SpaceKey
 from common.errors import CaptureError, StoreError
 from primary.capture import PageTable, SpacePages
-from primary.identity import PageHasher
+from primary.identity import PageHasher, fresh_identity
 from primary.numbering import EpochNumbers
 
 KEY = SpaceKey("task", 1)
@@ -62,6 +62,14 @@ def test_equal_pages_are_identical_zeros_are_zero_and_the_secret_matters(tmp_pat
     assert (other[2] == 0).all()
     assert other[0].tolist() != identity[0].tolist()
     os.close(descriptor)
+
+
+def test_what_gets_a_fresh_identity_is_sent_again_zeros_included() -> None:
+    epochs = [space({1: 5, 2: 5, 3: 0}) for _ in range(2)]
+    for epoch in epochs:
+        epoch.identity[1:] = fresh_identity()
+        assert epoch.identity.any(axis=1).all()  # never taken for zeros, of which nothing is sent
+    assert PageTable(epochs[:1]).changed_rows(epochs[1]).tolist() == [False, True, True]
 
 
 def test_two_captures_may_hash_side_by_side(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from common.criu.images import (
     Image,
     ImageKind,
     InetSocket,
+    MemoryMap,
     OtherFile,
     PageImage,
     Pagemap,
@@ -27,6 +28,7 @@ from common.criu.images import (
     Remap,
     SpaceKey,
     UnixSocket,
+    Vma,
     compress,
     expand,
     page_images,
@@ -288,6 +290,17 @@ class TestReaders:
         assert [vma.start for vma in memory.vmas] == [4096, 8192]
         assert memory.vmas[0].shmid == 4
         assert memory.aio_rings == 1
+
+    def test_private_huge_pages_alone_are_without_a_parent(self) -> None:
+        private, shared, huge = 0x22, 0x21, 0x40000
+        kinds = [private, private | huge, shared | huge, private | huge]
+        memory = MemoryMap(
+            tuple(Vma(2 * n * 4096, (2 * n + 2) * 4096, 3, flags, 513, 0) for n, flags in enumerate(kinds)), 0
+        )
+        numbers = np.array([0, 2, 3, 4, 5, 7, 8], dtype=np.uint64)
+        assert numbers[memory.without_parent(numbers)].tolist() == [2, 3, 7]
+        assert not memory.without_parent(numbers[:0]).any()
+        assert memory.hugetlb_bytes == 6 * 4096
 
     def test_remaps_are_none_without_an_image_and_named_with_one(self, tmp_path: Path) -> None:
         assert read_remaps(tmp_path) == ()

@@ -1,6 +1,7 @@
 """Whether a node could restore an epoch: images written by us, a node that is this machine."""
 
 import dataclasses
+import mmap
 import os
 import socket
 import stat
@@ -15,10 +16,21 @@ from google.protobuf.message import Message
 
 from common.bundle import WorkloadPaths
 from common.config import Node, NodeConfig
-from common.criu.images import Image, ImageKind, write_image
+from common.criu.images import (
+    MAP_HUGETLB,
+    PE_PARENT,
+    PE_PRESENT,
+    Image,
+    ImageKind,
+    Pagemap,
+    PagemapEntry,
+    write_image,
+    write_pagemap,
+)
 from common.criu.proto import fdinfo_pb2, fown_pb2, mm_pb2, remap_file_path_pb2, sk_opts_pb2
 from common.model import FilePath, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
+from replica import readiness
 from replica.buildid import BuildIds
 from replica.readiness import Readiness, ReadinessVerdict, is_shared
 from replica.rootview import RootView
@@ -455,6 +467,47 @@ class TestNode:
         epoch.opens("/", mode=DIRECTORY)
         epoch.aio_rings = 1
         assert "kernel AIO" in (await epoch.judged()).reasons[0]
+
+    @pytest.mark.parametrize(
+        ("kind", "flag", "restorable"),
+        [
+            (mmap.MAP_PRIVATE, PE_PRESENT, True),
+            (mmap.MAP_PRIVATE, PE_PARENT, False),
+            (mmap.MAP_SHARED, PE_PARENT, True),
+        ],
+    )
+    async def test_private_huge_pages_in_the_parent_are_a_reason_at_any_epoch(
+        self, epoch: Epoch, monkeypatch: pytest.MonkeyPatch, kind: int, flag: int, restorable: bool
+    ) -> None:
+        monkeypatch.setattr(readiness, "_free_huge_bytes", lambda: 1 << 21)
+        epoch.opens("/", mode=DIRECTORY)
+        epoch.vmas.append(
+            mm_pb2.vma__pb2.vma_entry(
+                start=1 << 21, end=2 << 21, pgoff=0, shmid=0, prot=PROT_RW, flags=kind | MAP_HUGETLB,
+                status=1 << 9, fd=-1,
+            )
+        )  # fmt: skip
+        judge = Readiness(epoch.config)
+        pagemap = epoch.directory / "pagemap-1.img"
+        write_pagemap(pagemap, Pagemap(1, (PagemapEntry(1 << 21, 512, PE_PRESENT),)))
+        assert (await epoch.judged(by=judge)).restorable
+        write_pagemap(pagemap, Pagemap(1, (PagemapEntry(1 << 21, 512, flag),)))
+        verdict = await epoch.judged(by=judge)
+        assert verdict.restorable is restorable
+        assert restorable or "huge pages" in verdict.reasons[0]
+
+    async def test_too_few_free_huge_pages_are_a_reason(
+        self, epoch: Epoch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(readiness, "_free_huge_bytes", lambda: 0)
+        epoch.opens("/", mode=DIRECTORY)
+        epoch.vmas.append(
+            mm_pb2.vma__pb2.vma_entry(
+                start=1 << 21, end=2 << 21, pgoff=0, shmid=0, prot=PROT_RW,
+                flags=mmap.MAP_SHARED | MAP_HUGETLB, status=1 << 8, fd=-1,
+            )
+        )  # fmt: skip
+        assert "vm.nr_hugepages" in (await epoch.judged()).reasons[0]
 
     @pytest.mark.parametrize("missing", ["files.img", ORIGIN_FILE])
     async def test_images_that_are_not_there_are_a_reason(self, epoch: Epoch, missing: str) -> None:
