@@ -138,6 +138,11 @@ def bind_mounts(spec: WorkloadSpec, paths: WorkloadPaths) -> tuple[BindMount, ..
     )
 
 
+def process_environment(spec: WorkloadSpec) -> dict[str, str]:
+    """Return the workload's whole environment."""
+    return {"PATH": _DEFAULT_PATH} | spec.environment
+
+
 def runtime_config(spec: WorkloadSpec, paths: WorkloadPaths) -> dict[str, Any]:
     """Return the content of the bundle's config.json (OCI runtime specification 1.0.2)."""
     uid, _, gid = spec.user.partition(":")
@@ -158,7 +163,7 @@ def runtime_config(spec: WorkloadSpec, paths: WorkloadPaths) -> dict[str, Any]:
             "terminal": False,
             "user": {"uid": int(uid), "gid": int(gid or uid)},
             "args": list(spec.command),
-            "env": [f"{key}={value}" for key, value in ({"PATH": _DEFAULT_PATH} | spec.environment).items()],
+            "env": [f"{key}={value}" for key, value in process_environment(spec).items()],
             "cwd": spec.working_directory,
             "capabilities": capabilities,
             "rlimits": limits,

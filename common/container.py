@@ -26,6 +26,7 @@ from common.bundle import CRIU_RESTORE_SETTINGS, WorkloadPaths, bind_mounts, run
 from common.config import NodeConfig
 from common.errors import RestoreError, WorkloadError
 from common.model import EpochId, WorkloadSpec
+from common.program import missing_program, runc_misses_program, surely_missing
 
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 300.0
@@ -95,6 +96,8 @@ async def start_workload(config: NodeConfig, spec: WorkloadSpec, *, order: int =
         await kill_workload(config, spec.name)
         if isinstance(error, OSError):
             raise WorkloadError(f"cannot start {spec.name}: {error}") from error
+        if runc_misses_program(spec, error.message):
+            raise missing_program(spec) from error
         raise
     return pid
 
@@ -226,6 +229,8 @@ async def _prepare(
             f"the working directory {inside} of {spec.name} does not exist below {spec.root}",
             hint="make it on every node, or declare it under `files`",
         )
+    if restored is None and surely_missing(spec):
+        raise missing_program(spec)
     await kill_workload(config, spec.name)  # remnants of an earlier container of this name
     _end_shim(paths)
     try:

@@ -364,10 +364,17 @@ async def test_a_kill_ends_a_frozen_workload_too(place: Place) -> None:
     await place.nothing_remains()
 
 
-async def test_a_command_that_cannot_run_is_one_clear_error_and_leaves_nothing(place: Place) -> None:
+async def test_a_command_that_cannot_run_is_one_clear_error_and_leaves_nothing(
+    place: Place, tmp_path: Path
+) -> None:
+    (tmp_path / "plain").write_text("not a program")
     for command, fields, words in (
-        (("/no/such/program",), {}, "no/such/program"),
-        (("/etc/passwd",), {}, "ermission denied"),
+        (("/no/such/program",), {}, "its program /no/such/program is no executable file"),
+        (("/etc/passwd",), {}, "its program /etc/passwd is no executable file"),
+        # Below another root it is runc that finds out.
+        (("no-such",), {"root": str(tmp_path)}, "its program no-such is no executable file"),
+        (("/no/such",), {"root": str(tmp_path)}, "its program /no/such is no executable file"),
+        (("/plain",), {"root": str(tmp_path)}, "its program /plain is no executable file"),
         (("/bin/sleep", "9"), {"root": "/no/such/root"}, "subject"),
     ):
         began_s = time.monotonic()
