@@ -21,7 +21,7 @@ from common.role_events import (
     TermPersisted,
     WorkloadEnded,
 )
-from common.role_steps import following_step, how_it_ended
+from common.role_steps import following_step, how_it_ended, unanswered
 from common.roles import Instant, Role
 from common.succession import (
     contender,
@@ -291,6 +291,21 @@ def order_failed(role: Role, event: AgentReport, now: Instant) -> str:
     if role.step != "order" or report.order_failed < role.order.number:
         return ""
     return f"the agent could not bring it up: {report.order_detail}"
+
+
+def order_overdue(role: Role, event: Event, now: Instant) -> str:
+    """The agent has not answered its order for too long, and nothing runs.
+
+    What runs is left to an agent that is started again: a silent agent never costs a workload its life.
+    """
+    late = now.monotonic_s - role.launched_at_s > role.timing.order_s
+    if role.step != "order" or role.alive or role.wanted is not None or not late:
+        return ""
+    again = "start" if role.name == "launching" else "failover"
+    options = "" if again == "start" else " --accept-data-loss"
+    return (
+        f"{unanswered(role)}: systemctl status outlive-agent; then: outlive {again} {role.spec.name}{options}"
+    )
 
 
 def restart_failed(role: Role, event: AgentReport, now: Instant) -> str:

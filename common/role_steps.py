@@ -23,6 +23,7 @@ from common.role_events import (
     OperatorStop,
     StepDone,
     StepFailed,
+    Tick,
 )
 from common.roles import PIPELINE, Instant, Role, Step
 
@@ -146,7 +147,14 @@ def _effect_of(step: Step | None) -> tuple[Effect, ...]:
     return (effects[step],) if step in effects else ()
 
 
+def unanswered(role: Role) -> str:
+    """Say that the agent owes an answer."""
+    return f"the agent has not carried out its order within {role.timing.order_s:g} s"
+
+
 def _failure(role: Role, event: Event) -> str:
+    if isinstance(event, Tick):
+        return unanswered(role)
     if role.report is not None and role.step == "order" and role.alive is False:
         return role.report.order_detail or "the agent could not carry out its order"
     return "it ended as soon as it was restored"

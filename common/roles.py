@@ -94,6 +94,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """The own agent counts as dead then; it reports several times a second."""
     stop_grace_s: float = 15.0
     """How long the agent may take to end a workload before the keeper kills it."""
+    order_s: float = 660.0
+    """How long an order may take to bring it up: two restores of at most 300 s each, and cleaning up."""
     retry_first_s: float = 1.0
     retry_most_s: float = 30.0
     restarts: int = 5

@@ -96,6 +96,26 @@ def test_a_dead_agent_is_no_reason_to_take_over(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_an_order_that_no_agent_answers_ends_in_failed_and_a_late_agent_changes_nothing(seed: int) -> None:
+    world = protected_pair(seed)
+    world.power_off(world.hosts["a"])
+    while role_of(world, "b").step != "order":
+        world.run(0.01)
+    world.hosts["b"].agent_on = False
+    world.hosts["b"].agent_life += 1
+    world.run(TIMING.order_s + 1.0)
+    assert state(world, "b") == "failed"
+    assert "has not carried out its order" in role_of(world, "b").reason
+    assert not world.hosts["b"].vip
+    world.boot_agent(world.hosts["b"])
+    world.run(3.0)
+    assert world.hosts["b"].container is None
+    assert not world.refused(world.failover("b"))
+    world.run(3.0)
+    assert state(world, "b") == "leading"
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_a_dead_keeper_with_a_beating_agent_is_no_reason_to_take_over(seed: int) -> None:
     world = protected_pair(seed)
     world.crash_keeper(world.hosts["a"])

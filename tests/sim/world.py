@@ -50,7 +50,12 @@ BEAT_S = 0.1
 REPORT_S = 0.1
 EPOCH_S = 0.5
 TIMING = Timing(
-    suspect_after_s=0.5, listen_s=2.0, agent_silent_after_s=1.0, stop_grace_s=3.0, retry_most_s=4.0
+    suspect_after_s=0.5,
+    listen_s=2.0,
+    agent_silent_after_s=1.0,
+    stop_grace_s=3.0,
+    order_s=3.0,
+    retry_most_s=4.0,
 )
 STORY_LINES = 60
 RUNS_WITHOUT_RIGHT_S = 3.0

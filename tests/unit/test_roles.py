@@ -518,6 +518,42 @@ def test_a_step_that_fails_does_not_stop_a_takeover_but_a_failed_restore_does() 
     }
 
 
+@pytest.mark.parametrize("state", ["taking_over", "launching"])
+def test_an_order_that_is_never_answered_ends_in_failed(state: Mark) -> None:
+    driver = Driver("b", TermRecord(term=2, leader="b", mark=state, boot_id="boot-1"))
+    driver.feed(StepDone(step="hold"))
+    driver.feed(StepDone(step="add_vip"))
+    number = driver.role.order.number
+    driver.after(Timing().order_s - 1)
+    assert (driver.state, driver.role.step) == (state, "order")
+    driver.effects.clear()
+    driver.after(2)
+    assert driver.state == "failed"
+    assert "systemctl status outlive-agent" in driver.role.reason
+    assert (driver.role.timeline[-1].event, driver.role.timeline[-1].reason) == (
+        "failed",
+        "the agent has not carried out its order within 660 s",
+    )
+    for effect in (DropVip(), KillWorkload(), LiftHold()):
+        assert effect in driver.effects
+    assert driver.role.order.role == "idle"
+    driver.feed(StepDone(step="kill"))
+    driver.effects.clear()
+    driver.report(running=True, order_done=number)
+    driver.after(0.1)
+    assert KillWorkload() in driver.effects, "what a late agent brings up must not run"
+
+
+def test_a_workload_that_runs_is_not_ended_because_its_agent_does_not_answer() -> None:
+    record = TermRecord(term=2, leader="b", mark="taking_over", boot_id="boot-1")
+    driver = Driver("b", record, running=True)
+    driver.feed(StepDone(step="hold"))
+    driver.feed(StepDone(step="add_vip"))
+    driver.after(Timing().order_s + 2)
+    assert driver.state == "taking_over"
+    assert KillWorkload() not in driver.effects
+
+
 def test_a_workload_that_is_not_healthy_in_time_serves_and_is_called_unhealthy() -> None:
     driver = Driver("a", TermRecord(term=1, leader="a", mark="launching", boot_id="boot-1"))
     driver.feed(StepDone(step="hold"))
