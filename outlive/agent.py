@@ -50,6 +50,7 @@ from common.errors import (
 )
 from common.events import Event, EventLog, event_file
 from common.heartbeat import AgentBeater
+from common.identity import PageHasher
 from common.keys import load
 from common.messages import Hello
 from common.model import EpochId, WorkloadSpec
@@ -61,7 +62,6 @@ from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
 from outlive.leading import Leading, clear_images
 from outlive.workload_agent import WorkloadAgent
-from primary.identity import PageHasher
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
 from primary.stream import ReplicaStream
@@ -173,6 +173,7 @@ class Agent:
                 spec, WorkloadPaths(config, spec.name), str(self._criu)
             ),
             on_refused=lambda _, reason: self._events.append(Event.PEER_REFUSED, reason=reason),
+            on_not_committed=lambda name, nack: self._workloads[name].not_committed(nack),
         )
 
     async def run(self) -> None:

@@ -30,10 +30,10 @@ from common.container import standard_streams
 from common.criu.images import PE_PRESENT, SpaceKey, expand, page_images, read_memory_map, read_pagemap
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
 from common.errors import CaptureError, NoSpaceError, OutliveError
+from common.identity import PageHasher, fresh_identity
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.threads import in_thread
 from primary.capture import CapturedEpoch, FreezeTimes, MetadataFile, SpacePages
-from primary.identity import PageHasher, fresh_identity
 
 log = structlog.get_logger(__name__)
 

@@ -28,8 +28,8 @@ from common.container import (
 )
 from common.criu.locate import locate_criu
 from common.errors import RestoreError, WorkloadError
+from common.identity import PageHasher
 from common.model import EpochId, FilePath, WorkloadSpec
-from primary.identity import PageHasher
 from primary.stock import StockBackend
 
 pytestmark = [

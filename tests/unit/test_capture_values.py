@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.criu.images import SpaceKey
 from common.errors import CaptureError, StoreError
+from common.identity import PageHasher, fresh_identity
 from primary.capture import PageTable, SpacePages
-from primary.identity import PageHasher, fresh_identity
 from primary.numbering import EpochNumbers
 
 KEY = SpaceKey("task", 1)

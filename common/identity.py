@@ -2,7 +2,8 @@
 
 In: an open image of pages, 4096 bytes each. Out: an array of 128-bit identities, zeros for pages of
 zeros. Workloads hold data that an attacker may have chosen, so an unkeyed hash must not decide what is
-skipped: xxh3-128 with a secret seed that is drawn anew by each agent and never leaves it.
+skipped: xxh3-128 with a secret seed that is drawn anew by each agent. It is told, encrypted, to those replicas
+alone that hold the same pages anyway, so that they can say what they hold.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ class PageHasher:
         self._seed = secrets.randbits(64) if seed is None else seed
         self._zero_digest = xxhash.xxh3_128_digest(bytes(PAGE_BYTES), self._seed)
 
+    @property
+    def secret(self) -> int:
+        """What a replica needs to come to the same identities."""
+        return self._seed
+
     def identify_image(self, descriptor: int, pages: int) -> NDArray[np.uint64]:
         """Identify the first `pages` pages of an open file; shape (pages, 2).
 
         Raises CaptureError if the file is shorter than that.
         """
-        digest, seed = xxhash.xxh3_128_digest, self._seed
         view = memoryview(bytearray(min(pages, _BLOCK_PAGES) * PAGE_BYTES))
         identity = np.empty((pages, 2), dtype=np.uint64)
         for start in range(0, pages, _BLOCK_PAGES):
@@ -50,8 +55,13 @@ class PageHasher:
             read = os.preadv(descriptor, [view[:wanted]], start * PAGE_BYTES)
             if read != wanted:
                 raise CaptureError(f"an image of {pages} pages ends after {start + read // PAGE_BYTES}")
-            digests = [digest(view[at : at + PAGE_BYTES], seed) for at in range(0, wanted, PAGE_BYTES)]
-            identity[start:stop] = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
-        zero = np.frombuffer(self._zero_digest, dtype=np.uint64)
-        identity[(identity == zero).all(axis=1)] = 0
+            identity[start:stop] = self.identify(view[:wanted])
+        return identity
+
+    def identify(self, content: memoryview) -> NDArray[np.uint64]:
+        """Identify whole pages one after the other; shape (pages, 2)."""
+        digest, seed = xxhash.xxh3_128_digest, self._seed
+        digests = [digest(content[at : at + PAGE_BYTES], seed) for at in range(0, len(content), PAGE_BYTES)]
+        identity = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2).copy()
+        identity[(identity == np.frombuffer(self._zero_digest, dtype=np.uint64)).all(axis=1)] = 0
         return identity
