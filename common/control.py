@@ -50,7 +50,7 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     restorable: bool = False
     """The stored epoch passed this node's readiness checks."""
     reasons: tuple[str, ...] = ()
-    """Why not, one sentence each."""
+    """Why not, one sentence each; and why newer epochs cannot be stored, whether it is restorable or not."""
     captured: EpochId | None = None
     """Newest epoch captured here (primary)."""
     capture_failures: int = 0

@@ -140,7 +140,8 @@ class Leading:
         self._frozen_at = {number: at for number, at in self._frozen_at.items() if number >= epoch.epoch}
 
     async def _tell_connections(self) -> None:
-        """Write an event when a replica comes or goes, and when it has its first epoch of this run."""
+        """Write an event when a replica comes or goes, and around its first epoch of this run."""
+        begun: set[str] = set()
         based: set[str] = set()
         while True:
             for node, stream in self._streams.items():
@@ -150,7 +151,12 @@ class Leading:
                     event = Event.REPLICA_CONNECTED if progress.connected else Event.REPLICA_DISCONNECTED
                     reason = stream.problem or f"{node} receives epochs of {name}"
                     self._events.append(event, workload=name, reason=reason, peer=node)
-                if stream.counters.epochs_acknowledged and node not in based:
+                counters = stream.counters
+                if counters.bytes_sent and node not in begun:
+                    begun.add(node)
+                    reason = f"{node} has nothing of this run yet and is sent all of it"
+                    self._events.append(Event.BASE_STARTED, workload=name, reason=reason, peer=node)
+                if counters.epochs_acknowledged and node not in based:
                     based.add(node)
                     reason = f"{node} holds {progress.acknowledged}; what changes is sent from now on"
                     self._events.append(Event.BASE_FINISHED, workload=name, reason=reason, peer=node)

@@ -31,8 +31,8 @@ from common.container import (
 from common.control import Order, WorkloadMetrics, WorkloadReport
 from common.errors import OutliveError, ProtocolError, RestoreError, StaleTermError
 from common.events import Event, EventLog
-from common.messages import Hello
-from common.model import PAGE_BYTES, WorkloadSpec
+from common.messages import Hello, Nack
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from outlive.leading import Leading
 from replica.readiness import Readiness, ReadinessVerdict
 from replica.store import EpochStore
@@ -79,9 +79,13 @@ class WorkloadAgent:
         self._detail = ""
         self._restorable = False
         self._reasons: tuple[str, ...] = ("no epoch is stored here yet",)
+        self._refused: tuple[EpochId | None, str] = (None, "")
+        """Newest epoch here when a later one could not be stored, and why it could not."""
         self._leading: Leading | None = None
         self._leading_task: asyncio.Task[None] | None = None
         self._carrying: asyncio.Task[None] | None = None
+        self._told = False
+        """What runs here was started, restored or found, and that was told."""
         self.leader_run = ""
         """Incarnation that the leader greeted with last; empty: not known."""
         self.learned = False
@@ -130,6 +134,13 @@ class WorkloadAgent:
         self.spec = spec
         self.leader_run = hello.incarnation
 
+    def not_committed(self, nack: Nack) -> None:
+        """Show why this node's store takes no epochs, until it has taken one."""
+        if nack.code in ("no-space", "store"):
+            newest = self.store.newest
+            reason = f"epoch {nack.epoch} could not be stored here: {nack.reason}"
+            self._refused = (newest.id if newest is not None else None, reason)
+
     @property
     def follows(self) -> bool:
         """Whether this node is a replica of the workload, or was never told what else to be."""
@@ -168,6 +179,9 @@ class WorkloadAgent:
         pid = running_init_pid(self._config, name)
         run = incarnation(self._config, name)
         newest = self.store.newest
+        stored = newest.id if newest is not None else None
+        newest_when_refused, refusal = self._refused
+        refused = (refusal,) if refusal and newest_when_refused == stored else ()
         leading = self._leading
         return WorkloadReport(
             name=name,
@@ -178,10 +192,10 @@ class WorkloadAgent:
             incarnation=run.id if run is not None else "",
             restored=run.restored if run is not None else None,
             exit_code=exit_code(self._config, name),
-            stored=newest.id if newest is not None else None,
+            stored=stored,
             stored_wall_s=newest.frozen_wall_s if newest is not None else None,
             restorable=newest is not None and self._restorable,
-            reasons=self._reasons,
+            reasons=(*self._reasons, *refused),
             captured=leading.captured if leading is not None else None,
             capture_failures=leading.failures if leading is not None else 0,
             replicas=leading.progress() if leading is not None else (),
@@ -201,14 +215,19 @@ class WorkloadAgent:
         try:
             detail = await self._achieve(order)
         except OutliveError as error:
-            self._failed, self._detail = order.number, str(error)
+            self._fail(order, str(error))
             log.error("order.failed", workload=order.workload, order=order.number, error=str(error))
         except Exception as error:  # whatever it is, the keeper must hear that it was not done
-            self._failed, self._detail = order.number, f"a defect in Outlive, or its host: {error!r}"
+            self._fail(order, f"a defect in Outlive, or its host: {error!r}")
             log.exception("order.failed", workload=order.workload, order=order.number)
         else:
             self._done, self._detail = order.number, detail
             log.info("order.done", workload=order.workload, order=order.number, detail=detail)
+
+    def _fail(self, order: Order, reason: str) -> None:
+        self._failed, self._detail = order.number, reason
+        if order.action != "none":
+            self._events.append(Event.WORKLOAD_FAILED, workload=order.workload, reason=reason)
 
     async def _achieve(self, order: Order) -> str:
         """Bring about what the order says; return a sentence about it."""
@@ -229,6 +248,8 @@ class WorkloadAgent:
         interrupted = ours and run is not None and not run.came_up
         if pid is not None and not (interrupted and order.action == "start"):
             mark_up(self._config, name)
+            if not self._told:
+                self._tell_up(Event.WORKLOAD_FOUND, f"PID {pid}, led in term {order.term}")
             return f"{name} runs (PID {pid})"
         self._end_session(name, f"{self._config.node.name} leads {name} itself, in term {order.term}")
         if order.action == "none" or (ours and not interrupted):
@@ -238,7 +259,7 @@ class WorkloadAgent:
         if order.action == "restore":
             return await self._restore(order)
         pid = await start_workload(self._config, self.spec, order=order.number)
-        self._events.append(Event.WORKLOAD_STARTED, workload=name, reason=f"fresh, PID {pid}")
+        self._tell_up(Event.WORKLOAD_STARTED, f"fresh, PID {pid}")
         return f"{name} was started (PID {pid})"
 
     async def _restore(self, order: Order) -> str:
@@ -264,10 +285,14 @@ class WorkloadAgent:
             detail = f"epoch {record.id} was restored (PID {pid})"
             if failure is not None:
                 detail += f", an older one, because the newest could not be: {failure.message}"
-            self._events.append(Event.WORKLOAD_RESTORED, workload=self.spec.name, reason=detail)
+            self._tell_up(Event.WORKLOAD_RESTORED, detail)
             return detail
         assert failure is not None  # noqa: S101 - the loop ran at least once
         raise failure
+
+    def _tell_up(self, event: Event, reason: str) -> None:
+        self._told = True
+        self._events.append(event, workload=self.spec.name, reason=reason)
 
     def _look_after(self, order: Order) -> None:
         """See that the capture loop runs exactly while the workload runs here and this node leads."""

@@ -147,8 +147,11 @@ class Receiver:
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
         on_refused: Callable[[str, str], None] = lambda address, reason: None,
+        on_not_committed: Callable[[str, Nack], None] = lambda workload, nack: None,
     ) -> None:
         """`on_refused` is told of connections with a key that is no peer's.
+
+        `on_not_committed` is told of epochs that this node did not keep, with the workload and the answer.
 
         `restore_command` says how stock CRIU restores a workload; what the images need is added to it.
         """
@@ -162,6 +165,7 @@ class Receiver:
         self._restore_command = restore_command
         self._limits = limits
         self._on_refused = on_refused
+        self._on_not_committed = on_not_committed
         self._link_timing = link_timing
         self._clock = clock or SystemClock()
         self._sessions: dict[bytes, _Session] = {}
@@ -329,6 +333,7 @@ class Receiver:
             log.warning(
                 "receive.not_committed", workload=workload, epoch=str(outcome.epoch), reason=outcome.reason
             )
+            self._on_not_committed(workload, outcome)
             return outcome
         record = outcome.record
         restorable, reasons = await self._check(workload, record)

@@ -103,9 +103,11 @@ def status_answer(found: NodeStatus) -> StatusAnswer:
         unprotected=tuple(
             workload.name
             for workload in found.workloads
-            if workload.role != "none"
-            and not workload.stopped
-            and (workload.state in DOWN or not (workload.restorable and found.agent == "alive"))
+            if not workload.stopped
+            and (
+                workload.state in DOWN
+                or (workload.role != "none" and not (workload.restorable and found.agent == "alive"))
+            )
         ),
         warnings=found.warnings,
     )
@@ -179,6 +181,7 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     if _matters(workload) and not workload.restorable:
         lines += [f"{name}: not restorable: {reason}" for reason in workload.reasons or ("no epoch yet",)]
     else:  # what stands against single replicas is among the reasons otherwise
+        lines += [f"{name}: {reason}" for reason in workload.reasons]
         lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
     if workload.exit_code is not None:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")

@@ -254,6 +254,7 @@ def test_a_replica_that_is_not_ready_is_named_though_another_is(node: FakeNode, 
         (node_status(replace(LEADING, state="failed", running=False)), 16),
         (node_status(STOPPED), 0),
         (node_status(replace(WAITING, role="none", state="following", restorable=False)), 0),
+        (node_status(replace(WAITING, role="none", state="failed", restorable=False)), 16),
         (node_status(), 0),
     ],
     ids=[
@@ -265,6 +266,7 @@ def test_a_replica_that_is_not_ready_is_named_though_another_is(node: FakeNode, 
         "failed",
         "stopped",
         "not this node's",
+        "of an unknown term",
         "none",
     ],
 )
@@ -307,6 +309,15 @@ def test_nothing_is_said_against_the_standby_of_a_workload_that_was_stopped(
     node.answers[AskStatus] = node_status(STOPPED)
     node.run("status")
     assert "not restorable" not in capsys.readouterr().out
+
+
+def test_a_standby_says_why_it_takes_no_newer_epochs_though_it_could_restore(
+    node: FakeNode, capsys: Captured
+) -> None:
+    reason = "epoch t3-e1042 could not be stored here: the disk is full"
+    node.answers[AskStatus] = node_status(replace(WAITING, state="following", reasons=(reason,)))
+    assert node.run("status") == 0
+    assert f"redis: {reason}" in capsys.readouterr().out
 
 
 def test_silences_are_told_in_units_for_people(node: FakeNode, capsys: Captured) -> None:

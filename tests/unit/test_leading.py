@@ -84,7 +84,8 @@ class StreamInMemory:
 
     @property
     def counters(self) -> StreamCounters:
-        return StreamCounters(10, 100, len(self.acknowledged), (1.5,) * len(self.acknowledged))
+        sent_bytes = 10 if self.connected and self.offered else 0
+        return StreamCounters(sent_bytes, 100, len(self.acknowledged), (1.5,) * len(self.acknowledged))
 
     async def run(self) -> None:
         try:
@@ -292,6 +293,7 @@ async def test_it_is_told_when_a_replica_comes_goes_and_has_its_base(
     assert [each.event for each in told] == [
         Event.REPLICA_CONNECTED,
         Event.REPLICA_DISCONNECTED,
+        Event.BASE_STARTED,
         Event.BASE_FINISHED,
     ]
     assert all(each.fields == {"peer": "b"} and each.reason for each in told)

@@ -202,6 +202,7 @@ async def test_no_space_is_told_and_retried_until_there_is(pair: Pair) -> None:
     async with pair.receiving(), pair.streaming() as stream:
         one = offer(stream, captured(1, memory_of(600)))
         await until(lambda: "disk is full" in stream.problem)
+        assert [(workload, nack.code) for workload, nack in pair.not_committed[:1]] == [("redis", "no-space")]
         assert stream.progress.connected
         pair.store.fail_begin = None
         await acknowledged(stream, one)

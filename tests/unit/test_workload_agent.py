@@ -18,7 +18,7 @@ from common.container import Incarnation
 from common.control import Order
 from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermError, WorkloadError
 from common.events import Event, EventLog, read_events
-from common.messages import PROTOCOL, Hello
+from common.messages import PROTOCOL, Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from outlive import workload_agent
 from outlive.workload_agent import WorkloadAgent
@@ -350,6 +350,23 @@ async def test_an_order_without_an_action_starts_nothing(scene: Scene) -> None:
     assert scene.agent.report().order_done == 1
 
 
+async def test_a_restarted_agent_tells_once_that_it_found_the_workload_running(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "start"))
+    await scene.agent.close()
+    scene.restart_agent()
+    for number in (1, 2, 3):
+        await scene.obeyed(order(number, "lead", "none", term=number))
+    assert [name for name, _ in scene.events()] == [Event.WORKLOAD_STARTED, Event.WORKLOAD_FOUND]
+
+
+@pytest.mark.parametrize("action", ["start", "restore"])
+async def test_what_could_not_be_brought_up_is_an_event_with_its_reason(scene: Scene, action: str) -> None:
+    scene.containers.unstartable = "no such program"
+    await scene.obeyed(order(1, "lead", action))  # there is no epoch to restore either
+    assert [name for name, _ in scene.events()] == [Event.WORKLOAD_FAILED]
+    assert scene.events()[0][1] == scene.agent.report().order_detail
+
+
 async def test_a_start_that_fails_is_told_and_not_repeated(scene: Scene) -> None:
     scene.containers.unstartable = "runc cannot run redis: no such program"
     start = order(1, "lead", "start")
@@ -607,6 +624,29 @@ async def test_nothing_is_accepted_that_is_not_declared_for_both_nodes(scene: Sc
     with pytest.raises(ProtocolError):
         scene.agent.accept(hello(spec=elsewhere))
     assert scene.agent.report().spec == SPEC
+
+
+async def test_a_full_store_shows_on_its_own_node_until_it_takes_an_epoch_again(scene: Scene) -> None:
+    scene.store.held = [record(1)]
+    await scene.agent.judge(record(1))
+    refused = Nack(epoch=EpochId(1, 2), reason="the disk is full", code="no-space", retry_with_base=False)
+    scene.agent.not_committed(refused)
+    await scene.agent.judge(record(1))  # as it is asked again every few seconds
+    report = scene.agent.report()
+    assert report.restorable, "what is stored could be restored all the same"
+    assert report.reasons == ("epoch t1-e2 could not be stored here: the disk is full",)
+    scene.store.held.append(record(3))
+    await scene.agent.judge(record(3))
+    assert scene.agent.report().reasons == ()
+
+
+async def test_an_epoch_that_is_asked_for_whole_is_no_trouble(scene: Scene) -> None:
+    scene.store.held = [record(1)]
+    await scene.agent.judge(record(1))
+    scene.agent.not_committed(
+        Nack(epoch=EpochId(1, 2), reason="t1-e1 is not held", code="base", retry_with_base=True)
+    )
+    assert scene.agent.report().reasons == ()
 
 
 async def test_what_stands_against_a_restore_is_reported_and_told_once(scene: Scene) -> None:

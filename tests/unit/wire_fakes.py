@@ -19,7 +19,7 @@ from common.config import Node, NodeConfig, Peer
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
 from common.errors import CaptureError, StoreError
 from common.keys import KeyPair
-from common.messages import Hello
+from common.messages import Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.terms import TermGuard
 from common.transport import LinkTiming
@@ -209,6 +209,8 @@ class Pair:
     peers: tuple[Peer, ...] = ()
     readiness: Callable[[], tuple[bool, tuple[str, ...]]] = lambda: (True, ())
     hellos: list[Hello] = field(default_factory=list)
+    not_committed: list[tuple[str, Nack]] = field(default_factory=list)
+    """What the receiving node was told of epochs that it did not keep."""
 
     def config(self) -> NodeConfig:
         peers = (Peer(name="a", address="127.0.0.1", public_key=self.a.public), *self.peers)
@@ -233,6 +235,7 @@ class Pair:
             readiness=ready,
             limits=self.limits,
             link_timing=QUICK_LINK,
+            on_not_committed=lambda workload, nack: self.not_committed.append((workload, nack)),
         )
         task = asyncio.create_task(receiver.run())
         try:
