@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 
-from common.config_keys import unknown_key
 from common.errors import ConfigError
 from common.model import NAME_PATTERN, HealthCheck, WorkloadSpec
 
@@ -159,6 +158,8 @@ def parse_config(text: str, *, origin: str) -> NodeConfig:
     try:
         config = msgspec.convert(tables, NodeConfig)
     except msgspec.ValidationError as error:
+        from common.config_keys import unknown_key  # the keeper stays small while its file is good
+
         problem = unknown_key(tables, NodeConfig) or error
         raise ConfigError(f"{origin}: {problem}", hint="docs/reference/config.md lists every key") from error
     for problem in _problems(config):

@@ -158,12 +158,16 @@ def show_key(call: Call, path: Path | None) -> None:
 def doctor(context: click.Context, workload: str | None) -> None:
     """Say whether this machine, or a workload, can be protected, and what is missing.
 
-    Exits with 12 if a check failed; warnings do not count.
+    Without a file of this node, the machine alone is checked. Exits with 12 if a check failed; warnings do
+    not count.
     """
-    from outlive.doctor import run_doctor
+    from outlive.doctor import run_doctor, run_doctor_without_config
 
     call = context.ensure_object(Call)
-    report = asyncio.run(run_doctor(call.config(), workload))
+    if workload is None and not call.config_path.exists():
+        report = asyncio.run(run_doctor_without_config(call.config_path))
+    else:
+        report = asyncio.run(run_doctor(call.config(), workload))
     checks = report.checks
     answer = DoctorAnswer(fit=report.fit, checks=checks)
     rows = [(each.area, each.name, each.status, each.detail) for each in checks]

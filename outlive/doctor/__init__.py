@@ -1,25 +1,29 @@
 """`outlive doctor`: can this machine, and can this workload, be protected? Looks, changes nothing.
 
 In: the node's configuration, and a workload's name or none (then: every workload that runs here). Out: a
-`DoctorReport`. `node` looks at the machine, `workload` judges what a live process tree uses.
+`DoctorReport`. `node` looks at the machine, `named` at what the node's file names, `program` at what a
+workload needs to start, `workload` judges what a live process tree uses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
-from common.config import NodeConfig
+from common.config import DEFAULT_PATH, Node, NodeConfig
 from common.container import workload_pids
 from common.errors import ConfigError
 from common.inspection import inspect_tree
 from common.model import WorkloadSpec
 from common.terms_file import known_workloads
-from outlive.doctor.node import check_node
-from outlive.doctor.report import Check, DoctorReport
-from outlive.doctor.workload import judge_fencing, judge_tree
+from outlive.doctor.named import check_named
+from outlive.doctor.node import check_machine
+from outlive.doctor.program import check_program
+from outlive.doctor.report import Check, DoctorReport, node_check
+from outlive.doctor.workload import judge_fencing, judge_nodes, judge_tree
 
-__all__ = ["Check", "DoctorReport", "run_doctor"]
+__all__ = ["Check", "DoctorReport", "run_doctor", "run_doctor_without_config"]
 
 
 _LOOK_AGAIN_S, _LOOK_PAUSE_S = 2.0, 0.05
@@ -40,10 +44,26 @@ async def run_doctor(config: NodeConfig, workload: str | None) -> DoctorReport:
             f"no workload is called {workload!r}",
             hint=f"this node knows: {', '.join(known) or 'none'}",
         )
-    checks = await check_node(config)
+    checks = [*await check_machine(config), *await check_named(config)]
     for spec in chosen:
         checks += await _check_workload(config, spec)
+        checks += [*await asyncio.to_thread(check_program, config, spec), *judge_fencing(config, spec)]
+        checks += judge_nodes(config, spec)
     return DoctorReport(tuple(checks))
+
+
+async def run_doctor_without_config(missing: Path) -> DoctorReport:
+    """Check the machine alone, as a node with the default directories and programs would use it.
+
+    That there is no file at the usual place is worth a warning; one that was named must be there.
+    """
+    unread = node_check(
+        "config",
+        "warn" if missing == DEFAULT_PATH else "fail",
+        f"there is no file at {missing}, so no config was read: only the machine was checked, with defaults",
+        f"outlive config example > {missing}, then edit it; docs/reference/config.md explains every key",
+    )
+    return DoctorReport((unread, *await check_machine(NodeConfig(node=Node(name="", address="")))))
 
 
 async def _check_workload(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:
@@ -56,8 +76,7 @@ async def _check_workload(config: NodeConfig, spec: WorkloadSpec) -> list[Check]
                 "ok",
                 "it does not run on this node, so what it uses cannot be looked at here",
                 "run outlive doctor on the node that runs it",
-            ),
-            *judge_fencing(config, spec),
+            )
         ]
     looks: list[list[Check]] = []
     until_s = time.monotonic() + _LOOK_AGAIN_S
@@ -70,7 +89,7 @@ async def _check_workload(config: NodeConfig, spec: WorkloadSpec) -> list[Check]
             ]
         looks.append(judge_tree(spec, tree))
         await asyncio.sleep(_LOOK_PAUSE_S)
-    return [*min(looks, key=_failures), *judge_fencing(config, spec)]
+    return min(looks, key=_failures)
 
 
 def _failures(checks: list[Check]) -> int:

@@ -1,6 +1,6 @@
-"""Judges the machine: kernel, CRIU, privileges, programs, directories, key, memory, peers, our own processes.
+"""Judges the machine: kernel, CRIU, privileges, programs, directories, memory.
 
-In: the node's configuration. Out: checks of area `node`. Nothing is changed; peers are only connected to.
+In: the node's configuration, or one with the defaults only. Out: checks of area `node`. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,14 @@ from pathlib import Path
 
 import msgspec
 
-from common import keys
 from common.config import NodeConfig
 from common.container import workload_pids
-from common.control import AskStatus, NodeStatus
-from common.control_channel import ask
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import OutliveError
-from outlive.doctor.report import Check, Status
+from outlive.doctor.report import Check, node_check
 
 _OLDEST_CRIU = (4, 2, 0)
-_PEER_DEADLINE_S = 1.0
-_KEEPER_DEADLINE_S = 1.0
 _PROGRAM_DEADLINE_S = 5.0
 _LITTLE_MEMORY_MIB = 1024
 """Less available memory than this is worth a warning on any node."""
@@ -43,26 +38,20 @@ class _Trial(msgspec.Struct, frozen=True):
     date: str
 
 
-async def check_node(config: NodeConfig) -> list[Check]:
-    """Make all checks of this machine. Takes about a second; peers that are silent cost one more."""
+async def check_machine(config: NodeConfig) -> list[Check]:
+    """Make all checks of this machine. Takes about a second."""
     found = [_check_kernel(), _check_capabilities()]
     found += await _check_criu(config)
     found += [await _check_program(name, needed) for name, needed in _programs(config)]
     found += _check_directories(config)
-    found += [_check_memory(), _check_key(config)]
-    found += await asyncio.gather(*(_check_peer(p.name, p.address, p.agent_port) for p in config.peers))
-    found.append(await _check_keeper(config))
-    found.append(_node("clocks", "ok", "not measured: deadlines use each node's own monotonic clock"))
+    found.append(_check_memory())
+    found.append(node_check("clocks", "ok", "not measured: deadlines use each node's own monotonic clock"))
     return found
-
-
-def _node(name: str, status: Status, detail: str, hint: str = "") -> Check:
-    return Check("node", name, status, detail, hint)
 
 
 def _check_kernel() -> Check:
     release = os.uname().release
-    return _node("kernel", "ok", f"{os.uname().sysname} {release} on {os.uname().machine}")
+    return node_check("kernel", "ok", f"{os.uname().sysname} {release} on {os.uname().machine}")
 
 
 def _check_capabilities() -> Check:
@@ -71,8 +60,8 @@ def _check_capabilities() -> Check:
     effective = int(match[1], 16) if match else 0
     missing = [f"CAP_{name}" for name, number in _CAPABILITIES.items() if not effective >> number & 1]
     if missing:
-        return _node("capabilities", "fail", f"missing: {', '.join(missing)}", "run as root, unconfined")
-    return _node("capabilities", "ok", ", ".join(f"CAP_{name}" for name in _CAPABILITIES))
+        return node_check("capabilities", "fail", f"missing: {', '.join(missing)}", "run as root, unconfined")
+    return node_check("capabilities", "ok", ", ".join(f"CAP_{name}" for name in _CAPABILITIES))
 
 
 async def _check_criu(config: NodeConfig) -> list[Check]:
@@ -81,11 +70,11 @@ async def _check_criu(config: NodeConfig) -> list[Check]:
         criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
         version = await (await spawn(criu)).version()
     except OutliveError as error:
-        return [_node("criu", "fail", error.message, error.hint or "make setup")]
+        return [node_check("criu", "fail", error.message, error.hint or "make setup")]
     numbers = (version.major, version.minor, version.sublevel)
     old = numbers < _OLDEST_CRIU
     found = [
-        _node(
+        node_check(
             "criu",
             "warn" if old else "ok",
             f"{version} at {criu}",
@@ -94,19 +83,21 @@ async def _check_criu(config: NodeConfig) -> list[Check]:
     ]
     try:
         await (await spawn(criu)).check()
-        found.append(_node("criu check", "ok", "this kernel has what criu needs"))
+        found.append(node_check("criu check", "ok", "this kernel has what criu needs"))
     except OutliveError as error:
-        found.append(_node("criu check", "fail", error.message, "make setup finds a criu for this kernel"))
+        found.append(
+            node_check("criu check", "fail", error.message, "make setup finds a criu for this kernel")
+        )
     found.append(_check_trial(criu, str(version)))
     try:
         features = await (await spawn(criu)).features()
     except OutliveError as error:
-        found.append(_node("dirty memory", "warn", error.message))
+        found.append(node_check("dirty memory", "warn", error.message))
     else:
         soft_dirty = "yes" if features.mem_track else "no"
         lazy = "yes" if features.lazy_pages else "no"
         detail = f"stock backend in use; soft-dirty {soft_dirty}, userfaultfd for lazy restore {lazy}"
-        found.append(_node("dirty memory", "ok", detail))
+        found.append(node_check("dirty memory", "ok", detail))
     return found
 
 
@@ -117,11 +108,11 @@ def _check_trial(criu: Path, version: str) -> Check:
     try:
         trial = msgspec.json.decode(record.read_bytes(), type=_Trial)
     except (OSError, msgspec.DecodeError):
-        return _node("criu trial", "warn", f"no trial of {criu} is on record", retry)
+        return node_check("criu trial", "warn", f"no trial of {criu} is on record", retry)
     if trial.kernel != os.uname().release or trial.version != version:
         detail = f"the trial on record was CRIU {trial.version} on kernel {trial.kernel}"
-        return _node("criu trial", "warn", detail, retry)
-    return _node("criu trial", "ok", f"dump and restore passed on this kernel ({trial.date})")
+        return node_check("criu trial", "warn", detail, retry)
+    return node_check("criu trial", "ok", f"dump and restore passed on this kernel ({trial.date})")
 
 
 def _programs(config: NodeConfig) -> list[tuple[tuple[str, ...], bool]]:
@@ -140,7 +131,7 @@ async def _check_program(command: tuple[str, ...], needed: bool) -> Check:
     name = Path(command[0]).name
     path = shutil.which(command[0])
     if path is None:
-        return _node(
+        return node_check(
             name, "fail" if needed else "warn", "not installed", f"make setup, or apt-get install {name}"
         )
     try:
@@ -152,15 +143,15 @@ async def _check_program(command: tuple[str, ...], needed: bool) -> Check:
             stderr=asyncio.subprocess.STDOUT,
         )
     except OSError as error:
-        return _node(name, "fail", f"{path} cannot be run: {error.strerror}")
+        return node_check(name, "fail", f"{path} cannot be run: {error.strerror}")
     try:
         async with asyncio.timeout(_PROGRAM_DEADLINE_S):
             said, _ = await process.communicate()
     except TimeoutError:
         process.kill()
         await process.wait()
-        return _node(name, "fail", f"{path} did not answer within {_PROGRAM_DEADLINE_S:.0f} s")
-    return _node(name, "ok", f"{(said.decode(errors='replace').splitlines() or ['?'])[0]} ({path})")
+        return node_check(name, "fail", f"{path} did not answer within {_PROGRAM_DEADLINE_S:.0f} s")
+    return node_check(name, "ok", f"{(said.decode(errors='replace').splitlines() or ['?'])[0]} ({path})")
 
 
 def _check_directories(config: NodeConfig) -> Iterator[Check]:
@@ -172,35 +163,35 @@ def _check_directories(config: NodeConfig) -> Iterator[Check]:
         f"{images}: {free_bytes >> 20} of {total_bytes >> 20} MiB free, a capture needs {needed_bytes >> 20}"
     )
     if _filesystem(images) not in {"tmpfs", "ramfs"}:
-        yield _node(
+        yield node_check(
             "image_dir", "warn", f"{images} is not on a tmpfs: freezes last as long as its disk takes"
         )
     elif free_bytes < needed_bytes:
-        yield _node("image_dir", "fail", detail, "enlarge the tmpfs: mount -o remount,size=…")
+        yield node_check("image_dir", "fail", detail, "enlarge the tmpfs: mount -o remount,size=…")
     else:
-        yield _node("image_dir", "ok", detail)
+        yield node_check("image_dir", "ok", detail)
     kind = _filesystem(state)
     if kind in {"tmpfs", "ramfs"}:
         detail = f"{state} is on {kind}: terms and roles would be forgotten at a power loss"
-        yield _node("state_dir", "fail", detail, "point node.state_dir at a disk")
+        yield node_check("state_dir", "fail", detail, "point node.state_dir at a disk")
     else:
-        yield _node("state_dir", "ok", f"{state} on {kind}")
+        yield node_check("state_dir", "ok", f"{state} on {kind}")
     store = config.store_dir
     if _filesystem(store) in {"tmpfs", "ramfs"}:
-        yield _node(
+        yield node_check(
             "store", "warn", f"{store} is volatile: it survives crashes of processes, not of the machine"
         )
     else:
         free_bytes = shutil.disk_usage(_existing(store)).free
         low = free_bytes < config.store.min_free_bytes
         detail = f"{store}: {free_bytes >> 20} MiB free, {config.store.min_free_bytes >> 20} are kept free"
-        yield _node("store", "fail" if low else "ok", detail, "free space" if low else "")
+        yield node_check("store", "fail" if low else "ok", detail, "free space" if low else "")
     run = Path(config.node.run_dir)
     if run.exists() and run.stat().st_mode & 0o077:
         detail = f"{run} can be entered by others (mode {run.stat().st_mode & 0o777:04o})"
-        yield _node("run_dir", "fail", detail, f"chmod 0700 {run}")
+        yield node_check("run_dir", "fail", detail, f"chmod 0700 {run}")
     else:
-        yield _node("run_dir", "ok", f"{run}" if run.exists() else f"{run} is made at the first start")
+        yield node_check("run_dir", "ok", f"{run}" if run.exists() else f"{run} is made at the first start")
 
 
 def _check_memory() -> Check:
@@ -210,44 +201,7 @@ def _check_memory() -> Check:
     available_mib = int(match[1]) >> 10 if match else 0
     detail = f"{available_mib} MiB available; each stored workload is compared with it at every epoch"
     low = available_mib < _LITTLE_MEMORY_MIB
-    return _node("memory", "warn" if low else "ok", detail, "add memory" if low else "")
-
-
-def _check_key(config: NodeConfig) -> Check:
-    path = Path(config.node.key_file)
-    try:
-        keys.load(path)
-    except OutliveError as error:
-        return _node("key", "fail", error.message, error.hint)
-    return _node("key", "ok", f"{path} belongs to us and nobody else can read it")
-
-
-async def _check_peer(name: str, address: str, port: int) -> Check:
-    """Connect to the peer's agent by TCP. Whether it accepts our key only the agent finds out."""
-    where = f"{address} port {port}"
-    try:
-        async with asyncio.timeout(_PEER_DEADLINE_S):
-            _, writer = await asyncio.open_connection(address, port)
-        writer.close()
-    except (OSError, TimeoutError) as error:
-        silent = f"no answer within {_PEER_DEADLINE_S:g} s"
-        why = os.strerror(error.errno) if error.errno else silent
-        hint = "is its agent running, and does a firewall let us through?"
-        return _node(f"peer {name}", "warn", f"{where} cannot be reached: {why}", hint)
-    return _node(f"peer {name}", "ok", f"{where} answers")
-
-
-async def _check_keeper(config: NodeConfig) -> Check:
-    try:
-        answer = await ask(config.keeper_endpoint, AskStatus(), _KEEPER_DEADLINE_S)
-    except OutliveError as error:
-        return _node("keeper", "warn", error.message, "nothing is protected here until keeper and agent run")
-    if not isinstance(answer, NodeStatus):
-        return _node("keeper", "warn", f"it answered {type(answer).__name__}", "outlive status")
-    if answer.agent != "alive":
-        hint = "workloads run on unprotected: start the agent"
-        return _node("keeper", "warn", f"it runs, the agent is {answer.agent}", hint)
-    return _node("keeper", "ok", "keeper and agent run")
+    return node_check("memory", "warn" if low else "ok", detail, "add memory" if low else "")
 
 
 def _memory_of(config: NodeConfig, workload: str) -> int:

@@ -19,6 +19,11 @@ class Check(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
+def node_check(name: str, status: Status, detail: str, hint: str = "") -> Check:
+    """Return a finding about the node."""
+    return Check("node", name, status, detail, hint)
+
+
 class DoctorReport(msgspec.Struct, frozen=True):
     """All findings in the order in which they were made. Encodes to JSON as it is."""
 

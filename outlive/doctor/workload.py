@@ -68,6 +68,17 @@ def judge_fencing(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:
     return [Check(spec.name, "fencing", "ok" if covered else "warn", "; ".join(sentences), hint)]
 
 
+def judge_nodes(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:
+    """Warn of nodes of the workload that this node does not know: its declaration may be a peer's."""
+    unknown = [name for name in spec.nodes if name != config.node.name and config.peer(name) is None]
+    if not unknown:
+        return []
+    detail = (
+        f"{', '.join(unknown)}: no peer of {config.node.name} is called so, so nothing reaches it from here"
+    )
+    return [Check(spec.name, "nodes", "warn", detail, "add a [[peers]] block, or correct `nodes`")]
+
+
 def _judge_each_descriptor(spec: WorkloadSpec, tree: TreeUse) -> Iterable[Check]:
     def every(matches: Callable[[OpenDescriptor], bool]) -> str:
         return _list(

@@ -196,6 +196,16 @@ def test_events_are_shown_newest_last_and_by_workload(config_path: Path, capsys:
     assert event["workload"] == "web"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [((), "no events yet"), (("--workload", "redis"), "no events of redis yet")]
+)
+def test_a_node_without_events_says_so(
+    config_path: Path, capsys: Captured, words: tuple[str, ...], said: str
+) -> None:
+    assert run(["events", "--config", str(config_path), *words]) == 0
+    assert capsys.readouterr() == ("", f"{said}\n")
+
+
 def test_followed_events_come_as_one_object_a_line(config_path: Path) -> None:
     command = [sys.executable, "-m", "outlive.cli", "--config", str(config_path), "events", "--follow"]
     with subprocess.Popen([*command, "--output", "json"], stdout=subprocess.PIPE, text=True) as process:
@@ -274,3 +284,17 @@ def test_folding_a_short_chain_does_nothing_and_says_so(stored: Path, capsys: Ca
 def test_an_unknown_workload_is_a_store_error(stored: Path, capsys: Captured) -> None:
     assert run(["store", "verify", "nothing", "--config", str(stored)]) == 7
     assert "hint: stored: web" in capsys.readouterr().err
+
+
+def test_the_doctor_without_a_file_of_this_node_says_so_and_goes_by_what_it_finds(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    missing = tmp_path / "none.toml"
+    assert run(["doctor", "--config", str(missing), "--output", "json"]) == 12
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fit"] is False
+    first, *others = answer["checks"]
+    assert (first["name"], first["status"]) == ("config", "fail")
+    assert f"no file at {missing}, so no config was read" in first["detail"]
+    assert "kernel" in {check["name"] for check in others}
+    assert run(["doctor", "redis", "--config", str(missing)]) == 3

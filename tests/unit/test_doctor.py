@@ -9,12 +9,12 @@ import msgspec
 import pytest
 
 from common import keys
-from common.config import Fence, Node, NodeConfig, Peer
+from common.config import DEFAULT_PATH, Fence, Node, NodeConfig, Peer
 from common.errors import ConfigError
 from common.inspection import MappedFile, OpenDescriptor, ProcessUse, TreeUse
 from common.model import FilePath, WorkloadSpec
-from outlive.doctor import Check, DoctorReport, run_doctor
-from outlive.doctor.workload import judge_fencing, judge_tree
+from outlive.doctor import Check, DoctorReport, run_doctor, run_doctor_without_config
+from outlive.doctor.workload import judge_fencing, judge_nodes, judge_tree
 
 SPEC = WorkloadSpec(
     name="redis", nodes=("a",), command=("redis-server",), files=(FilePath(path="/srv/shared", shared=True),)
@@ -165,6 +165,17 @@ def test_what_no_fence_covers_is_worth_a_warning() -> None:
     assert check.status == "ok"
 
 
+def test_nodes_that_are_no_peers_are_worth_a_warning() -> None:
+    config = NodeConfig(
+        node=Node(name="a", address="::1"), peers=(Peer(name="b", address="::2", public_key="k" * 40),)
+    )
+    assert judge_nodes(config, msgspec.structs.replace(SPEC, nodes=("a", "b"))) == []
+    (check,) = judge_nodes(config, msgspec.structs.replace(SPEC, nodes=("a", "b", "c", "d")))
+    assert (check.status, check.area) == ("warn", "redis")
+    assert check.detail.startswith("c, d: ")
+    assert check.hint
+
+
 class TestNode:
     @pytest.fixture
     def config(self, tmp_path: Path) -> NodeConfig:
@@ -215,6 +226,89 @@ class TestNode:
             config = msgspec.structs.replace(config, peers=(peer,))
             assert (await self.status(config))["peer b"].status == "ok"
         assert (await self.status(config))["peer b"].status == "warn"
+
+    @pytest.mark.parametrize(
+        ("address", "status"),
+        [("127.0.0.1", "ok"), ("::1", "ok"), ("192.0.2.1", "warn"), ("2001:db8::1", "warn")],
+    )
+    async def test_the_address_is_one_of_this_machine(
+        self, config: NodeConfig, address: str, status: str
+    ) -> None:
+        node = msgspec.structs.replace(config.node, address=address)
+        check = (await self.status(msgspec.structs.replace(config, node=node)))["address"]
+        assert (check.status, bool(check.hint)) == (status, status == "warn")
+
+    @pytest.mark.parametrize(("interface", "status"), [("lo", "ok"), ("nosuch0", "warn"), ("", None)])
+    async def test_the_interface_is_one_of_this_machine(
+        self, config: NodeConfig, interface: str, status: str | None
+    ) -> None:
+        node = msgspec.structs.replace(config.node, vip_interface=interface)
+        check = (await self.status(msgspec.structs.replace(config, node=node))).get("vip_interface")
+        assert (check.status if check else None) == status
+
+    async def test_every_fence_is_there_and_executable_and_none_is_run(
+        self, config: NodeConfig, tmp_path: Path
+    ) -> None:
+        good, plain, mark = tmp_path / "good", tmp_path / "plain", tmp_path / "mark"
+        for path in (good, plain):
+            path.write_text(f"#!/bin/sh\ntouch {mark}\n")
+        good.chmod(0o755)
+        programs = {
+            "good": good,
+            "plain": plain,
+            "gone": tmp_path / "gone",
+            "bare": "no-such-fence",
+            "sh": "sh",
+        }
+        fences = tuple(
+            Fence(node="b", name=name, command=(str(program), "off")) for name, program in programs.items()
+        )
+        found = await self.status(msgspec.structs.replace(config, fences=fences))
+        checks = {name: found[f"fence {name} of b"] for name in programs}
+        assert {name: check.status for name, check in checks.items()} == {
+            **{"good": "ok", "sh": "ok", "plain": "fail", "gone": "fail", "bare": "fail"}
+        }
+        assert "not an executable file" in checks["plain"].detail
+        assert "does not exist" in checks["gone"].detail
+        assert "not in PATH" in checks["bare"].detail
+        assert all(check.hint for check in checks.values() if check.status == "fail")
+        assert not mark.exists()
+
+    async def test_a_program_that_is_not_in_the_root_fails_before_a_start_does(
+        self, config: NodeConfig, tmp_path: Path
+    ) -> None:
+        root, program = tmp_path / "root", tmp_path / "root/opt/run"
+        program.parent.mkdir(parents=True)
+        (root / "bin").symlink_to("/opt")  # seen from inside it leads to the root's own /opt
+        spec = WorkloadSpec(name="w", nodes=("a",), command=("run",), root=str(root))
+
+        async def check(changed: WorkloadSpec) -> str:
+            report = await run_doctor(msgspec.structs.replace(config, workloads=(changed,)), "w")
+            found = [each.status for each in report.checks if (each.area, each.name) == ("w", "program")]
+            return " ".join(found)
+
+        assert await check(spec) == "fail"
+        program.touch(mode=0o644)
+        assert await check(spec) == "fail"
+        program.chmod(0o755)
+        assert await check(spec) == "ok"
+        assert await check(msgspec.structs.replace(spec, command=("/opt/run",))) == "ok"
+        assert (
+            await check(msgspec.structs.replace(spec, command=("./run",), working_directory="/opt")) == "ok"
+        )
+        assert await check(msgspec.structs.replace(spec, command=("/opt",))) == "fail"
+        assert await check(msgspec.structs.replace(spec, environment={"PATH": "/usr/bin"})) == "fail"
+        assert await check(msgspec.structs.replace(spec, root=str(tmp_path / "gone"))) == "fail"
+        assert await check(msgspec.structs.replace(spec, nodes=("b",))) == ""
+
+    async def test_without_a_file_the_machine_is_checked_all_the_same(self, tmp_path: Path) -> None:
+        report = await run_doctor_without_config(tmp_path / "node.toml")
+        named = {check.name: check for check in report.checks}
+        assert named["config"].status == "fail"
+        assert {"kernel", "capabilities", "criu", "image_dir", "memory"} <= named.keys()
+        assert {"key", "address", "keeper"}.isdisjoint(named)
+        usual = (await run_doctor_without_config(DEFAULT_PATH)).checks[0]
+        assert (usual.name, usual.status, bool(usual.hint)) == ("config", "warn", True)
 
     async def test_no_keeper_is_worth_a_warning(self, config: NodeConfig) -> None:
         assert (await self.status(config))["keeper"].status == "warn"

@@ -1,0 +1,122 @@
+"""Judges what the node's file names: key, address, interface, fences, peers, our own processes.
+
+In: the node's configuration. Out: checks of area `node`. Nothing is changed: peers are only connected to, and
+no fence is run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from common import keys
+from common.config import Fence, NodeConfig
+from common.control import AskStatus, NodeStatus
+from common.control_channel import ask
+from common.errors import OutliveError
+from outlive.doctor.report import Check, node_check
+
+_PEER_DEADLINE_S = 1.0
+_KEEPER_DEADLINE_S = 1.0
+
+
+async def check_named(config: NodeConfig) -> list[Check]:
+    """Check each thing that the file names. Peers that are silent cost a second."""
+    found = [_check_key(config), _check_address(config.node.address)]
+    if config.node.vip_interface:
+        found.append(_check_interface(config.node.vip_interface))
+    found += [_check_fence(fence) for fence in config.fences]
+    found += await asyncio.gather(*(_check_peer(p.name, p.address, p.agent_port) for p in config.peers))
+    found.append(await _check_keeper(config))
+    return found
+
+
+def _check_address(address: str) -> Check:
+    """Find out by binding a socket to it, as agent and keeper will."""
+    family, kind, _, _, where = socket.getaddrinfo(
+        address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )[0]
+    try:
+        with socket.socket(family, kind) as probe:
+            probe.bind(where)
+    except OSError as error:
+        return node_check(
+            "address",
+            "warn",
+            f"{address} is no address of this machine, so agent and keeper cannot listen: {error.strerror}",
+            "write one that `ip address` shows as node.address, or add it to an interface",
+        )
+    return node_check("address", "ok", f"{address} is an address of this machine")
+
+
+def _check_interface(name: str) -> Check:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return node_check(
+            "vip_interface",
+            "warn",
+            f"this machine has no interface {name}, so no virtual address can be added here",
+            "write one that `ip link` shows as node.vip_interface",
+        )
+    return node_check("vip_interface", "ok", f"{name} is an interface of this machine")
+
+
+def _check_fence(fence: Fence) -> Check:
+    """Look for the program as the keeper will; it is not run, for it would turn the node off."""
+    program = fence.command[0]
+    name = f"fence {fence.name or Path(program).name} of {fence.node}"
+    found = shutil.which(program)
+    if found is not None:
+        return node_check(name, "ok", f"{found} is there; whether it works, only a trial tells")
+    if "/" not in program:
+        why, hint = "is not installed, or not in PATH", "install it, or name its absolute path"
+    elif not Path(program).exists():
+        why, hint = "does not exist", "install it, or correct the path"
+    else:
+        why, hint = "is not an executable file", f"chmod +x {program}, or correct the path"
+    return node_check(
+        name, "fail", f"{program} {why}, so it can never confirm that {fence.node} is off", hint
+    )
+
+
+def _check_key(config: NodeConfig) -> Check:
+    path = Path(config.node.key_file)
+    try:
+        keys.load(path)
+    except OutliveError as error:
+        return node_check("key", "fail", error.message, error.hint)
+    return node_check("key", "ok", f"{path} belongs to us and nobody else can read it")
+
+
+async def _check_peer(name: str, address: str, port: int) -> Check:
+    """Connect to the peer's agent by TCP. Whether it accepts our key only the agent finds out."""
+    where = f"{address} port {port}"
+    try:
+        async with asyncio.timeout(_PEER_DEADLINE_S):
+            _, writer = await asyncio.open_connection(address, port)
+        writer.close()
+    except (OSError, TimeoutError) as error:
+        silent = f"no answer within {_PEER_DEADLINE_S:g} s"
+        why = os.strerror(error.errno) if error.errno else silent
+        hint = "is its agent running, and does a firewall let us through?"
+        return node_check(f"peer {name}", "warn", f"{where} cannot be reached: {why}", hint)
+    return node_check(f"peer {name}", "ok", f"{where} answers")
+
+
+async def _check_keeper(config: NodeConfig) -> Check:
+    try:
+        answer = await ask(config.keeper_endpoint, AskStatus(), _KEEPER_DEADLINE_S)
+    except OutliveError as error:
+        return node_check(
+            "keeper", "warn", error.message, "nothing is protected here until keeper and agent run"
+        )
+    if not isinstance(answer, NodeStatus):
+        return node_check("keeper", "warn", f"it answered {type(answer).__name__}", "outlive status")
+    if answer.agent != "alive":
+        hint = "workloads run on unprotected: start the agent"
+        return node_check("keeper", "warn", f"it runs, the agent is {answer.agent}", hint)
+    return node_check("keeper", "ok", "keeper and agent run")
