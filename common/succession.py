@@ -207,14 +207,16 @@ def unvouched(role: Role, vouched: str, now: Instant) -> Refused | None:
 
 
 def how_to_replace(role: Role, rival: str, now: Instant) -> str:
-    """Return what an operator can do so that this node may lead instead of `rival`.
+    """Return what an operator can do so that this node may lead instead of `rival`."""
+    return replacement_hint(role.spec.name, rival, heard=not is_silent(role, rival, now))
 
-    Nobody is asked to vouch for a node that is heard.
-    """
-    if is_silent(role, rival, now):
+
+def replacement_hint(name: str, rival: str, *, heard: bool) -> str:
+    """Return the hint; nobody is asked to vouch for a node that is heard."""
+    if not heard:
         return f"make sure that {rival} is off, then: --old-primary-is-off {rival}"
     return (
-        f"to end it: outlive stop {role.spec.name} on {rival}; "
+        f"to end it: outlive stop {name} on {rival}; "
         f"to move it here: a fence that turns {rival} off, or power {rival} off yourself first"
     )
 

@@ -9,6 +9,7 @@ from common.errors import WorkloadError
 from common.events import EventRecord, event_file, follow_events, read_events
 from outlive.cli.call import Call, Verb, examples
 from outlive.cli.output import Answer, Rows, wall_time
+from outlive.cli.status import ask_status
 
 
 class EventsAnswer(Answer, frozen=True, kw_only=True):
@@ -24,9 +25,9 @@ class EventAnswer(Answer, frozen=True, kw_only=True):
 
 
 class HistoryAnswer(Answer, frozen=True, kw_only=True):
-    """The kept terms of a workload, oldest first."""
+    """The kept terms of a workload, or of all that this node knows, each oldest first."""
 
-    workload: str
+    workload: str | None
     terms: tuple[TermHistory, ...]
 
 
@@ -51,6 +52,8 @@ def events(call: Call, follow: bool, workload: str | None, last: int) -> None:
     path = event_file(call.config())
     if not (follow and call.json):
         kept = tuple(e for e in read_events(path) if workload in (None, e.workload))[-last:]
+        if not kept:
+            call.talk("no events yet" if workload is None else f"no events of {workload} yet")
         call.show(EventsAnswer(events=kept), *(_event_line(event) for event in kept))
     if not follow:
         return
@@ -61,14 +64,27 @@ def events(call: Call, follow: bool, workload: str | None, last: int) -> None:
 
 @click.command(
     cls=Verb,
-    epilog=examples("outlive history redis", "outlive history redis --output json | jq '.terms[-1]'"),
+    epilog=examples(
+        "outlive history",
+        "outlive history redis",
+        "outlive history redis --output json | jq '.terms[-1]'",
+    ),
 )
-@click.argument("workload")
+@click.argument("workload", required=False)
 @click.pass_obj
-def history(call: Call, workload: str) -> None:
-    """Show the terms of a workload: who led, why each began, and how long every step took."""
-    terms = ask_history(call, workload)
-    if not terms:
+def history(call: Call, workload: str | None) -> None:
+    """Show the terms of a workload: who led, why each began, and how long every step took.
+
+    Without a name: those of all workloads that this node knows.
+    """
+    if workload is None:
+        names = [each.name for each in ask_status(call, call.config()).workloads]
+    else:
+        names = [workload]
+    terms = tuple(term for name in names for term in ask_history(call, name))
+    if workload is None and not terms:
+        call.talk("no terms yet")
+    elif not terms:
         raise WorkloadError(f"no term of a workload {workload!r} is known here", hint="outlive status")
     call.show(HistoryAnswer(workload=workload, terms=terms), *_history_view(terms))
 
@@ -90,7 +106,8 @@ def _history_view(terms: tuple[TermHistory, ...]) -> list[Rows | str]:
     view: list[Rows | str] = []
     for term in terms:
         restored = f", restored {term.restored}" if term.restored else ""
-        view.append(f"term {term.term}: {term.leader} led from {wall_time(term.began_wall_s)}{restored}")
+        began = wall_time(term.began_wall_s)
+        view.append(f"{term.workload}, term {term.term}: {term.leader} led from {began}{restored}")
         view.append(f"  {term.cause}")
         if term.timeline:
             rows = [(f"{step.at_ms:.1f}", step.event, step.reason) for step in term.timeline]

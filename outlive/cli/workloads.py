@@ -7,6 +7,7 @@ machine has come to rest. Declarations go into the node's file first; the keeper
 from __future__ import annotations
 
 import shlex
+import time
 
 import click
 
@@ -17,7 +18,7 @@ from common.errors import ConfigError, UnreachableError, WorkloadError
 from common.model import FilePath, HealthCheck, WorkloadSpec
 from common.terms_file import known_workloads
 from outlive.cli.call import Call, Verb, examples, shown_command
-from outlive.cli.follow import Outcome, follow_role, newest_term
+from outlive.cli.follow import Outcome, find_workload, follow_role
 from outlive.cli.output import Answer, Rows
 from outlive.cli.status import ask_status
 from outlive.declare import declare_workload, withdraw_workload
@@ -152,7 +153,10 @@ def unprotect(call: Call, name: str) -> None:
 )
 @click.pass_obj
 def start(call: Call, name: str, peers_are_off: tuple[str, ...]) -> None:
-    """Start a workload here, afresh. Refused where it may run elsewhere (exit code 10)."""
+    """Start a workload here, afresh. Refused where it may run elsewhere (exit code 10).
+
+    If it runs here already, that is said and nothing is changed (exit code 0).
+    """
     config = call.config()
     spec = known_workloads(config).get(name)
     if spec is None:
@@ -170,9 +174,14 @@ def start(call: Call, name: str, peers_are_off: tuple[str, ...]) -> None:
 def stop(call: Call, name: str, timeout_s: float) -> None:
     """End a workload and keep it ended: nobody takes it over. Start it again with `outlive start`."""
     config = call.config()
+    asked_wall_s = time.time()
+    before = find_workload(call, config, name)
     done = call.ask(config.keeper_endpoint, StopWorkload(workload=name), Done)
-    outcome = follow_role(call, config, name, goal="stopped", since_term=0, timeout_s=timeout_s)
-    _show(call, name, done.detail, outcome)
+    outcome = follow_role(
+        *(call, config, name), goal="stopped", since_term=0, asked_wall_s=asked_wall_s, timeout_s=timeout_s
+    )
+    already = before is not None and before.state == "stopped" and not before.running
+    _show(call, name, done.detail, outcome, already="is stopped" if already else "")
 
 
 @click.command(
@@ -200,18 +209,26 @@ def failover(
     The old primary is fenced first; if that is not confirmed, nothing happens (exit code 10).
     """
     config = call.config()
-    before = newest_term(call, config, name)
+    asked_wall_s = time.time()
+    before = find_workload(call, config, name)
     request = Failover(
         workload=name, accept_data_loss=accept_data_loss, old_primary_is_off=old_primary_is_off
     )
     done = call.ask(config.keeper_endpoint, request, Done)
-    outcome = follow_role(call, config, name, goal="leading", since_term=before + 1, timeout_s=timeout_s)
+    outcome = follow_role(
+        *(call, config, name),
+        goal="leading",
+        since_term=before.term + 1 if before is not None else 1,
+        asked_wall_s=asked_wall_s,
+        timeout_s=timeout_s,
+    )
     _show(call, name, done.detail, outcome)
 
 
 def _start(call: Call, config: NodeConfig, spec: WorkloadSpec, peers_are_off: tuple[str, ...] = ()) -> None:
+    asked_wall_s = time.time()
     try:
-        before = newest_term(call, config, spec.name)
+        before = find_workload(call, config, spec.name)
         request = StartWorkload(spec=spec, peers_are_off=peers_are_off)
         done = call.ask(config.keeper_endpoint, request, Done)
     except UnreachableError as error:
@@ -219,8 +236,15 @@ def _start(call: Call, config: NodeConfig, spec: WorkloadSpec, peers_are_off: tu
             f"{spec.name} is declared, but not started: {error.message}",
             hint=f"start the keeper and the agent, then: outlive start {spec.name}",
         ) from error
-    outcome = follow_role(call, config, spec.name, goal="leading", since_term=before, timeout_s=60.0)
-    _show(call, spec.name, done.detail, outcome)
+    outcome = follow_role(
+        *(call, config, spec.name),
+        goal="leading",
+        since_term=before.term if before is not None else 0,
+        asked_wall_s=asked_wall_s,
+        timeout_s=60.0,
+    )
+    already = before is not None and before.state == "leading" and before.running
+    _show(call, spec.name, done.detail, outcome, already="runs here" if already else "")
 
 
 def _declared(call: Call, config: NodeConfig, name: str) -> WorkloadSpec:
@@ -233,11 +257,12 @@ def _declared(call: Call, config: NodeConfig, name: str) -> WorkloadSpec:
     return found
 
 
-def _show(call: Call, name: str, detail: str, outcome: Outcome) -> None:
+def _show(call: Call, name: str, detail: str, outcome: Outcome, *, already: str = "") -> None:
     answer = WorkloadAnswer(workload=name, detail=detail, outcome=outcome)
     row = (name, outcome.role, outcome.state, str(outcome.term), f"{outcome.took_s:.1f} s", outcome.reason)
     columns = ("WORKLOAD", "ROLE", "STATE", "TERM", "TOOK", "REASON")
-    call.show(answer, Rows(columns, [row], frozenset({"TERM", "TOOK"})))
+    rows = Rows(columns, [row], frozenset({"TERM", "TOOK"}))
+    call.show(answer, *((f"{name} {already} already: nothing was changed", "") if already else ()), rows)
 
 
 def _pair(text: str) -> tuple[str, str]:

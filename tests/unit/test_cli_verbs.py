@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -372,7 +373,10 @@ def test_failover_is_followed_until_it_leads(node: FakeNode, capsys: Captured) -
         node_status(taking_over),
         node_status(replace(taking_over, state="leading", running=True)),
     )
-    node.answers[AskHistory] = History(terms=(TERM,))
+    began_s = time.time()
+    old = TimelineEntry(at_ms=0.0, wall_s=began_s - 60.0, event="suspected", reason="b is silent")
+    new = tuple(replace(entry, wall_s=began_s + 60.0) for entry in TERM.timeline)
+    node.answers[AskHistory] = History(terms=(replace(TERM, timeline=(old, *new)),))
     node.answers[Failover] = Done(detail="taking over")
     words = ("failover", "redis", "--accept-data-loss", "--old-primary-is-off", "b")
     assert node.run(*words, "--output", "json") == 0
@@ -383,6 +387,7 @@ def test_failover_is_followed_until_it_leads(node: FakeNode, capsys: Captured) -
     assert (answer["outcome"]["state"], answer["outcome"]["term"]) == ("leading", 4)
     assert [step["event"] for step in answer["outcome"]["timeline"]] == ["fence", "announce"]
     assert told.err.count("b is off, an operator says") == 1  # each step is told once
+    assert "b is silent" not in told.err  # that was before it was asked for
 
 
 def test_a_term_that_led_before_is_not_taken_for_the_failover(node: FakeNode) -> None:
@@ -405,7 +410,27 @@ def test_a_failover_that_comes_to_rest_waiting_had_no_right(node: FakeNode, caps
     node.answers[AskStatus] = in_turn(node_status(WAITING), node_status(acquiring), node_status(WAITING))
     node.answers[Failover] = Done()
     assert node.run("failover", "redis", "--accept-data-loss") == 10
-    assert "redis is waiting, not leading" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "redis is waiting, not leading" in told
+    assert "hint: to end it: outlive stop redis on b; to move it here: a fence" in told  # b is heard
+    assert "--old-primary-is-off" not in told
+
+
+@pytest.mark.parametrize(
+    ("leader", "hint"),
+    [
+        ("b", "make sure that b is off, then: --old-primary-is-off b"),
+        ("", "outlive status on the other nodes"),
+    ],
+)
+def test_the_hint_after_a_failover_without_right_is_about_the_leader(
+    node: FakeNode, capsys: Captured, leader: str, hint: str
+) -> None:
+    silent_peer = PeerStatus(node="b", keeper_silence_ms=60_000, agent_silence_ms=None)
+    node.answers[AskStatus] = node_status(replace(WAITING, leader=leader), peers=(silent_peer,))
+    node.answers[Failover] = Done()
+    assert node.run("failover", "redis", "--accept-data-loss") == 10
+    assert f"hint: {hint}\n" in capsys.readouterr().err
 
 
 def test_a_failover_whose_restore_fails_says_so(node: FakeNode) -> None:
@@ -430,6 +455,23 @@ def test_start_hands_the_declaration_to_the_keeper(node: FakeNode) -> None:
     node.answers[StartWorkload] = Done()
     assert node.run("start", "redis") == 0
     assert node.asked == [StartWorkload(spec=node.config.workloads[0])]
+
+
+def test_start_of_what_runs_here_says_so_and_tells_no_old_steps(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(LEADING)
+    node.answers[AskHistory] = History(terms=(replace(TERM, term=3),))
+    node.answers[StartWorkload] = Done(detail="it is led here already: protected by b")
+    assert node.run("start", "redis") == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] == "redis runs here already: nothing was changed"
+    assert told.err == ""
+
+
+def test_stop_of_what_is_stopped_says_so(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(STOPPED)
+    node.answers[StopWorkload] = Done()
+    assert node.run("stop", "redis") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "redis is stopped already: nothing was changed"
 
 
 def test_start_of_what_is_not_declared_is_an_error_with_the_next_command(
@@ -502,6 +544,26 @@ def test_history_shows_each_term_with_its_steps(node: FakeNode, capsys: Captured
     terms = read_json(capsys)["terms"]
     assert [term["term"] for term in terms] == [3, 4]
     assert terms[1]["restored"] == {"term": 3, "epoch": 1041}
+
+
+def test_history_without_a_name_is_that_of_all(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(LEADING, replace(LEADING, name="web"))
+    web = replace(TERM, workload="web")
+    node.answers[AskHistory] = in_turn(History(terms=(TERM,)), History(terms=(web,)))
+    assert node.run("history") == 0
+    shown = capsys.readouterr().out
+    assert "redis, term 4: a led" in shown
+    assert "web, term 4: a led" in shown
+    assert node.run("history", "--output", "json") == 0
+    assert read_json(capsys)["workload"] is None
+
+
+def test_history_of_a_node_without_workloads_says_that_there_is_none(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[AskStatus] = node_status()
+    assert node.run("history") == 0
+    assert capsys.readouterr() == ("", "no terms yet\n")
 
 
 def test_history_of_the_unknown_is_an_error(node: FakeNode) -> None:
