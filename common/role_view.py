@@ -55,7 +55,9 @@ def _judged(role: Role, replica: ReplicaProgress) -> ReplicaProgress:
 def _restorable(
     role: Role, replicas: tuple[ReplicaProgress, ...], now: Instant
 ) -> tuple[bool, tuple[str, ...]]:
-    """Primary: could another node restore it. Replica: could this one."""
+    """Primary: could another node restore it. Replica: could this one. What was stopped here needs nobody."""
+    if role.record.mark == "stopped" and role.record.leader in ("", role.me):
+        return False, ()
     silent = () if agent_alive(role, now) else ("this node's agent is silent",)
     if role.record.leader == role.me or role.report is None:
         if any(ready(role, replica) for replica in replicas) and not silent:

@@ -77,6 +77,11 @@ def test_nothing_is_at_risk_of_what_was_stopped(me: str) -> None:
     assert status.data_at_risk_s is None
 
 
+def test_nobody_is_missed_as_a_standby_of_what_was_stopped_or_never_started() -> None:
+    assert seen(role_of("a", "stopped")).reasons == ()
+    assert seen(role_of("a", "stopped", leader="")).reasons == ()
+
+
 def test_the_data_at_risk_of_a_leader_that_is_gone_grows() -> None:
     role = role_of("b")
     role, _ = step(role, Heard(node="a", origin="keeper", term=2, claim="leading"), NOW)
