@@ -1,8 +1,8 @@
 """The demonstration: a real workload on host A, A's power goes, the workload lives on at B.
 
-In: what to run and how long. Out: a `DemoReport`, the one object that `outlive demo --output json` prints
-(`docs/reference/benchmarks.md` has its fields). Everything is real: agents, keepers, CRIU, runc, redis,
-sockets; only the hosts are network namespaces, and the power switch cuts the link before it kills.
+In: what to run and how long. Out: a `DemoReport`, and on a `Screen` how it goes. Everything is real: agents,
+keepers, CRIU, runc, redis, sockets; only the hosts are network namespaces, and the power switch cuts the link
+before it kills.
 """
 
 from __future__ import annotations
@@ -12,23 +12,32 @@ import json
 import random
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
-from common.control import AgentMetrics, TermHistory, TimelineEntry, WorkloadMetrics
+from common.control import AgentMetrics, TermHistory, WorkloadMetrics, WorkloadStatus
 from common.errors import LabError
 from common.model import EpochId, HealthCheck, WorkloadSpec
+from outlive import demo_witness
 from outlive.cluster import Node, build_cluster, eventually, start_all
+from outlive.demo_report import (
+    SCHEMA_VERSION,
+    ByteSummary,
+    DemoReport,
+    EpochName,
+    FreezeSummary,
+    IntervalSummary,
+    WriteSummary,
+)
+from outlive.demo_witness import Sighting
 from outlive.lab import Host, Lab
 from outlive.probe import Acknowledged, read_log
-from replica.store_reader import StoreReader
+from replica.store_reader import EpochRecord, StoreReader
 
-SCHEMA_VERSION = 1
 WORKLOAD = "demo"
 REDIS_PORT = 6379
 _REDIS = (
@@ -36,6 +45,7 @@ _REDIS = (
     *("--save", "", "--appendonly", "no"),
 )
 _WRITES_PER_S = 200.0
+_SHOWN_CHARACTERS = 60
 _GO_ON_S = 2.0
 """How long the client must be served by the new host before the demonstration ends."""
 
@@ -52,68 +62,8 @@ class DemoOptions:
     keep: bool = False
 
 
-class IntervalSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """Time between the freezes of committed epochs."""
-
-    configured: float
-    p50: float
-    max: float
-
-
-class FreezeSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """How long the workload stood still for an epoch."""
-
-    p50: float
-    p99: float
-    max: float
-
-
-class WriteSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the writes that were acknowledged to the client before the power went."""
-
-    acknowledged: int
-    present: int
-    lost: int
-    lost_window_ms: float
-    """From the restored epoch's freeze to the last acknowledged write that is gone; 0 if none is."""
-
-
-class ByteSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What went over the wire, against the same epochs sent whole."""
-
-    sent: int
-    full_equivalent: int
-
-
-class DemoReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened, in numbers."""
-
-    schema_version: int
-    workload: tuple[str, ...]
-    rss_bytes: int
-    epochs_committed: int
-    epoch_interval_ms: IntervalSummary
-    freeze_ms: FreezeSummary
-    restored: EpochName | None
-    survived: bool
-    reason: str
-    """Why it survived or not, in a sentence."""
-    writes: WriteSummary | None
-    """None for a workload of the user's own: no client knows what it should answer."""
-    outage_ms: float | None
-    timeline: tuple[TimelineEntry, ...]
-    bytes: ByteSummary
-
-
-class EpochName(msgspec.Struct, frozen=True):
-    """An epoch, spelled out for readers of JSON."""
-
-    term: int
-    epoch: int
-
-
 class Screen(Protocol):
-    """Where the demonstration says what it does; silent in JSON mode."""
+    """Where the demonstration says what it does."""
 
     def step(self, text: str) -> None:
         """Begin a step; the one before it is done."""
@@ -203,9 +153,22 @@ class _Demo:
     async def _start(self) -> None:
         self._screen.step("Starting a keeper and an agent on A and on B")
         await start_all({"a": self._first, "b": self._second})
-        self._screen.step(f"Starting the workload on A: {' '.join(self._spec.command[:3])} …")
-        await self._first.cli("start", WORKLOAD)
-        await self._first.wait_for(WORKLOAD, lambda w: w.state == "leading" and w.running, what="running")
+        self._screen.step(f"Starting the workload on A: {_shown(self._spec.command)}")
+        begun = await self._first.cli("start", WORKLOAD, check=False)
+        status = await self._first.workload(WORKLOAD)
+        if begun.returncode and (status is None or status.exit_code is None):
+            reason = status.reason if status is not None else begun.stderr.strip()
+            raise demo_witness.never_ran(self._first, WORKLOAD, reason)
+        status = await self._first.wait_for(
+            WORKLOAD,
+            lambda w: (w.state == "leading" and w.running) or demo_witness.has_ended(w),
+            what="running",
+        )
+        self._refuse_if_ended(status)
+
+    def _refuse_if_ended(self, status: WorkloadStatus | None) -> None:
+        if status is not None and demo_witness.has_ended(status):
+            raise demo_witness.ended_early(self._first, WORKLOAD)
 
     async def _client_begins(self) -> asyncio.subprocess.Process:
         await eventually(self._serves, what="redis answers through the service address")
@@ -225,6 +188,7 @@ class _Demo:
         limit_s = 60.0 + 5 * wanted * self._options.interval_ms / 1000
         while True:
             measured = _of_workload(await self._first.metrics())
+            self._refuse_if_ended(await self._first.workload(WORKLOAD))
             status = await self._second.workload(WORKLOAD)
             ready = status is not None and status.restorable
             if measured is not None:
@@ -240,7 +204,11 @@ class _Demo:
                     await asyncio.sleep(random.uniform(0, self._options.interval_ms / 1000))  # noqa: S311
                     return _of_workload(await self._first.metrics()) or measured
             if time.monotonic() - started_s > limit_s:
-                raise LabError(f"the standby was not ready within {limit_s:.0f} s: {status}")
+                why = "; ".join(status.reasons) if status is not None else ""
+                raise LabError(
+                    f"the standby was not ready within {limit_s:.0f} s: {why or 'too few epochs arrived'}",
+                    hint="what a standby needs: docs/concepts/restorable.md",
+                )
             await asyncio.sleep(0.1)
 
     async def _power_goes(self) -> float:
@@ -252,7 +220,10 @@ class _Demo:
     async def _takeover(self) -> TermHistory:
         self._screen.step("B notices, makes sure that A is off, and takes over")
         await self._second.wait_for(
-            WORKLOAD, lambda w: w.state == "leading" and w.running, what="taken over by B", timeout_s=60.0
+            WORKLOAD,
+            lambda w: (w.state == "leading" and w.running) or w.exit_code is not None,
+            what="taken over by B",
+            timeout_s=60.0,
         )
 
         async def told() -> bool:
@@ -275,18 +246,17 @@ class _Demo:
         restored = term.restored
         writes: WriteSummary | None = None
         outage_ms: float | None = None
-        problems: list[str] = []
-        if restored is None:
-            problems.append("B does not say which epoch it restored")
-        elif self._is_redis:
-            frozen_wall_s = self._frozen_wall_s(restored)
+        seen = Sighting((), ("B does not say which epoch it restored",))
+        if restored is not None and self._is_redis:
+            frozen_wall_s = self._stored(restored).frozen_wall_s
             acknowledged = read_log(self._log)
             held = await self._present(acknowledged[-1].number)
             writes = _account(acknowledged, held, cut_wall_s, frozen_wall_s)
             outage_ms = _outage_ms(acknowledged, cut_wall_s)
-            early = [w.number for w in acknowledged if w.wall_s < frozen_wall_s and w.number not in held]
-            if early:
-                problems.append(f"{len(early)} writes acknowledged before the restored epoch are gone")
+            seen = _early_writes(acknowledged, held, frozen_wall_s)
+        elif restored is not None:
+            self._screen.step("Watching what B restored")
+            seen = await demo_witness.watch(self._second, WORKLOAD, restored, self._stored(restored).path)
         interval_ms = metrics.interval_ms
         return DemoReport(
             schema_version=SCHEMA_VERSION,
@@ -304,17 +274,23 @@ class _Demo:
                 max=max(metrics.freeze_ms, default=0.0),
             ),
             restored=EpochName(restored.term, restored.epoch) if restored is not None else None,
-            survived=not problems,
-            reason="; ".join(problems) or f"{WORKLOAD} runs on B from epoch {restored}",
+            survived=not seen.problems,
+            reason="; ".join(seen.problems) or f"{WORKLOAD} runs on B from epoch {restored}",
+            checked=seen.checked,
+            not_checked=(
+                ("the random values that redis was filled with",)
+                if self._is_redis
+                else ("what it answers, and each byte of its memory: only a client of yours can tell",)
+            ),
             writes=writes,
             outage_ms=outage_ms,
             timeline=term.timeline,
             bytes=ByteSummary(sent=metrics.bytes_sent, full_equivalent=metrics.bytes_full),
         )
 
-    def _frozen_wall_s(self, epoch: EpochId) -> float:
+    def _stored(self, epoch: EpochId) -> EpochRecord:
         records = StoreReader.inspect(self._second.config.store_dir, WORKLOAD).records()
-        found = next((record.frozen_wall_s for record in records if record.id == epoch), None)
+        found = next((record for record in records if record.id == epoch), None)
         if found is None:
             raise LabError(f"B restored epoch {epoch}, but its store does not hold it")
         return found
@@ -329,6 +305,11 @@ class _Demo:
 
     def _probe(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "outlive.probe", self._address, str(REDIS_PORT), *words]
+
+
+def _shown(command: Sequence[str]) -> str:
+    """Return the beginning of a command on one line."""
+    return textwrap.shorten(" ".join(command), _SHOWN_CHARACTERS, placeholder=" …")
 
 
 def _of_workload(metrics: AgentMetrics) -> WorkloadMetrics | None:
@@ -346,6 +327,18 @@ def _account(
         present=len(promised) - len(lost),
         lost=len(lost),
         lost_window_ms=(max(write.wall_s for write in lost) - frozen_wall_s) * 1000 if lost else 0.0,
+    )
+
+
+def _early_writes(acknowledged: Sequence[Acknowledged], held: set[int], frozen_wall_s: float) -> Sighting:
+    """Look whether every write is there that was acknowledged before the restored epoch's freeze."""
+    early = [write.number for write in acknowledged if write.wall_s < frozen_wall_s]
+    gone = sum(number not in held for number in early)
+    if gone:
+        return Sighting((), (f"{gone} writes acknowledged before the restored epoch are gone",))
+    checked = f"all {len(early)} writes acknowledged before the restored epoch were read back, value by value"
+    return Sighting(
+        (checked, f"new writes were acknowledged through the same address for {_GO_ON_S:.0f} s"), ()
     )
 
 

@@ -1,6 +1,7 @@
 """What a person sees of the demonstration: steps with a live line while they go on, then the story's end.
 
-In: steps, progress, the report. Out: the steps on stderr, because they are talk; the report on stdout.
+In: steps, progress, the report. Out: the steps on one console, the report on another: stderr and stdout,
+because the steps are talk.
 """
 
 from __future__ import annotations
@@ -13,61 +14,58 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from outlive.demo import DemoReport
+from outlive.demo_report import DemoReport
+
+PLAIN_PROGRESS_S = 5.0
+"""A plain line says how a step goes at most this often."""
 
 
-class SilentScreen:
-    """Says nothing; for `--output json`."""
+class DemoScreen:
+    """Steps with a tick and their time and, on a terminal, a spinner in between; plain lines elsewhere."""
 
-    def step(self, text: str) -> None:
-        """See `outlive.demo.Screen`."""
-
-    def progress(self, text: str) -> None:
-        """See `outlive.demo.Screen`."""
-
-    def note(self, text: str) -> None:
-        """See `outlive.demo.Screen`."""
-
-    def report(self, report: DemoReport) -> None:
-        """See `outlive.demo.Screen`."""
-
-
-class TerminalScreen:
-    """Steps with a tick and their time, on a terminal with a spinner in between; plain lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, talk: Console, out: Console | None) -> None:
+        """`talk` gets the steps; `out` the story's end, None if the report is printed by somebody else."""
+        self._talk = talk
+        self._out = out
         self._status: Status | None = None
         self._step = ""
         self._last_progress = ""
         self._began_s = 0.0
+        self._started_s = time.monotonic()
+        self._said_s = 0.0
 
     def step(self, text: str) -> None:
         """See `outlive.demo.Screen`."""
         self._finish()
         self._step = text
         self._began_s = time.monotonic()
-        if self._console.is_terminal:
-            self._status = self._console.status(Text(text))
+        if self._talk.is_terminal:
+            self._status = self._talk.status(Text(text))
             self._status.start()
+        else:
+            self._line(text)
 
     def progress(self, text: str) -> None:
         """See `outlive.demo.Screen`."""
         self._last_progress = text
         if self._status is not None:
             self._status.update(Text(f"{self._step}: {text}"))
+        elif time.monotonic() - self._said_s >= PLAIN_PROGRESS_S:
+            self._line(f"  {text}")
+            self._last_progress = ""
 
     def note(self, text: str) -> None:
         """See `outlive.demo.Screen`."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._talk.print(Text(text), soft_wrap=True)
 
     def report(self, report: DemoReport) -> None:
         """See `outlive.demo.Screen`."""
         self._finish()
-        out = Console()
-        out.print()
+        if self._out is None:
+            return
+        self._out.print()
         for part in (_timeline(report), _figures(report), _verdict(report)):
-            out.print(part)
+            self._out.print(part)
 
     def close(self) -> None:
         """Stop the spinner, if the demonstration ended before its report."""
@@ -79,14 +77,21 @@ class TerminalScreen:
         """Tick off the step before."""
         if not self._step:
             return
-        self.close()
-        took_s = time.monotonic() - self._began_s
-        line = Text("✓ ", style="green").append(self._step, style="default")
-        line.append(f"  {took_s:.1f} s", style="dim")
-        self._console.print(line)
-        if self._last_progress:
-            self._console.print(Text(f"  {self._last_progress}", style="dim"))
+        if self._talk.is_terminal:
+            self.close()
+            line = Text("✓ ", style="green").append(self._step, style="default")
+            line.append(f"  {time.monotonic() - self._began_s:.1f} s", style="dim")
+            self._talk.print(line)
+            if self._last_progress:
+                self._talk.print(Text(f"  {self._last_progress}", style="dim"))
+        elif self._last_progress:
+            self._line(f"  {self._last_progress}")
         self._step = self._last_progress = ""
+
+    def _line(self, text: str) -> None:
+        """Print a plain line with the seconds since the demonstration began."""
+        self._said_s = time.monotonic()
+        self._talk.print(Text(f"{self._said_s - self._started_s:6.1f} s  {text}"), soft_wrap=True)
 
 
 def _timeline(report: DemoReport) -> Table:
@@ -135,11 +140,10 @@ def _verdict(report: DemoReport) -> Panel:
         return Panel(Text(f"It did not survive: {report.reason}", style="bold red"), border_style="red")
     name = report.workload[0]
     text = Text(f"{name} outlived its machine.", style="bold green")
-    text.append(
-        f"\nHost A is gone. The same {name}, with all that it had in memory, runs on host B behind the "
-        "same address.",
-        style="default",
-    )
+    text.append(f"\nHost A is gone. {name} runs on host B behind the same address.", style="default")
+    for verdict, observations in (("Checked", report.checked), ("Not checked", report.not_checked)):
+        for observation in observations:
+            text.append(f"\n{verdict}: ", style="dim").append(observation, style="default")
     if report.writes is not None and report.writes.lost:
         text.append(
             f"\nWhat clients were told in the last {report.writes.lost_window_ms:.0f} ms is lost: "

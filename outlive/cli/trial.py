@@ -75,25 +75,31 @@ def demo(
     from rich.console import Console
 
     from outlive.demo import DemoOptions, run_demo
-    from outlive.demo_screen import SilentScreen, TerminalScreen
+    from outlive.demo_screen import DemoScreen
 
     configure_logs("warning")
     call = context.ensure_object(Call)
     options = DemoOptions(
-        command=tuple(shlex.split(workload)),
+        command=_words(workload),
         fill_mib=size_mib,
         epochs=epochs,
         interval_ms=interval_ms,
         keep=keep,
     )
+    with closing(DemoScreen(Console(stderr=True), None if call.json else Console())) as screen:
+        report = asyncio.run(run_demo(options, screen))
     if call.json:
-        report = asyncio.run(run_demo(options, SilentScreen()))
         print_json(plain(report))
-    else:
-        with closing(TerminalScreen(Console(stderr=True))) as screen:
-            report = asyncio.run(run_demo(options, screen))
     if not report.survived:
         context.exit(1)
+
+
+def _words(command: str) -> tuple[str, ...]:
+    """Split a command as a shell does."""
+    try:
+        return tuple(shlex.split(command))
+    except ValueError as error:
+        raise click.BadParameter(f"{command!r} cannot be read: {error}", param_hint="--workload") from error
 
 
 @click.group(cls=Verbs, epilog=examples("outlive lab list", "outlive lab down"))

@@ -163,6 +163,7 @@ async def nobody_lets_in(stranger: Node, target: Node) -> None:
     await eventually(named, what="the target's agent names the key that it refuses")
     status = await ask(stranger, "status", code=16)
     assert status["unprotected"] == ["intruder"]
+    assert all("refuses this node's key" in peer["refused"] for peer in status["peers"])
     (led,) = status["workloads"]
     assert (led["running"], led["restorable"]) == (True, False)
     assert [each["connected"] for each in led["replicas"]] == [False]
@@ -221,3 +222,23 @@ def test_the_demonstration_takes_any_command() -> None:
     assert report["writes"] is None
     assert report["epochs_committed"] >= 3
     assert report["restored"]["term"] == 1
+    assert any("ran on for" in seen for seen in report["checked"])
+    assert report["not_checked"]
+    assert "epochs committed" in done.stderr
+
+
+def test_a_demonstrated_command_that_ends_is_told_with_what_it_said() -> None:
+    words = ["demo", "--workload", "sh -c 'echo out of luck; exit 7'", "--output", "json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "outlive.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == error["exit_code"] != 0
+    assert "code 7" in error["message"]
+    assert "out of luck" in error["message"]
+    assert error["hint"]
