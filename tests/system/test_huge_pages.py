@@ -26,7 +26,7 @@ POOL = Path(f"/sys/kernel/mm/hugepages/hugepages-{HUGE_BYTES >> 10}kB")
 MAPPED = 6
 """Huge pages of the workload; as many again must be free for the standby to be ready."""
 
-# Changes some pages of both mappings, zeroes one, and checks every byte against what ordinary memory has.
+# Changes some pages of each mapping, zeroes one, and checks every byte against what ordinary memory has.
 _WORKLOAD = f"""
 import ctypes, mmap, time
 flags = mmap.MAP_ANONYMOUS | {MAP_HUGETLB}
