@@ -52,7 +52,7 @@ from common.events import Event, EventLog, event_file
 from common.heartbeat import AgentBeater
 from common.identity import PageHasher
 from common.keys import load
-from common.messages import Hello
+from common.messages import Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.sd_notify import notify
@@ -173,7 +173,7 @@ class Agent:
                 spec, WorkloadPaths(config, spec.name), str(self._criu)
             ),
             on_refused=lambda _, reason: self._events.append(Event.PEER_REFUSED, reason=reason),
-            on_not_committed=lambda name, nack: self._workloads[name].not_committed(nack),
+            on_not_committed=self._note_not_committed,
         )
 
     async def run(self) -> None:
@@ -275,6 +275,11 @@ class Agent:
             workload = await self._workloads.take_up(hello.spec, learned=True)
         workload.accept(hello)
         await asyncio.to_thread(self._heard.record_run, name, hello.incarnation)
+
+    def _note_not_committed(self, name: str, nack: Nack) -> None:
+        workload = self._workloads.get(name)
+        if workload is not None:  # else it was let go of meanwhile
+            workload.not_committed(nack)
 
     def _make_leading(self, workload: WorkloadAgent, term: int, init_pid: int) -> Leading:
         spec = workload.spec

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 import structlog
 
 from common.config import NodeConfig
+from common.errors import WorkloadError
 from common.model import WorkloadSpec
 from outlive.workload_agent import WorkloadAgent
 from replica.store import EpochStore
@@ -32,7 +33,11 @@ class HeldWorkloads:
         self._opening = asyncio.Lock()
 
     def __getitem__(self, name: str) -> WorkloadAgent:
-        return self._held[name]
+        """Return a workload that is held. Raises WorkloadError if it was let go; sessions may outlive it."""
+        held = self._held.get(name)
+        if held is None:
+            raise WorkloadError(f"{name} is not held here any more")
+        return held
 
     def get(self, name: str) -> WorkloadAgent | None:
         """Return a workload that is held."""

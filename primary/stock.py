@@ -93,6 +93,7 @@ class StockBackend:
             await in_thread(self._make_room, directory)
             result, frozen_wall_s, wall_ms = await self._dump(directory)
             spaces = await in_thread(self._identify, directory, pages)
+            metadata = _metadata(directory)
         except BaseException as error:
             pages.release()
             if isinstance(error, OSError):
@@ -111,7 +112,7 @@ class StockBackend:
                 wall_ms=wall_ms,
             ),
             spaces=spaces,
-            metadata=_metadata(directory),
+            metadata=metadata,
             pages=pages,
         )
 

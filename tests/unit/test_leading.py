@@ -344,7 +344,13 @@ def test_what_an_earlier_agent_captured_is_removed(tmp_path: Path) -> None:
     (tmp_path / "redis" / "t1-e1" / "pages-1.img").write_bytes(b"x")
     (tmp_path / "redis" / "letters").mkdir()
     (tmp_path / "Photos" / "t1-e1").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_bytes(b"x")
+    (tmp_path / "redis" / "t1-e2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "redis" / "t1-e3").write_bytes(b"no directory")
     clear_images(tmp_path)
+    assert (tmp_path / "elsewhere" / "kept").exists(), "links are not followed"
+    assert (tmp_path / "redis" / "t1-e3").exists()
     assert not (tmp_path / "redis" / "t1-e1").exists()
     assert (tmp_path / "redis" / "letters").exists(), "what is not an epoch is somebody else's"
     assert (tmp_path / "Photos" / "t1-e1").exists()

@@ -1,0 +1,89 @@
+"""The workloads of one agent while they come and go: who looks is not disturbed by who changes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common.config import Node, NodeConfig, Store
+from common.errors import WorkloadError
+from common.model import WorkloadSpec
+from outlive.held_workloads import HeldWorkloads
+
+SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
+
+
+class WorkloadInMemory:
+    """As much of a `WorkloadAgent` as is asked for here."""
+
+    follows = False
+
+    def __init__(self, spec: WorkloadSpec, store: object) -> None:
+        self.spec = spec
+        self.store = store
+        self.learned = False
+        self.closing = asyncio.Event()
+        self.may_close = asyncio.Event()
+        self.may_close.set()
+
+    async def close(self) -> None:
+        self.closing.set()
+        await self.may_close.wait()
+        self.store.close()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> HeldWorkloads:
+    node = Node(name="a", address="127.0.0.1", state_dir=str(tmp_path))
+    return HeldWorkloads(NodeConfig(node=node, store=Store(min_free_bytes=0)), WorkloadInMemory)  # type: ignore[arg-type]
+
+
+def spec(name: str) -> WorkloadSpec:
+    return msgspec.structs.replace(SPEC, name=name)
+
+
+async def test_workloads_may_come_and_go_while_others_are_looked_at(held: HeldWorkloads) -> None:
+    for name in ("one", "two"):
+        await held.take_up(spec(name))
+    seen = []
+    for workload in held.all():
+        seen.append(workload.spec.name)
+        await held.take_up(spec(f"{workload.spec.name}-more"))
+        await held.drop_unwanted({"one-more"})
+    assert seen == ["one", "two"]
+    assert [workload.spec.name for workload in held.all()] == ["one-more"]
+
+
+async def test_what_is_taken_up_while_others_are_dropped_is_kept(held: HeldWorkloads) -> None:
+    old = await held.take_up(spec("old"))
+    old.may_close.clear()  # type: ignore[attr-defined]
+    await held.take_up(spec("older"))
+    dropping = asyncio.create_task(held.drop_unwanted(()))
+    await old.closing.wait()  # type: ignore[attr-defined]
+    await held.take_up(spec("new"))
+    old.may_close.set()  # type: ignore[attr-defined]
+    await dropping
+    assert [workload.spec.name for workload in held.all()] == ["new"]
+
+
+async def test_what_a_leader_has_just_sent_is_not_dropped_before_the_keeper_knows_it(
+    held: HeldWorkloads,
+) -> None:
+    await held.take_up(spec("w"), learned=True)
+    await held.drop_unwanted(())
+    assert held.get("w") is not None
+
+
+async def test_a_workload_is_opened_once_however_many_want_it(held: HeldWorkloads) -> None:
+    found = await asyncio.gather(*(held.take_up(spec("w")) for _ in range(5)))
+    assert len(set(map(id, found))) == 1
+
+
+async def test_a_session_that_outlives_its_workload_gets_an_error_that_ends_no_agent(
+    held: HeldWorkloads,
+) -> None:
+    with pytest.raises(WorkloadError, match="not held"):
+        held["gone"]
