@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -41,8 +41,11 @@ from replica.levels import (
 ZERO = 0x80
 """Our own page flag: the page changed and is all zeros now, so that its content is not sent."""
 
+COPIED = 0x40
+"""Our own page flag: the page's bytes are taken from what is held already, so that they are not sent."""
+
 MAX_PAGE_NUMBER = 1 << 52
-_KNOWN_FLAGS = PE_PARENT | PE_LAZY | PE_PRESENT | ZERO
+_KNOWN_FLAGS = PE_PARENT | PE_LAZY | PE_PRESENT | ZERO | COPIED
 _ZEROS = bytes(256 * 1024)
 _METADATA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _RESERVED_NAME = re.compile(r"pages-.*|pagemap-.*")
@@ -81,59 +84,96 @@ class _HashedFile:
 
 
 class _PagesFile:
-    """The pages' bytes of one space, of which those of zero pages are holes that nobody sends."""
+    """The pages' bytes of one space: those that come, holes for pages of zeros, copies of what is held."""
 
-    def __init__(self, disk: Disk, directory: Path, pages_id: int, content: Flags, op: str) -> None:
-        """`content` has a row for each present page: 1 where bytes come, 0 for a page of zeros."""
+    def __init__(
+        self,
+        disk: Disk,
+        path: Path,
+        key: SpaceKey,
+        numbers: Numbers,
+        kinds: Flags,
+        held: Held | None,
+        *,
+        op: str,
+    ) -> None:
+        """`kinds` has for each present page `ZERO`, `COPIED` (from `held`), or 0 where its bytes come."""
+        self._key = key
         self._disk = disk
-        self._path = directory / f"pages-{pages_id}.img"
+        self._path = path
         self._op = op
         self._file: _HashedFile | None = None
-        self.expected_bytes = int(np.count_nonzero(content)) * PAGE_BYTES
-        self._left_bytes = self.expected_bytes
-        # Runs of alternating kind, the first one of zeros (perhaps of none), from the last to the first.
-        breaks = np.flatnonzero(np.diff(content, prepend=np.uint8(0))).tolist()
-        bounds = [0, *breaks, len(content)]
-        self._runs = [
-            ((end - start) * PAGE_BYTES, bool(place % 2))
-            for place, (start, end) in enumerate(pairwise(bounds))
-        ][::-1]
-        self._has_pages = len(content) > 0
+        self._numbers = numbers
+        self._kinds = kinds
+        self._held = held
+        self._left_bytes = self.expected_bytes = int(np.count_nonzero(kinds == 0)) * PAGE_BYTES
+        # Rows at which runs of one kind end, from the last to the first.
+        self._ends = [len(kinds), *(np.flatnonzero(np.diff(kinds)) + 1).tolist()[::-1]] if len(kinds) else []
+        self._at_bytes = 0
 
     @property
     def missing_bytes(self) -> int:
         return self._left_bytes
 
+    @property
+    def whole_pages(self) -> int:
+        """How many of the space's present pages, from the first on, are in the file."""
+        return self._at_bytes // PAGE_BYTES
+
     def write(self, data: memoryview) -> None:
         self._left_bytes -= len(data)
         while data:
-            self._skip_zeros()
-            run_bytes, _ = self._runs.pop()
-            part = data[:run_bytes]
+            self._fill()
+            part = data[: self._ends[-1] * PAGE_BYTES - self._at_bytes]
             self._open().write(part)
+            self._go_on(len(part))
             data = data[len(part) :]
-            if len(part) < run_bytes:
-                self._runs.append((run_bytes - len(part), True))
 
     def finish(self) -> FileEntry | None:
         """Return the file's entry; None if no page is present: then there is no file, as with CRIU."""
-        self._skip_zeros()
-        return self._open().finish() if self._has_pages else None
+        self._fill()
+        return self.end()
+
+    def end(self) -> FileEntry | None:
+        """Let the file end where it is; see `finish`."""
+        return self._open().finish() if len(self._kinds) else None
 
     def close(self) -> None:
         if self._file:
             self._file.close()
 
-    def _skip_zeros(self) -> None:
-        while self._runs and not self._runs[-1][1]:
-            zeros_bytes, _ = self._runs.pop()
-            if zeros_bytes:
-                self._open().skip(zeros_bytes)
+    def _fill(self) -> None:
+        """Go on to the next page whose bytes have to come."""
+        while self._ends and (kind := self._kinds[self._at_bytes // PAGE_BYTES]):
+            end = self._ends[-1]
+            if kind == ZERO:
+                size_bytes = end * PAGE_BYTES - self._at_bytes
+                self._open().skip(size_bytes)
+                self._go_on(size_bytes)
+            elif self._held is None:
+                raise StoreError("pages are said to be held already, but nothing is")
+            else:
+                for block in self._held.read(self._key, self._numbers[self._at_bytes // PAGE_BYTES : end]):
+                    self._open().write(block)
+                    self._go_on(len(block))
+
+    def _go_on(self, size_bytes: int) -> None:
+        self._at_bytes += size_bytes
+        if self._at_bytes == self._ends[-1] * PAGE_BYTES:
+            self._ends.pop()
 
     def _open(self) -> _HashedFile:
         if self._file is None:
             self._file = _HashedFile(self._disk, self._path, self._op)
         return self._file
+
+
+class Held(Protocol):
+    """Where the bytes of `COPIED` pages come from."""
+
+    def read(self, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
+        """Yield the bytes of these pages, in blocks of whole pages that are valid until the next one."""
+        ...
 
 
 class LevelWriter:
@@ -152,6 +192,7 @@ class LevelWriter:
         self._spaces: dict[SpaceKey, SpaceEntry] = {}
         self._open_metadata: _HashedFile | None = None
         self._open_pages: tuple[SpaceKey, _PagesFile] | None = None
+        self._open_numbers: Numbers = np.empty(0, dtype=np.uint64)
         disk.make_dir(directory, op=f"{op}.make")
 
     def metadata(self, name: str, data: bytes | memoryview, *, more: bool = False) -> None:
@@ -179,30 +220,30 @@ class LevelWriter:
         self._disk.link(source, self.directory / entry.name, op=f"{self._op}.link")
         self._files[entry.name] = entry
 
-    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
-        """Announce a space: its pages, ascending, and their flags (CRIU's, and `ZERO`); shape (n,).
+    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags, held: Held | None = None) -> None:
+        """Announce a space: its pages, ascending, and their flags (CRIU's, `ZERO`, `COPIED`); shape (n,).
 
-        The bytes of all pages that are present and not `ZERO` must follow. Raises StoreError for what
-        cannot be, and when the space before is not complete.
+        The bytes of all pages that are present and neither `ZERO` nor `COPIED` must follow. Those that are
+        `COPIED` are taken from `held`, in their turn. Raises StoreError for what cannot be, and when the
+        space before is not complete.
         """
         self._finish_pages()
         check_space(key, numbers, flags)
         if key in self._spaces:
             raise StoreError(f"{key.pagemap_name} came twice in one epoch")
-        zero = (flags & ZERO) != 0
-        stored = np.where(zero, (flags & PE_LAZY) | PE_PRESENT, flags).astype(np.uint8)
+        ours = flags & np.uint8(ZERO | COPIED)
+        stored = np.where(ours != 0, (flags & PE_LAZY) | PE_PRESENT, flags).astype(np.uint8)
         present = (stored & PE_PRESENT) != 0
         pages_id = len(self._spaces) + 1
-        pagemap = _HashedFile(self._disk, self.directory / key.pagemap_name, f"{self._op}.pagemap")
-        try:
-            pagemap.write(serialize_pagemap(Pagemap(pages_id, compress(numbers, stored))))
-        finally:
-            self._files[key.pagemap_name] = pagemap.finish()
+        self._write_pagemap(key, pages_id, numbers, stored)
         self._spaces[key] = SpaceEntry(key, pages_id, len(numbers), int(np.count_nonzero(present)))
-        content = (~zero[present]).astype(np.uint8)
+        path = self.directory / self._spaces[key].pages_name
+        self._open_numbers = numbers[present]
         self._open_pages = (
             key,
-            _PagesFile(self._disk, self.directory, pages_id, content, f"{self._op}.pages"),
+            _PagesFile(
+                self._disk, path, key, self._open_numbers, ours[present], held, op=f"{self._op}.pages"
+            ),
         )
 
     def pages(self, key: SpaceKey, data: bytes | bytearray | memoryview) -> None:
@@ -247,12 +288,52 @@ class LevelWriter:
         self._disk.sync_dir(self.directory, op=f"{self._op}.sync-level")
         return Level(self.directory, manifest)
 
+    def finish_seed(self, header: EpochHeader) -> Level:
+        """End early, with the pages that are here, as a level that only lends them; not synced.
+
+        Not synced because nobody relies on it: whoever takes pages of it reads them first.
+        """
+        if self._open_pages:
+            key, file = self._open_pages
+            pages = file.whole_pages
+            entry = self._spaces[key]
+            self._write_pagemap(
+                key, entry.pages_id, self._open_numbers[:pages], np.full(pages, PE_PRESENT, dtype=np.uint8)
+            )
+            self._spaces[key] = SpaceEntry(key, entry.pages_id, pages, pages)
+            if pages and (ended := file.end()):
+                self._files[ended.name] = ended
+        self.close()
+        names = {
+            name for space in self._spaces.values() for name in (space.key.pagemap_name, space.pages_name)
+        }
+        manifest = Manifest(
+            header=header,
+            committed_wall_s=0.0,
+            spaces=tuple(self._spaces.values()),
+            files=tuple(entry for entry in self._files.values() if entry.name in names),
+        )
+        self._disk.write_file(
+            self.directory / MANIFEST_NAME, encode_manifest(manifest), op=f"{self._op}.manifest"
+        )
+        return Level(self.directory, manifest)
+
     def close(self) -> None:
         """Close what is open; the directory stays. Harmless when repeated."""
         if self._open_metadata:
             self._open_metadata.close()
         if self._open_pages:
             self._open_pages[1].close()
+
+    def _write_pagemap(self, key: SpaceKey, pages_id: int, numbers: Numbers, stored: Flags) -> None:
+        path = self.directory / key.pagemap_name
+        if key in self._spaces:
+            self._disk.unlink(path, op=f"{self._op}.pagemap-again")
+        pagemap = _HashedFile(self._disk, path, f"{self._op}.pagemap")
+        try:
+            pagemap.write(serialize_pagemap(Pagemap(pages_id, compress(numbers, stored))))
+        finally:
+            self._files[key.pagemap_name] = pagemap.finish()
 
     def _finish_pages(self) -> None:
         if self._open_pages is None:
@@ -291,7 +372,7 @@ def check_space(key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
     if numbers.size and (int(numbers[-1]) >= MAX_PAGE_NUMBER or not np.all(numbers[1:] > numbers[:-1])):
         raise StoreError(f"{name}: page numbers are not ascending or too large")
     in_base = (flags & PE_PARENT) != 0
-    in_level = (flags & (PE_PRESENT | ZERO)) != 0
+    in_level = (flags & (PE_PRESENT | ZERO | COPIED)) != 0
     if (flags & ~np.uint8(_KNOWN_FLAGS)).any() or not (in_base ^ in_level).all():
         raise StoreError(f"{name}: a page must be either in the base or in the epoch, and have known flags")
 

@@ -11,6 +11,8 @@ address space, and `parent`, a link to the level that it stands on (none: a full
       views/t1-e7         a link to the one of the two that counts: all `parent` links go through here, so
                           that a fold takes a level's place in one rename, and no image is ever altered
       incoming/…          what is being made; means nothing until it is renamed
+      seeds/t1-e9/        what came of a full epoch that was interrupted: a level that nobody restores, of
+                          which the next attempt takes the pages that are still the same
       trash/…             what is being removed
       damaged/…           what recovery or an operator set aside, each with a file REASON
 
@@ -166,6 +168,11 @@ class Layout:
         return self.root / "incoming"
 
     @property
+    def seeds(self) -> Path:
+        """What came of full epochs that were interrupted."""
+        return self.root / "seeds"
+
+    @property
     def trash(self) -> Path:
         """Levels being removed."""
         return self.root / "trash"
@@ -178,7 +185,15 @@ class Layout:
     @property
     def rooms(self) -> tuple[Path, ...]:
         """All directories directly below the root."""
-        return (self.epochs, self.folds, self.views, self.incoming, self.trash, self.damaged)
+        return (
+            self.epochs,
+            self.folds,
+            self.views,
+            self.incoming,
+            self.seeds,
+            self.trash,
+            self.damaged,
+        )
 
     def view(self, epoch: EpochId) -> Path:
         """Where the level of an epoch is found, folded or not: the directory to restore from."""

@@ -103,6 +103,21 @@ def recover(layout: Layout, disk: Disk) -> dict[EpochId, Level]:
     return whole
 
 
+def recover_seed(layout: Layout, disk: Disk) -> Level | None:
+    """Return what is kept of an interrupted epoch, if it can be used; what cannot is removed."""
+    seed: Level | None = None
+    for path in _paths(layout.seeds, disk):
+        try:
+            level = _read_level(path, disk)
+        except DamagedLevelError:
+            level = None
+        if level and seed is None:
+            seed = level
+        else:
+            disk.remove_tree(path, op="recover.seed")
+    return seed
+
+
 def set_aside(layout: Layout, disk: Disk, level: Level | Path, reason: str) -> None:
     """Move a level under `damaged/`, durably, with the reason beside it; its view goes first."""
     path = level if isinstance(level, Path) else level.path

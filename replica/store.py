@@ -27,24 +27,25 @@ import msgspec
 import structlog
 
 from common.clock import Clock, SystemClock
-from common.criu.images import PE_PARENT, SpaceKey
+from common.criu.images import SpaceKey
 from common.durable import FILE_MODE, Disk, RealDisk, temporary_name
 from common.errors import NoSpaceError, StoreError
+from common.identity import PageHasher
 from common.model import EpochId
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
-from replica.level_writer import ZERO, LevelWriter, restore_text
+from replica.holdings import HeldPart, Holdings
+from replica.incoming import IncomingEpoch
+from replica.level_writer import COPIED, ZERO, LevelWriter
 from replica.levels import (
     CRIU_RESTORE,
     RESTORE_NAME,
     EpochHeader,
-    Flags,
     Layout,
     Level,
     Numbers,
     chain_of,
-    rows_in,
 )
-from replica.recovery import make_root, prepare, recover, set_aside, sweep, throw_away
+from replica.recovery import make_root, prepare, recover, recover_seed, set_aside, sweep, throw_away
 from replica.store_reader import (
     EpochDetails,
     EpochRecord,
@@ -54,6 +55,7 @@ from replica.store_reader import (
 )
 
 __all__ = [
+    "COPIED",
     "ZERO",
     "EpochDetails",
     "EpochHeader",
@@ -69,7 +71,8 @@ __all__ = [
 KEPT_EPOCHS = 2
 """How many of the newest epochs stay restorable."""
 
-_DESCRIPTORS = "descriptors.json"
+SEED_MIN_BYTES = 1 << 20
+"""Least page bytes of an interrupted epoch worth keeping: less is sent again sooner than compared."""
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +102,7 @@ class EpochStore(StoreReader):
         max_levels: int,
         clock: Clock,
         lock_fd: int,
+        seed: Level | None,
     ) -> None:
         super().__init__(layout, levels, disk)
         self._min_free_bytes = min_free_bytes
@@ -108,9 +112,12 @@ class EpochStore(StoreReader):
         self._mutex = threading.RLock()  # guards what follows and every rename; never held over bulk work
         self._folding = threading.Lock()  # held by the one fold or collection at a time
         self._arriving: list[IncomingEpoch] = []
-        self._stale: list[Path] = []  # levels that a fold replaced
+        self._stale: list[Path] = []  # levels that a fold replaced, a seed that a commit made needless
         self._holds = 0
         self._known: tuple[EpochId, dict[SpaceKey, Numbers]] | None = None  # pages of the newest epoch
+        self._seed = seed
+        self._unswept = False
+        self._holdings: tuple[tuple[Level, ...], Holdings] | None = None
 
     @classmethod
     def open(
@@ -137,6 +144,7 @@ class EpochStore(StoreReader):
         try:
             prepare(layout, disk)
             levels = recover(layout, disk)
+            seed = recover_seed(layout, disk)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -148,6 +156,7 @@ class EpochStore(StoreReader):
             max_levels=max_levels,
             clock=clock or SystemClock(),
             lock_fd=lock_fd,
+            seed=seed,
         )
 
     def close(self) -> None:
@@ -190,6 +199,7 @@ class EpochStore(StoreReader):
                     hint="retry when the fold in progress is done, or send a full epoch",
                 )
             if not self._has_room(expected_bytes):
+                self._drop_seed()
                 self._collect_if_idle()
                 if not self._has_room(expected_bytes):
                     raise NoSpaceError(
@@ -198,11 +208,33 @@ class EpochStore(StoreReader):
                         hint="free some space, or lower store.min_free_bytes",
                     )
             directory = self._layout.incoming / f"{header.id}-{secrets.token_hex(4)}"
-            epoch = IncomingEpoch(
-                self, header, tuple(restore_command), LevelWriter(self._disk, directory, op="commit")
-            )
+            writer = LevelWriter(self._disk, directory, op="commit")
+            epoch = IncomingEpoch(self, self._layout, self._disk, header, tuple(restore_command), writer)
             self._arriving.append(epoch)
             return epoch
+
+    @property
+    def seed_pages(self) -> int:
+        """How many pages of an interrupted epoch are kept for the next attempt."""
+        with self._mutex:
+            return sum(space.present for space in self._seed.manifest.spaces) if self._seed else 0
+
+    def identify(
+        self, epoch: EpochId | None, key: SpaceKey, first_row: int, most: int, hasher: PageHasher
+    ) -> HeldPart:
+        """Say what is held of a space: in a committed epoch, or in the seed (None). See `Holdings.identify`.
+
+        Raises StoreError if that epoch, or a seed, is not there (any more), or cannot be read.
+        """
+        with self.hold():
+            with self._mutex:
+                if epoch is None and self._seed is None:
+                    raise StoreError("nothing is kept of an interrupted epoch")
+                chain = self._chain(epoch) if epoch is not None else tuple(filter(None, [self._seed]))
+                if self._holdings is None or self._holdings[0] != chain:
+                    self._holdings = chain, Holdings(chain, self._disk)
+                holdings = self._holdings[1]
+            return holdings.identify(key, first_row, most, hasher)
 
     def verify(self, epoch: EpochId | None = None) -> list[Problem]:
         """See `StoreReader.verify`; nothing is removed meanwhile."""
@@ -249,7 +281,10 @@ class EpochStore(StoreReader):
         with self._mutex:
             newest = self.newest
             return bool(
-                self._stale or self._garbage() or (newest and fold_due(newest.levels, self._max_levels))
+                self._stale
+                or self._unswept
+                or self._garbage()
+                or (newest and fold_due(newest.levels, self._max_levels))
             )
 
     def fold(self) -> FoldReport | None:
@@ -314,10 +349,12 @@ class EpochStore(StoreReader):
         finally:
             self._disk.remove_tree(directory, op="fold.remove")
 
-    def _commit(self, epoch: IncomingEpoch, made: Level, numbers: dict[SpaceKey, Numbers]) -> EpochRecord:
+    # --- what an arriving epoch needs of its store -----------------------------------------------
+
+    def admit(self, header: EpochHeader, made: Level, numbers: dict[SpaceKey, Numbers]) -> EpochRecord:
         """Give a finished level its name. From the rename on it is committed."""
         with self._mutex:
-            self._check_next(epoch.header)
+            self._check_next(header)
             level = replace(made, path=self._layout.epochs / str(made.id))
             view = self._layout.view(level.id)
             try:
@@ -334,16 +371,45 @@ class EpochStore(StoreReader):
                 raise
             self._levels[level.id] = level
             self._known = (level.id, numbers)
+            if self._seed is not None:
+                self._stale.append(self._seed.path)
+                self._seed = None
             record = self._record(self._levels, level.id)
         log.info("store.committed", epoch=str(level.id), bytes=record.bytes_on_disk, levels=record.levels)
         return record
 
-    def _forget(self, epoch: IncomingEpoch) -> None:
+    def forget(self, epoch: IncomingEpoch) -> None:
+        """Take note that an epoch arrives no more."""
         with self._mutex:
             if epoch in self._arriving:
                 self._arriving.remove(epoch)
 
-    def _pages_held(self, epoch: EpochId, key: SpaceKey) -> Numbers | None:
+    def keep_seed(self, made: Level) -> bool:
+        """Keep what came of an interrupted epoch for the next attempt, if it is more than what is kept.
+
+        False if it is not, or if the store was closed: then it is to be removed.
+        """
+        with self._mutex:
+            kept_bytes = self._seed.manifest.page_bytes if self._seed else 0
+            if self._lock_fd < 0 or made.manifest.page_bytes < max(SEED_MIN_BYTES, kept_bytes + 1):
+                return False
+            self._drop_seed()
+            path = self._layout.seeds / str(made.id)
+            self._disk.rename(made.path, path, op="seed.rename")
+            self._seed = replace(made, path=path)
+        log.info("store.seed_kept", epoch=str(made.id), bytes=made.manifest.page_bytes)
+        return True
+
+    def seed_holdings(self) -> Holdings | None:
+        """Open the seed for reading; None if there is none."""
+        with self._mutex:
+            return Holdings((self._seed,), self._disk) if self._seed else None
+
+    def wall_s(self) -> float:
+        """What the store's clock says."""
+        return self._clock.wall_s()
+
+    def pages_held(self, epoch: EpochId, key: SpaceKey) -> Numbers | None:
         """Say which pages a committed epoch knows of a space; None if it has no such space."""
         with self._mutex:
             level = self._chain(epoch)[0]
@@ -351,6 +417,13 @@ class EpochStore(StoreReader):
         if known and known[0] == epoch:
             return known[1].get(key)
         return level.pages_of(key, self._disk)[0] if level.space(key) else None
+
+    def _drop_seed(self) -> None:
+        """Throw the seed away; what an arriving epoch still reads of it stays readable or fails it."""
+        if self._seed is not None:
+            seed, self._seed = self._seed, None
+            throw_away(self._layout, self._disk, seed.path)
+            self._unswept = True
 
     def _check_open(self) -> None:
         if self._lock_fd < 0:
@@ -392,8 +465,9 @@ class EpochStore(StoreReader):
                 return
             # Newest first: at no moment does one stand on what is not there.
             garbage = self._garbage()
-            if not garbage and not self._stale:
+            if not garbage and not self._stale and not self._unswept:
                 return
+            self._unswept = False
             for level in garbage:
                 del self._levels[level.id]
                 self._disk.unlink(self._layout.view(level.id), op="collect.view")
@@ -406,102 +480,6 @@ class EpochStore(StoreReader):
             for level in garbage:
                 throw_away(self._layout, self._disk, level.path)
         sweep(self._layout.trash, self._disk)
-
-
-class IncomingEpoch:
-    """An epoch on its way in: metadata files and spaces in any order, then `commit` or `abort`.
-
-    Not for several threads at once. After an error nothing but `abort` is left. As a context manager it
-    aborts unless it was committed.
-    """
-
-    def __init__(
-        self, store: EpochStore, header: EpochHeader, restore_command: tuple[str, ...], writer: LevelWriter
-    ) -> None:
-        self.header = header
-        self._store = store
-        self._restore_command = restore_command
-        self._writer = writer
-        self._numbers: dict[SpaceKey, Numbers] = {}
-        self._descriptors = b""
-        self._over = ""
-
-    def __enter__(self) -> IncomingEpoch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def metadata(self, name: str, data: bytes | memoryview, *, more: bool = False) -> None:
-        """Add to one of CRIU's images that go whole; with `more`, the rest follows in the next call.
-
-        Raises StoreError for a name that is not a plain one or that the store gives itself.
-        """
-        with self._step():
-            self._writer.metadata(name, data, more=more)
-            if name == _DESCRIPTORS:
-                self._descriptors += data
-
-    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
-        """Announce an address space: its pages, ascending, and a flags byte each; shape (n,).
-
-        PE_PARENT: unchanged, the base has it. PE_PRESENT: its bytes follow. `ZERO`: changed, and all zeros
-        now, so that none follow. PE_LAZY is kept. Raises StoreError for what cannot be, and for unchanged
-        pages that the base does not have: CRIU would fail at restore.
-        """
-        with self._step():
-            self._writer.space(key, numbers, flags)
-            inherited = numbers[(flags & PE_PARENT) != 0]
-            if inherited.size:
-                base = self.header.base
-                held = self._store._pages_held(base, key) if base is not None else None
-                if held is None or (rows_in(held, inherited) < 0).any():
-                    raise StoreError(f"{key.pagemap_name} has unchanged pages that {base} does not have")
-            self._numbers[key] = numbers.copy()
-
-    def pages(self, key: SpaceKey, data: bytes | bytearray | memoryview) -> None:
-        """Add bytes of the pages that follow `space`, in ascending order of pages, cut anywhere.
-
-        Raises StoreError for another space than the one announced last, or for more than it needs.
-        """
-        with self._step():
-            self._writer.pages(key, data)
-
-    def commit(self) -> EpochRecord:
-        """Make it durable and visible; takes as long as the disk takes.
-
-        Raises StoreError when something is missing, or when a newer epoch was committed or the base went
-        meanwhile. When this returns, the epoch survives a power loss (unless the store is `volatile`).
-        """
-        with self._step():
-            view = self._store._layout.view(self.header.id)
-            text = restore_text(view, self._restore_command, self._descriptors)
-            wall_s = self._store._clock.wall_s()
-            made = self._writer.finish(self._store._layout, self.header, wall_s, text)
-            record = self._store._commit(self, made, self._numbers)
-        self._over = "was committed"
-        self._store._forget(self)
-        return record
-
-    def abort(self) -> None:
-        """Drop it, with all that came. Harmless when repeated or after a commit."""
-        if self._over in ("was committed", "was aborted"):
-            return
-        self._over = "was aborted"
-        self._writer.close()
-        self._store._forget(self)
-        self._store._disk.remove_tree(self._writer.directory, op="abort.remove")
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """Let nothing but `abort` follow an error: what was half written must not be committed."""
-        if self._over:
-            raise StoreError(f"epoch {self.header.id} {self._over}")
-        self._over = "failed before"
-        yield
-        self._over = ""
 
 
 def _lock(layout: Layout) -> int:

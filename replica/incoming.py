@@ -1,0 +1,179 @@
+"""One epoch on its way into a store: what came so far, and then its commit, its end, or what is kept of it.
+
+In: metadata files, page numbers and pages, in any chunking. Out: a level that the store gives its name, or
+nothing, or a seed: the pages of an interrupted epoch, of which the next attempt takes what is still the same,
+so that a large base gets through on a line that breaks again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Protocol
+
+import structlog
+
+from common.criu.images import PE_PARENT, SpaceKey
+from common.durable import Disk
+from common.errors import NoSpaceError, StoreError
+from common.model import EpochId
+from replica.holdings import Holdings
+from replica.level_writer import COPIED, LevelWriter, restore_text
+from replica.levels import EpochHeader, Flags, Layout, Level, Numbers, rows_in
+from replica.store_reader import EpochRecord
+
+_DESCRIPTORS = "descriptors.json"
+
+log = structlog.get_logger(__name__)
+
+
+class Home(Protocol):
+    """The store, as an arriving epoch sees it."""
+
+    def admit(self, header: EpochHeader, made: Level, numbers: dict[SpaceKey, Numbers]) -> EpochRecord:
+        """Give a finished level its name; raises StoreError if it may not have it any more."""
+        ...
+
+    def keep_seed(self, made: Level) -> bool:
+        """Keep an unfinished level to lend its pages; False: it is not worth it."""
+        ...
+
+    def seed_holdings(self) -> Holdings | None:
+        """Where `COPIED` pages come from."""
+        ...
+
+    def pages_held(self, epoch: EpochId, key: SpaceKey) -> Numbers | None:
+        """Which pages a committed epoch knows of a space; None if it has no such space."""
+        ...
+
+    def forget(self, epoch: IncomingEpoch) -> None:
+        """Take note that an epoch arrives no more."""
+        ...
+
+    def wall_s(self) -> float:
+        """The wall clock."""
+        ...
+
+
+class IncomingEpoch:
+    """An epoch on its way in: metadata files and spaces in any order, then `commit` or `abort`.
+
+    Not for several threads at once. After an error nothing but `abort` is left. As a context manager it
+    aborts unless it was committed.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        layout: Layout,
+        disk: Disk,
+        header: EpochHeader,
+        restore_command: tuple[str, ...],
+        writer: LevelWriter,
+    ) -> None:
+        self.header = header
+        self._home = home
+        self._layout = layout
+        self._disk = disk
+        self._restore_command = restore_command
+        self._writer = writer
+        self._numbers: dict[SpaceKey, Numbers] = {}
+        self._seed: Holdings | None = None
+        self._descriptors = b""
+        self._over = ""
+
+    def __enter__(self) -> IncomingEpoch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def metadata(self, name: str, data: bytes | memoryview, *, more: bool = False) -> None:
+        """Add to one of CRIU's images that go whole; with `more`, the rest follows in the next call.
+
+        Raises StoreError for a name that is not a plain one or that the store gives itself.
+        """
+        with self._step():
+            self._writer.metadata(name, data, more=more)
+            if name == _DESCRIPTORS:
+                self._descriptors += data
+
+    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
+        """Announce an address space: its pages, ascending, and a flags byte each; shape (n,).
+
+        PE_PARENT: unchanged, the base has it. PE_PRESENT: its bytes follow. `ZERO`: changed, and all zeros
+        now, so that none follow. `COPIED`: changed, but the seed has it as it is now. PE_LAZY is kept.
+        Raises StoreError for what cannot be, and for pages that the base or the seed does not have: CRIU
+        would fail at restore.
+        """
+        with self._step():
+            if self._seed is None and (flags & COPIED).any():
+                self._seed = self._home.seed_holdings()
+            self._writer.space(key, numbers, flags, self._seed)
+            inherited = numbers[(flags & PE_PARENT) != 0]
+            if inherited.size:
+                base = self.header.base
+                held = self._home.pages_held(base, key) if base is not None else None
+                if held is None or (rows_in(held, inherited) < 0).any():
+                    raise StoreError(f"{key.pagemap_name} has unchanged pages that {base} does not have")
+            self._numbers[key] = numbers.copy()
+
+    def pages(self, key: SpaceKey, data: bytes | bytearray | memoryview) -> None:
+        """Add bytes of the pages that follow `space`, in ascending order of pages, cut anywhere.
+
+        Raises StoreError for another space than the one announced last, or for more than it needs.
+        """
+        with self._step():
+            self._writer.pages(key, data)
+
+    def commit(self) -> EpochRecord:
+        """Make it durable and visible; takes as long as the disk takes.
+
+        Raises StoreError when something is missing, or when a newer epoch was committed or the base went
+        meanwhile. When this returns, the epoch survives a power loss (unless the store is `volatile`).
+        """
+        with self._step():
+            view = self._layout.view(self.header.id)
+            text = restore_text(view, self._restore_command, self._descriptors)
+            made = self._writer.finish(self._layout, self.header, self._home.wall_s(), text)
+            record = self._home.admit(self.header, made, self._numbers)
+        self._over = "was committed"
+        self._home.forget(self)
+        return record
+
+    def interrupt(self) -> None:
+        """Give it up, but keep the pages that came for the next attempt, if that pays; see `abort`."""
+        if self._over:
+            self.abort()
+            return
+        try:
+            kept = self._home.keep_seed(self._writer.finish_seed(self.header))
+        except (StoreError, NoSpaceError) as error:
+            log.info("store.seed_not_kept", epoch=str(self.header.id), reason=error.message)
+            kept = False
+        if not kept:
+            self.abort()
+            return
+        self._over = "was aborted"
+        self._home.forget(self)
+
+    def abort(self) -> None:
+        """Drop it, with all that came. Harmless when repeated or after a commit."""
+        if self._over in ("was committed", "was aborted"):
+            return
+        self._over = "was aborted"
+        self._writer.close()
+        self._home.forget(self)
+        self._disk.remove_tree(self._writer.directory, op="abort.remove")
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Let nothing but `abort` follow an error: what was half written must not be committed."""
+        if self._over:
+            raise StoreError(f"epoch {self.header.id} {self._over}")
+        self._over = "failed before"
+        yield
+        self._over = ""

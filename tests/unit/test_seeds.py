@@ -1,0 +1,179 @@
+"""What is kept of an interrupted epoch, what a replica says that it holds; neither is ever trusted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_disks import UnsyncedDisk, commit, composed, header
+
+from common.criu.images import PE_PARENT, PE_PRESENT, SpaceKey
+from common.errors import StoreError
+from common.identity import PageHasher
+from common.model import EpochId
+from replica.store import COPIED, ZERO, EpochStore, IncomingEpoch
+
+TASK, OTHER = SpaceKey("task", 1), SpaceKey("task", 2)
+HASHER = PageHasher(7)
+ALL = 1 << 20
+
+
+def opened(directory: Path) -> EpochStore:
+    return EpochStore.open(directory, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk())
+
+
+def page(fill: int) -> bytes:
+    return fill.to_bytes(2, "little") * 2048
+
+
+def identity_of(fill: int) -> list[int]:
+    return HASHER.identify(memoryview(page(fill)))[0].tolist()
+
+
+def announce(arriving: IncomingEpoch, key: SpaceKey, flags: dict[int, int]) -> None:
+    numbers = np.array(sorted(flags), dtype=np.uint64)
+    arriving.space(key, numbers, np.array([flags[n] for n in sorted(flags)], dtype=np.uint8))
+
+
+def interrupted(store: EpochStore, epoch: EpochId, pages: int, came: int, first: int = 0) -> None:
+    """Begin a full epoch of `pages` pages, of which `came` come; every tenth one is all zeros."""
+    arriving = store.begin(header(epoch, None))
+    arriving.metadata("inventory.img", b"inventory")
+    announce(arriving, TASK, {first + n: ZERO if n % 10 == 9 else PE_PRESENT for n in range(pages)})
+    for n in [n for n in range(pages) if n % 10 != 9][:came]:
+        arriving.pages(TASK, page(first + n + 1))
+    arriving.interrupt()
+
+
+def test_what_came_of_an_interrupted_epoch_is_lent_to_the_next_one_and_never_restored(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 300)
+        assert store.newest is None
+        assert store.records() == []
+        part = store.identify(None, TASK, 0, ALL, HASHER)
+        # 300 pages with content, and the zeros between them
+        assert part.numbers.tolist() == list(range(333))
+        assert not part.more
+        assert part.identity[0].tolist() == identity_of(1)
+        assert part.identity[9].tolist() == [0, 0]
+        arriving = store.begin(header(EpochId(1, 1), None))
+        announce(arriving, TASK, {0: COPIED, 1: PE_PRESENT, 2: COPIED, 9: COPIED, 10: ZERO, 2000: PE_PRESENT})
+        arriving.pages(TASK, page(5000) + page(6000))
+        record = arriving.commit()
+        data = (record.path / "pages-1.img").read_bytes()
+        assert [data[at : at + 4096] for at in range(0, len(data), 4096)] == [
+            page(1),
+            page(5000),
+            page(3),
+            bytes(4096),
+            bytes(4096),
+            page(6000),
+        ]
+        assert store.verify() == []
+        assert store.seed_pages == 0
+        assert store.fold_due()
+        store.fold()
+        assert list((tmp_path / "web" / "seeds").iterdir()) == []
+        assert list((tmp_path / "web" / "trash").iterdir()) == []
+
+
+def test_a_seed_survives_the_agent_but_not_what_is_wrong_with_it(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 300)
+    with opened(tmp_path) as store:
+        assert store.seed_pages == 333
+    os.truncate(tmp_path / "web" / "seeds" / "t1-e1" / "pages-1.img", 4096)
+    with opened(tmp_path) as store:
+        assert store.seed_pages == 0
+        assert list((tmp_path / "web" / "seeds").iterdir()) == []
+        assert list((tmp_path / "web" / "damaged").iterdir()) == []
+
+
+def test_what_was_torn_in_a_seed_has_another_identity(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 300)
+        with (tmp_path / "web" / "seeds" / "t1-e1" / "pages-1.img").open("r+b") as file:
+            file.seek(4096 + 512)
+            file.write(bytes(512))
+        identity = store.identify(None, TASK, 0, ALL, HASHER).identity
+        assert identity[0].tolist() == identity_of(1)
+        assert identity[1].tolist() != identity_of(2)
+
+
+def test_the_larger_of_two_seeds_stays(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 400)
+        interrupted(store, EpochId(1, 2), 1000, 290)
+        assert store.identify(None, TASK, 0, 1, HASHER).numbers.tolist() == [0]
+        assert store.seed_pages == 444
+        interrupted(store, EpochId(1, 3), 1000, 500, first=7)
+        assert store.seed_pages == 555
+        assert [path.name for path in (tmp_path / "web" / "seeds").iterdir()] == ["t1-e3"]
+
+
+def test_little_is_not_kept(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 100)
+        assert store.seed_pages == 0
+        assert list((tmp_path / "web" / "incoming").iterdir()) == []
+
+
+def test_an_interrupted_delta_lends_what_it_brought_itself(tmp_path: Path) -> None:
+    base = {TASK: {n: 1 for n in range(600)}, OTHER: {0: 9}}
+    with opened(tmp_path) as store:
+        commit(store, EpochId(1, 1), base)
+        arriving = store.begin(header(EpochId(1, 2), EpochId(1, 1)))
+        announce(arriving, OTHER, {0: PE_PARENT})
+        announce(arriving, TASK, {n: PE_PARENT if n < 100 else PE_PRESENT for n in range(600)})
+        for n in range(400):
+            arriving.pages(TASK, page(n))
+        arriving.interrupt()
+        assert store.identify(None, TASK, 0, ALL, HASHER).numbers.tolist() == list(range(100, 500))
+        assert store.identify(None, OTHER, 0, ALL, HASHER).numbers.tolist() == []
+        arriving = store.begin(header(EpochId(1, 3), EpochId(1, 1)))
+        announce(arriving, TASK, {0: PE_PARENT, 100: COPIED, 499: COPIED})
+        record = arriving.commit()
+        data = (record.path / "pages-1.img").read_bytes()
+        assert data == page(0) + page(399)
+
+
+def test_pages_that_the_seed_does_not_have_are_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        arriving = store.begin(header(EpochId(1, 1), None))
+        announce(arriving, TASK, {0: COPIED})
+        with pytest.raises(StoreError, match="nothing is"):
+            arriving.commit()
+        arriving.abort()
+        interrupted(store, EpochId(1, 1), 1000, 300)
+        arriving = store.begin(header(EpochId(1, 2), None))
+        announce(arriving, TASK, {0: COPIED, 999: COPIED})
+        with pytest.raises(StoreError, match="are not held"):
+            arriving.commit()
+        arriving.abort()
+        assert store.newest is None
+
+
+def test_what_an_epoch_holds_is_told_along_its_chain_in_parts(tmp_path: Path) -> None:
+    first = {TASK: {n: n % 7 for n in range(1, 9)}}
+    second = {TASK: {**first[TASK], 3: 200, 20: 0}}
+    with opened(tmp_path) as store:
+        commit(store, EpochId(1, 1), first)
+        record = commit(store, EpochId(1, 2), second, EpochId(1, 1), first)
+        assert record
+        assert record.levels == 2
+        told: dict[int, list[int]] = {}
+        row, more = 0, True
+        while more:
+            part = store.identify(record.id, TASK, row, 4, HASHER)
+            told |= dict(zip(part.numbers.tolist(), part.identity.tolist(), strict=True))
+            row, more = row + 4, part.more
+        assert told == {
+            n: [0, 0] if not fill else HASHER.identify(memoryview(bytes([fill]) * 4096))[0].tolist()
+            for n, fill in second[TASK].items()
+        }
+        assert composed(record.path) == second
+        assert not store.identify(record.id, OTHER, 0, 4, HASHER).numbers.size
+        with pytest.raises(StoreError, match="has no epoch"):
+            store.identify(EpochId(1, 7), TASK, 0, 4, HASHER)
