@@ -26,6 +26,9 @@ from outlive.cli.output import Answer, Rows, duration, yes_no
 
 REFRESH_S = 1.0
 _NOTHING = "-"
+NEVER_HEARD = "never heard"
+REFUSED = "refused: wrong key"
+ALL = "all"
 
 COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "REPLICAS")
 
@@ -133,13 +136,13 @@ def status_view(answer: StatusAnswer) -> list[Rows | str]:
 
 
 def _peer_row(peer: PeerStatus) -> tuple[str, str, str]:
-    keeper = "refused: wrong key" if peer.refused else _silence(peer.keeper_silence_ms)
+    keeper = REFUSED if peer.refused else _silence(peer.keeper_silence_ms)
     return peer.node, keeper, _silence(peer.agent_silence_ms)
 
 
 def _silence(silence_ms: int | None) -> str:
     if silence_ms is None:
-        return "never heard"
+        return NEVER_HEARD
     return f"{silence_ms} ms ago" if silence_ms < 1000 else f"{duration(silence_ms / 1000)} ago"
 
 
@@ -171,7 +174,7 @@ def _matters(workload: WorkloadStatus) -> bool:
 def _at_risk(workload: WorkloadStatus) -> str:
     if workload.role == "none" or workload.stopped:
         return _NOTHING
-    return "all" if workload.data_at_risk_s is None else duration(workload.data_at_risk_s)
+    return ALL if workload.data_at_risk_s is None else duration(workload.data_at_risk_s)
 
 
 def _sentences(workload: WorkloadStatus) -> list[str]:

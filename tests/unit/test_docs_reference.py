@@ -13,7 +13,7 @@ from common.config import parse_config
 from common.roles import MEANING
 from outlive.cli.node import example_config
 from outlive.cli.reference import reference
-from outlive.cli.status import COLUMNS, StatusAnswer
+from outlive.cli.status import ALL, COLUMNS, DOWN, NEVER_HEARD, REFUSED, StatusAnswer
 from outlive.declare import toml_value
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -93,6 +93,12 @@ def test_the_status_page_has_the_columns_and_the_states() -> None:
     page = read("reference/status.md")
     assert [row[0] for row in rows(section(page, "The columns"))] == [f"`{column}`" for column in COLUMNS]
     assert {row[0].strip("`"): row[1].rstrip(" |") for row in rows(section(page, "States"))} == dict(MEANING)
+
+
+def test_the_status_page_has_the_fixed_words() -> None:
+    page = read("reference/status.md")
+    assert [word for word in (ALL, NEVER_HEARD, REFUSED, *DOWN) if f"`{word}`" not in page] == []
+    assert set(MEANING) >= DOWN
 
 
 def test_the_status_page_has_every_json_key() -> None:
