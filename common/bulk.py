@@ -23,8 +23,15 @@ from common.model import PAGE_BYTES
 ZERO: Final = 0x80
 """Page flag beside CRIU's own: the page changed and is all zeros; its content is not sent."""
 
+SEEDED: Final = 0x40
+"""Page flag beside CRIU's own: the page changed, but what is kept of an interrupted epoch has its content."""
+
 BLOCK_PAGES: Final = BULK_BYTES // PAGE_BYTES
 """Most pages of one block."""
+
+_HELD_BYTES: Final = 24
+HELD_PAGES: Final = BULK_BYTES // _HELD_BYTES
+"""Most pages of which one message says what they are."""
 
 _PAGE_LIMIT: Final = 1 << 52
 """Page numbers are addresses / 4096 of a 64-bit space."""
@@ -35,7 +42,14 @@ _RUN_PAGES: Final = (1 << 32) - 1
 
 _CHANGED: Final = (PE_PRESENT, PE_PRESENT | PE_LAZY)
 _KNOWN_FLAGS: Final = np.array(
-    [*_CHANGED, *(flags | ZERO for flags in _CHANGED), PE_PARENT, PE_PARENT | PE_LAZY], dtype=np.uint32
+    [
+        *_CHANGED,
+        *(flags | ZERO for flags in _CHANGED),
+        *(flags | SEEDED for flags in _CHANGED),
+        PE_PARENT,
+        PE_PARENT | PE_LAZY,
+    ],
+    dtype=np.uint32,
 )
 
 
@@ -50,8 +64,8 @@ class PackedRuns:
 
 
 def with_content(flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Mark the pages whose content is sent: changed, and not all zeros; shape (n,)."""
-    marks: NDArray[np.bool_] = (flags & (PE_PRESENT | ZERO)) == PE_PRESENT
+    """Mark the pages whose content is sent: changed, not all zeros, and not in the seed; shape (n,)."""
+    marks: NDArray[np.bool_] = (flags & (PE_PRESENT | ZERO | SEEDED)) == PE_PRESENT
     return marks
 
 
@@ -97,6 +111,22 @@ def unpack_runs(frame: Buffer, pages: int) -> tuple[NDArray[np.uint64], NDArray[
     before = np.cumsum(counts) - counts
     numbers = np.repeat(starts - before, counts.astype(np.intp)) + np.arange(pages, dtype=np.uint64)
     return numbers, np.repeat(runs["flags"].astype(np.uint8), counts.astype(np.intp))
+
+
+def pack_held(numbers: NDArray[np.uint64], identity: NDArray[np.uint64]) -> bytes:
+    """Write which pages are held and what they are: shapes (n,) and (n, 2), at most HELD_PAGES."""
+    return pack(numbers.astype("<u8").tobytes() + identity.astype("<u8").tobytes())
+
+
+def unpack_held(frame: Buffer, pages: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Read what `pack_held` wrote. Raises ProtocolError if it is not that, or out of order."""
+    if not pages:
+        return np.empty(0, dtype=np.uint64), np.empty((0, 2), dtype=np.uint64)
+    words = np.frombuffer(unpack(frame, pages * _HELD_BYTES), dtype="<u8").astype(np.uint64)
+    numbers, identity = words[:pages], words[pages:].reshape(-1, 2)
+    if not (numbers[1:] > numbers[:-1]).all():
+        raise ProtocolError("pages that are held are out of order")
+    return numbers, identity
 
 
 def pack(raw: Buffer) -> bytes:

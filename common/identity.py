@@ -2,8 +2,8 @@
 
 In: an open image of pages, 4096 bytes each. Out: an array of 128-bit identities, zeros for pages of
 zeros. Workloads hold data that an attacker may have chosen, so an unkeyed hash must not decide what is
-skipped: xxh3-128 with a secret seed that is drawn anew by each agent. It is told, encrypted, to those replicas
-alone that hold the same pages anyway, so that they can say what they hold.
+skipped: xxh3-128 with a secret seed that is drawn anew by each agent. It is told, encrypted, to those
+replicas alone that hold the same pages anyway, so that they can say what they hold.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 BULK_BYTES: Final = 1 << 20
@@ -52,6 +52,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Term = Annotated[int, Meta(ge=1, le=1 << 53)]
 WallSeconds = Annotated[float, Meta(ge=0, le=1e12)]
+Secret = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
@@ -83,6 +84,8 @@ class Welcome(_Message, frozen=True):
     newest: EpochId | None
     newest_frozen_wall_s: WallSeconds | None
     """The instant that it would go back to."""
+    seed: Count
+    """Names what is kept of an interrupted epoch, for the next one to take pages of; 0: nothing is."""
     credit_bytes: Annotated[int, Meta(ge=MIN_CREDIT_BYTES, le=1 << 32)]
 
 
@@ -100,6 +103,31 @@ class Refused(_Message, frozen=True):
     """With `stale-term`: the newest term that the receiver knows; else 0."""
 
 
+# --- what the replica holds ---------------------------------------------------------------------------
+
+
+class AskHeld(_Message, frozen=True):
+    """Primary to replica, between epochs: which pages of a space do you hold, from the `first_row`-th on?"""
+
+    epoch: EpochId | None
+    """In which committed epoch; None: in the seed that `seed` names."""
+    seed: Count
+    secret: Secret
+    """Under which pages are identified: the seed of xxh3, little-endian."""
+    kind: Literal["task", "shmem"]
+    ident: Count
+    first_row: Count
+
+
+class HeldPages(_Message, frozen=True):
+    """Replica to primary: these, in one bulk frame (`common.bulk.pack_held`); none if it cannot say."""
+
+    kind: Literal["task", "shmem"]
+    ident: Count
+    pages: Annotated[int, Meta(ge=0, le=BULK_BYTES // 24)]
+    more: bool
+
+
 # --- one epoch --------------------------------------------------------------------------------------
 
 
@@ -109,6 +137,8 @@ class Begin(_Message, frozen=True):
     term: Term
     epoch: EpochId
     base: EpochId | None
+    seed: Count
+    """Of which seed `SEEDED` pages are taken; 0 if there are none."""
     incarnation: Annotated[str, Meta(min_length=1, max_length=128)]
     frozen_wall_s: WallSeconds
     memory_bytes: Count
@@ -212,6 +242,8 @@ Message = (
     Hello
     | Welcome
     | Refused
+    | AskHeld
+    | HeldPages
     | Begin
     | Metadata
     | Space
@@ -228,6 +260,8 @@ _TYPES: Final[dict[str, type[_Message]]] = {
     "hello": Hello,
     "welcome": Welcome,
     "refused": Refused,
+    "ask": AskHeld,
+    "held": HeldPages,
     "begin": Begin,
     "metadata": Metadata,
     "space": Space,
@@ -240,7 +274,7 @@ _TYPES: Final[dict[str, type[_Message]]] = {
     "beat": Beat,
 }
 _TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
-_WITH_BULK: Final = (Metadata, Space, Pages)
+_WITH_BULK: Final = (HeldPages, Metadata, Space, Pages)
 
 
 class VersionError(ProtocolError):

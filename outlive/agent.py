@@ -323,6 +323,7 @@ class Agent:
             spec=spec,
             term=term,
             incarnation=run,
+            secret=self._hasher.secret,
             on_acknowledged=on_acknowledged,
         )
 

@@ -36,7 +36,10 @@ class SpacePages:
     flags: NDArray[np.uint8]
     """CRIU's own flags but PE_PARENT: PE_PRESENT, and PE_LAZY where eligible; shape (n,)."""
     identity: NDArray[np.uint64]
-    """Keyed 128-bit content identity; shape (n, 2). `ZERO_IDENTITY` for pages of zeros."""
+    """Keyed 128-bit content identity; shape (n, 2). `ZERO_IDENTITY` for pages of zeros.
+
+    One that no page has (`common.identity.fresh_identity`) for pages that must be sent with every epoch.
+    """
 
 
 ZERO_IDENTITY = (0, 0)

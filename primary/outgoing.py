@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.bulk import BLOCK_PAGES, ZERO, EpochDigest, pack, pack_runs, with_content
+from common.bulk import BLOCK_PAGES, SEEDED, ZERO, EpochDigest, pack, pack_runs, with_content
 from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
 from common.errors import CaptureError
 from common.messages import BULK_BYTES, Begin, Buffer, Commit, Metadata, Pages, Space, encode
@@ -26,25 +26,34 @@ Frames = list[Buffer]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The epoch that a replica has committed, as its primary remembers it."""
+    """The epoch that a replica has committed, as its primary remembers it or was told."""
 
     id: EpochId
-    incarnation: str
     table: PageTable
 
     @classmethod
     def of(cls, epoch: CapturedEpoch) -> Held:
         """What a replica holds that has committed `epoch`."""
-        return cls(epoch.id, epoch.incarnation, epoch.table())
+        return cls(epoch.id, epoch.table())
 
 
-def epoch_messages(epoch: CapturedEpoch, term: int, base: Held | None, buffer: bytearray) -> Iterator[Frames]:
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """What a replica kept of an interrupted epoch, as it told."""
+
+    name: int
+    table: PageTable
+
+
+def epoch_messages(
+    epoch: CapturedEpoch, term: int, base: Held | None, seed: Seed | None, buffer: bytearray
+) -> Iterator[Frames]:
     """Yield the frames of each message in order; `buffer` (BULK_BYTES) is overwritten between them.
 
     Raises CaptureError when a page or metadata file cannot be read: the epoch cannot be finished then.
     """
     digest = EpochDigest()
-    for frames in _body(epoch, term, base, buffer):
+    for frames in _body(epoch, term, base, seed, buffer):
         digest.add(frames)
         yield frames
     yield encode(Commit(digest=digest.value()))
@@ -55,12 +64,15 @@ def full_bytes(epoch: CapturedEpoch) -> int:
     return epoch.memory_bytes + sum(file.size_bytes for file in epoch.metadata)
 
 
-def _body(epoch: CapturedEpoch, term: int, base: Held | None, buffer: bytearray) -> Iterator[Frames]:
+def _body(
+    epoch: CapturedEpoch, term: int, base: Held | None, seed: Seed | None, buffer: bytearray
+) -> Iterator[Frames]:
     yield encode(
         Begin(
             term=term,
             epoch=epoch.id,
             base=base.id if base else None,
+            seed=seed.name if seed else 0,
             incarnation=epoch.incarnation,
             frozen_wall_s=epoch.frozen_wall_s,
             memory_bytes=epoch.memory_bytes,
@@ -71,7 +83,7 @@ def _body(epoch: CapturedEpoch, term: int, base: Held | None, buffer: bytearray)
     for file in epoch.metadata:
         yield from _metadata(file)
     for space in epoch.spaces:
-        yield from _space(epoch, space, base, memoryview(buffer))
+        yield from _space(epoch, space, _wire_flags(space, base, seed), memoryview(buffer))
 
 
 def _metadata(file: MetadataFile) -> Iterator[Frames]:
@@ -90,9 +102,8 @@ def _metadata(file: MetadataFile) -> Iterator[Frames]:
 
 
 def _space(
-    epoch: CapturedEpoch, space: SpacePages, base: Held | None, buffer: memoryview
+    epoch: CapturedEpoch, space: SpacePages, flags: NDArray[np.uint8], buffer: memoryview
 ) -> Iterator[Frames]:
-    flags = _wire_flags(space, base)
     packed = list(pack_runs(space.numbers, flags))
     for place, runs in enumerate(packed, start=1):
         yield encode(
@@ -113,11 +124,17 @@ def _space(
         yield encode(Pages(raw_bytes=len(raw)), [pack(raw)])
 
 
-def _wire_flags(space: SpacePages, base: Held | None) -> NDArray[np.uint8]:
-    """CRIU's flags for each page; PE_PARENT for what the base has, ZERO for changed pages of zeros."""
+def _wire_flags(space: SpacePages, base: Held | None, seed: Seed | None) -> NDArray[np.uint8]:
+    """CRIU's flags for each page; PE_PARENT for what the base has.
+
+    Of the changed ones, ZERO for those of zeros, and SEEDED for those that the seed has.
+    """
     lazy = space.flags & np.uint8(PE_LAZY)
     zero = (space.identity == 0).all(axis=1)
     fresh = np.where(zero, np.uint8(PE_PRESENT | ZERO), np.uint8(PE_PRESENT))
+    if seed is not None:
+        lent = ~zero & ~seed.table.changed_rows(space)
+        fresh = np.where(lent, np.uint8(PE_PRESENT | SEEDED), fresh)
     if base is not None:
         fresh = np.where(base.table.changed_rows(space), fresh, np.uint8(PE_PARENT))
     flags: NDArray[np.uint8] = (fresh | lazy).astype(np.uint8)

@@ -2,12 +2,13 @@
 
 In: captured epochs, offered and never waited for. Out: messages to the replica's receiver; what it has
 acknowledged; and how far it is. What the replica holds is remembered as a table of page identities: only an
-acknowledgement replaces it. A reconnected, new or lagging replica whose newest epoch is not the remembered
-one gets everything, while the other streams go on.
+acknowledgement replaces it. A replica whose newest epoch is not the remembered one is asked what it holds, of
+that epoch and of one that was interrupted, and gets what differs; one that holds nothing gets everything. The
+other streams go on meanwhile.
 
-    connect, greet ──▶ take the newest offer ──▶ send under credit ──▶ wait for Ack ──▶ remember ─┐
-        ▲                      ▲                                            │ Nack              │
-        └── lost, refused ─────┴────────────────────────────────────────────┴──────────────────-┘
+    connect, greet ──▶ take the newest offer ──▶ ask, if need be ──▶ send under credit ──▶ wait for Ack ──┐
+        ▲                      ▲                                                 │ Nack                   │
+        └── lost, refused ─────┴─────────────────────────────────────────────────┴──── remember ◀─────────┘
 
 Keeps this: at most one epoch in flight and one waiting; never more bytes under way than the receiver granted;
 an epoch counts as held only when the receiver said that it is committed.
@@ -34,7 +35,6 @@ from common.messages import (
     BULK_BYTES,
     PROTOCOL,
     Ack,
-    Credit,
     Hello,
     Nack,
     Readiness,
@@ -47,26 +47,13 @@ from common.model import EpochId, WorkloadSpec
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Link, LinkTiming, open_link
 from primary.backlog import Backlog, Offer, SharedEpoch
-from primary.outgoing import Frames, Held, epoch_messages, full_bytes
+from primary.inquiry import ask_held
+from primary.outgoing import Frames, Held, Seed, epoch_messages, full_bytes
+from primary.session import DEFAULT_STREAM_TIMING, RefusedError, Session, StreamTiming
 
 log = structlog.get_logger(__name__)
 
 LATENCIES_KEPT = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class StreamTiming:
-    """How long a replica may keep its primary waiting, in seconds, before the stream starts over."""
-
-    greeting_s: float = 5.0
-    """From the first attempt to connect until the answer to the greeting."""
-    credit_s: float = 15.0
-    """Without being granted anything while there is something to send."""
-    acknowledge_s: float = 120.0
-    """From `Commit` until `Ack` or `Nack`: the replica syncs a whole epoch to disk then."""
-    retry_s: float = 0.05
-    """Pause before the next attempt; doubles with every failure in a row, plus up to half of it by chance."""
-    retry_max_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +67,6 @@ class StreamCounters:
     epochs_acknowledged: int
     commit_latency_ms: tuple[float, ...]
     """From the offer of an epoch to its acknowledgement; the newest `LATENCIES_KEPT`."""
-
-
-class _RefusedError(ProtocolError):
-    """The receiver said no, and why."""
-
-    def __init__(self, peer: str, refusal: Refused) -> None:
-        super().__init__(f"{peer} refuses: {refusal.reason}")
-        self.refusal = refusal
-
-
-class _Session:
-    """One greeted connection: what may still be sent, and what came of the epoch in flight."""
-
-    def __init__(self, link: Link, credit_bytes: int) -> None:
-        self.link = link
-        self.window_bytes = credit_bytes
-        self.credit_bytes = credit_bytes
-        self.in_flight: EpochId | None = None
-        self.outcome: Ack | Nack | None = None
-        self.changed = asyncio.Event()
-
-    async def until(self, condition: Callable[[], bool], deadline_s: float, what: str) -> None:
-        """Wait until something that the receiver said makes `condition` true. Raises UnreachableError."""
-        try:
-            async with asyncio.timeout(deadline_s):
-                while not condition():
-                    self.changed.clear()
-                    await self.changed.wait()
-        except TimeoutError:
-            raise UnreachableError(f"the replica {what} for {deadline_s:g} s") from None
 
 
 class ReplicaStream:
@@ -128,15 +85,19 @@ class ReplicaStream:
         spec: WorkloadSpec,
         term: int,
         incarnation: str,
+        secret: int = 0,
         on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
         on_refused: Callable[[Refused], None] = lambda refusal: None,
         need_full: Callable[[], None] = lambda: None,
         software: str = "outlive",
-        timing: StreamTiming = StreamTiming(),
+        timing: StreamTiming = DEFAULT_STREAM_TIMING,
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
     ) -> None:
-        """`need_full` asks for an epoch of which every page can be read; callbacks must not block."""
+        """`secret` is that under which the epochs' pages are identified.
+
+        `need_full` asks for an epoch of which every page can be read; callbacks must not block.
+        """
         self._context = context
         self._node = node
         self._keys = keys
@@ -150,6 +111,7 @@ class ReplicaStream:
             incarnation=incarnation,
             spec=spec,
         )
+        self._secret = secret
         self._on_acknowledged = on_acknowledged
         self._on_refused = on_refused
         self._need_full = need_full
@@ -160,6 +122,8 @@ class ReplicaStream:
         self._backlog = Backlog()
         self._buffer = bytearray()
         self._held: Held | None = None
+        self._base: EpochId | None = None
+        self._seed = 0
         self._unconfirmed: tuple[Held, float] | None = None
         self._connected = False
         self._acknowledged: EpochId | None = None
@@ -231,7 +195,7 @@ class ReplicaStream:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._watch(link))
                     session = await self._greet(link)
-                    tasks.create_task(self._listen(session))
+                    tasks.create_task(session.listen())
                     await self._send_all(session)
         except* (OutliveError, zmq.ZMQError) as group:
             failure = _first(group)
@@ -240,14 +204,14 @@ class ReplicaStream:
             # Python 3.11's task group forgets a cancellation that comes together with a failure.
             raise asyncio.CancelledError
         self._failures += 1
-        if isinstance(failure, _RefusedError):
+        if isinstance(failure, RefusedError):
             self._on_refused(failure.refusal)
         self._note_problem("stream.interrupted", str(failure))
 
     async def _watch(self, link: Link) -> None:
         raise UnreachableError(await link.lost())
 
-    async def _greet(self, link: Link) -> _Session:
+    async def _greet(self, link: Link) -> Session:
         try:
             async with asyncio.timeout(self._timing.greeting_s):
                 await link.send(encode(self._hello))
@@ -258,14 +222,21 @@ class ReplicaStream:
                 hint=f"is its agent running and {self._peer.address} port {self._peer.agent_port} open?",
             ) from None
         if isinstance(answer, Refused):
-            raise _RefusedError(self._peer.name, answer)
+            raise RefusedError(self._peer.name, answer)
         if not isinstance(answer, Welcome) or answer.node != self._peer.name:
             raise ProtocolError(f"{self._peer.name} did not answer the greeting but said {answer}")
         self._recall(answer)
         self._connected = True
         self._note_progress()
         self._log.info("stream.connected", newest=str(answer.newest), base=self._held is not None)
-        return _Session(link, answer.credit_bytes)
+        return Session(
+            self._peer.name,
+            link,
+            answer.credit_bytes,
+            self._timing,
+            on_sent=self._note_sent,
+            on_readiness=self._note_readiness,
+        )
 
     def _recall(self, welcome: Welcome) -> None:
         """Find out what the replica stands on: only an epoch whose table is known can be a base.
@@ -273,11 +244,13 @@ class ReplicaStream:
         An epoch that was in flight when the connection broke may have been committed after all.
         """
         newest = welcome.newest
+        self._base, self._seed = None, welcome.seed
         unconfirmed, self._unconfirmed = self._unconfirmed, None
         if unconfirmed is not None and unconfirmed[0].id == newest:
             self._remember(*unconfirmed)
         elif self._held is None or self._held.id != newest:
             self._held = None
+            self._base = newest
             ours = newest is not None and newest.term == self._hello.term
             self._acknowledged = newest if ours else None
             self._acknowledged_wall_s = welcome.newest_frozen_wall_s if ours else None
@@ -289,29 +262,7 @@ class ReplicaStream:
         self._epochs_acknowledged += 1
         self._on_acknowledged(held.id)
 
-    async def _listen(self, session: _Session) -> None:
-        """Take in what the receiver says, until it says something that ends the session."""
-        while True:
-            message, _ = decode(await session.link.receive())
-            if isinstance(message, Credit):
-                session.credit_bytes += message.bytes
-                if session.credit_bytes > session.window_bytes:
-                    raise ProtocolError(f"{self._peer.name} grants more credit than it said")
-            elif isinstance(message, Ack | Nack):
-                if message.epoch != session.in_flight or session.outcome is not None:
-                    raise ProtocolError(
-                        f"{self._peer.name} answers for {message.epoch}, which is not in flight"
-                    )
-                session.outcome = message
-            elif isinstance(message, Readiness):
-                self._restorable, self._reasons = message.restorable, message.reasons
-            elif isinstance(message, Refused):
-                raise _RefusedError(self._peer.name, message)
-            else:
-                raise ProtocolError(f"{self._peer.name} sent a {type(message).__name__}: not a receiver's")
-            session.changed.set()
-
-    async def _send_all(self, session: _Session) -> None:
+    async def _send_all(self, session: Session) -> None:
         """Send what is offered, one epoch after the other."""
         while True:
             offer = await self._backlog.take()
@@ -326,55 +277,55 @@ class ReplicaStream:
             else:
                 offer.shared.drop()
 
-    async def _send_one(self, session: _Session, offer: Offer) -> bool:
+    async def _send_one(self, session: Session, offer: Offer) -> bool:
         """Send an epoch and wait for what comes of it; True if it should be tried once more."""
         epoch = offer.epoch
-        base = self._held if self._held and self._held.incarnation == epoch.incarnation else None
         if self._acknowledged is not None and epoch.id <= self._acknowledged:
             return False
+        base = self._held
         if epoch.stands_on is not None and (base is None or base.id != epoch.stands_on):
             self._log.info("stream.needs_full", epoch=str(epoch.id), stands_on=str(epoch.stands_on))
             self._need_full()
             return False
+        if base is None and self._base is not None:
+            base = self._held = Held(
+                self._base, await ask_held(session, epoch, self._secret, held=self._base)
+            )
+        self._base = None
+        seed = None
+        if self._seed:
+            seed = Seed(self._seed, await ask_held(session, epoch, self._secret, seed=self._seed))
+        # Not to be used twice: what the replica keeps of this epoch may take the seed's place.
+        self._seed = 0
         if not self._buffer:
             self._buffer = bytearray(BULK_BYTES)
-        session.outcome, session.in_flight = None, epoch.id
+        session.begin(epoch.id)
         self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
         try:
-            await self._send_messages(session, epoch_messages(epoch, self._hello.term, base, self._buffer))
-            await session.until(
-                lambda: session.outcome is not None, self._timing.acknowledge_s, "has not acknowledged"
+            await self._send_messages(
+                session, epoch_messages(epoch, self._hello.term, base, seed, self._buffer)
             )
+            outcome = await session.acknowledged()
         except CaptureError as error:
             self._unconfirmed = None
             # The receiver drops what it has of it as soon as the next epoch begins.
             self._note_problem("stream.epoch_unreadable", error.message)
             return False
         finally:
-            session.in_flight = None
+            session.end()
         self._unconfirmed = None
-        if isinstance(session.outcome, Ack):
-            self._acknowledge(offer, session.outcome)
+        if isinstance(outcome, Ack):
+            self._acknowledge(offer, outcome)
             return False
-        return self._not_acknowledged(session.outcome, base)
+        return self._not_acknowledged(outcome)
 
-    async def _send_messages(self, session: _Session, messages: Iterator[Frames]) -> None:
+    async def _send_messages(self, session: Session, messages: Iterator[Frames]) -> None:
         """Send as credit allows, drawing about a block at a time in a thread; a `Nack` ends it early."""
         while batch := await in_thread(_draw, messages):
             for frames in batch:
-                size_bytes = sum(len(frame) for frame in frames)
-                await session.until(
-                    lambda size_bytes=size_bytes: (  # type: ignore[misc]
-                        session.credit_bytes >= size_bytes or session.outcome is not None
-                    ),
-                    self._timing.credit_s,
-                    "has granted no credit",
-                )
+                await session.send(frames)
                 if session.outcome is not None:
                     return
-                session.credit_bytes -= size_bytes
-                self._bytes_sent += size_bytes
-                await session.link.send(frames)
 
     def _acknowledge(self, offer: Offer, ack: Ack) -> None:
         epoch = offer.epoch
@@ -386,15 +337,19 @@ class ReplicaStream:
         self._note_progress()
         self._log.debug("stream.acknowledged", epoch=str(epoch.id), latency_ms=round(latency_ms, 1))
 
-    def _not_acknowledged(self, nack: Ack | Nack | None, base: Held | None) -> bool:
+    def _not_acknowledged(self, nack: Nack) -> bool:
         """Take in a `Nack`; True if the epoch is worth sending again, whole."""
-        if not isinstance(nack, Nack):
-            raise ProtocolError("an epoch ended without an answer")
         self._failures += 1
         self._note_problem("stream.not_acknowledged", nack.reason, epoch=str(nack.epoch), code=nack.code)
         if nack.retry_with_base:
             self._held = None
         return nack.code != "not-newer"
+
+    def _note_sent(self, size_bytes: int) -> None:
+        self._bytes_sent += size_bytes
+
+    def _note_readiness(self, readiness: Readiness) -> None:
+        self._restorable, self._reasons = readiness.restorable, readiness.reasons
 
     def _note_problem(self, event: str, problem: str, **values: str) -> None:
         """Log what went wrong, unless it is what went wrong before."""

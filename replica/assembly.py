@@ -17,17 +17,21 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
-from common.bulk import EpochDigest, unpack, unpack_runs, with_content
+from common.bulk import HELD_PAGES, EpochDigest, pack_held, unpack, unpack_runs, with_content
 from common.criu.images import SpaceKey
 from common.criu.pagemap import PE_PARENT
 from common.errors import NoSpaceError, ProtocolError, StoreError
-from common.messages import Begin, Buffer, Commit, Message, Metadata, Nack, Pages, Space
+from common.identity import PageHasher
+from common.messages import AskHeld, Begin, Buffer, Commit, HeldPages, Message, Metadata, Nack, Pages, Space
 from common.model import PAGE_BYTES
 from common.terms import TermGuard
 from replica.levels import CRIU_RESTORE
 from replica.store import EpochHeader, EpochRecord, EpochStore, IncomingEpoch
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T", bound=np.generic)
 
@@ -44,12 +48,12 @@ class Phase(enum.Enum):
 
 
 MAY_COME: Final[dict[Phase, tuple[type[Message], ...]]] = {
-    Phase.IDLE: (Begin,),
+    Phase.IDLE: (Begin, AskHeld),
     Phase.FILES: (Begin, Metadata, Space, Commit),
     Phase.RUNS: (Begin, Space),
     Phase.CONTENT: (Begin, Pages),
     Phase.COMPLETE: (Begin, Space, Commit),
-    Phase.DISCARDING: (Begin, Metadata, Space, Pages, Commit),
+    Phase.DISCARDING: (Begin, AskHeld, Metadata, Space, Pages, Commit),
 }
 """The order of messages. `Begin` may always come: whoever sends it gave up the epoch before."""
 
@@ -61,7 +65,15 @@ class Committed:
     record: EpochRecord
 
 
-Outcome = Committed | Nack
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The answer to a question about what is held."""
+
+    message: HeldPages
+    bulk: bytes
+
+
+Outcome = Committed | Nack | Told
 
 
 @dataclass(slots=True)
@@ -117,6 +129,8 @@ class Assembly:
         """
         if not isinstance(message, MAY_COME[self._phase]):
             raise ProtocolError(f"a {type(message).__name__} came when {self._phase.value}")
+        if isinstance(message, AskHeld):
+            return self._tell_held(message)
         if isinstance(message, Begin):
             self.abort()
             return self._begin(message, frames)
@@ -138,11 +152,25 @@ class Assembly:
         return None
 
     def abort(self) -> None:
-        """Give up the epoch under way, if there is one."""
+        """Give up the epoch under way, if there is one; the store may keep its pages for the next one."""
         if self._epoch is not None:
-            self._epoch.incoming.abort()
+            self._epoch.incoming.interrupt()
             self._epoch = None
         self._phase = Phase.IDLE
+
+    def _tell_held(self, ask: AskHeld) -> Told:
+        key = SpaceKey(ask.kind, ask.ident)
+        hasher = PageHasher(int.from_bytes(ask.secret, "little"))
+        try:
+            part = self._store.identify(ask.epoch or ask.seed, key, ask.first_row, HELD_PAGES, hasher)
+        except StoreError as error:
+            # Nothing is claimed to be held then, and all of it is sent.
+            log.info("receive.cannot_tell", workload=self._workload, reason=error.message)
+            numbers, identity, more = np.empty(0, np.uint64), np.empty((0, 2), np.uint64), False
+        else:
+            numbers, identity, more = part.numbers, part.identity, part.more
+        message = HeldPages(kind=ask.kind, ident=ask.ident, pages=len(numbers), more=more)
+        return Told(message, pack_held(numbers, identity))
 
     def _begin(self, begin: Begin, frames: Sequence[Buffer]) -> Outcome | None:
         if begin.term != self._term or begin.epoch.term > begin.term:
@@ -176,6 +204,7 @@ class Assembly:
                 # How much a delta takes is not known before it is here.
                 expected_bytes=begin.memory_bytes if begin.base is None else 0,
                 restore_command=self._restore_command,
+                seed=begin.seed,
             )
         except (StoreError, NoSpaceError) as error:
             return self._give_up(begin, error)
@@ -251,7 +280,7 @@ class Assembly:
                 f"spaces and {epoch.pages_left} pages of it did not come"
             )
         if epoch.digest.value() != message.digest:
-            self.abort()
+            self._drop()
             return Nack(
                 epoch=epoch.begin.epoch,
                 reason="the digest of what arrived is not that of what was sent",
@@ -264,11 +293,18 @@ class Assembly:
         self._phase = Phase.IDLE
         return Committed(record)
 
+    def _drop(self) -> None:
+        """Give up the epoch under way with all that came of it."""
+        if self._epoch is not None:
+            self._epoch.incoming.abort()
+            self._epoch = None
+        self._phase = Phase.IDLE
+
     def _give_up(self, begin: Begin, error: StoreError | NoSpaceError) -> Nack:
         """The store refused: nothing of the epoch stays, and the rest of it will be ignored."""
         committing = self._epoch is not None and self._phase is Phase.COMPLETE
         at_begin = self._epoch is None
-        self.abort()
+        self._drop()
         self._phase = Phase.DISCARDING
         if isinstance(error, NoSpaceError):
             return Nack(epoch=begin.epoch, reason=str(error), code="no-space", retry_with_base=False)

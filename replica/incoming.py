@@ -19,7 +19,7 @@ from common.durable import Disk
 from common.errors import NoSpaceError, StoreError
 from common.model import EpochId
 from replica.holdings import Holdings
-from replica.level_writer import COPIED, LevelWriter, restore_text
+from replica.level_writer import LevelWriter, restore_text
 from replica.levels import EpochHeader, Flags, Layout, Level, Numbers, rows_in
 from replica.store_reader import EpochRecord
 
@@ -37,10 +37,6 @@ class Home(Protocol):
 
     def keep_seed(self, made: Level) -> bool:
         """Keep an unfinished level to lend its pages; False: it is not worth it."""
-        ...
-
-    def seed_holdings(self) -> Holdings | None:
-        """Where `COPIED` pages come from."""
         ...
 
     def pages_held(self, epoch: EpochId, key: SpaceKey) -> Numbers | None:
@@ -71,7 +67,9 @@ class IncomingEpoch:
         header: EpochHeader,
         restore_command: tuple[str, ...],
         writer: LevelWriter,
+        lender: Holdings | None,
     ) -> None:
+        """`lender` is where `COPIED` pages come from."""
         self.header = header
         self._home = home
         self._layout = layout
@@ -79,7 +77,7 @@ class IncomingEpoch:
         self._restore_command = restore_command
         self._writer = writer
         self._numbers: dict[SpaceKey, Numbers] = {}
-        self._seed: Holdings | None = None
+        self._lender = lender
         self._descriptors = b""
         self._over = ""
 
@@ -110,9 +108,7 @@ class IncomingEpoch:
         would fail at restore.
         """
         with self._step():
-            if self._seed is None and (flags & COPIED).any():
-                self._seed = self._home.seed_holdings()
-            self._writer.space(key, numbers, flags, self._seed)
+            self._writer.space(key, numbers, flags, self._lender)
             inherited = numbers[(flags & PE_PARENT) != 0]
             if inherited.size:
                 base = self.header.base

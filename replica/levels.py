@@ -11,7 +11,7 @@ address space, and `parent`, a link to the level that it stands on (none: a full
       views/t1-e7         a link to the one of the two that counts: all `parent` links go through here, so
                           that a fold takes a level's place in one rename, and no image is ever altered
       incoming/…          what is being made; means nothing until it is renamed
-      seeds/t1-e9/        what came of a full epoch that was interrupted: a level that nobody restores, of
+      seeds/4711/         what came of a full epoch that was interrupted: a level that nobody restores, of
                           which the next attempt takes the pages that are still the same
       trash/…             what is being removed
       damaged/…           what recovery or an operator set aside, each with a file REASON
@@ -213,11 +213,12 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
-def read_level(path: Path, disk: Disk) -> Level:
+def read_level(path: Path, disk: Disk, *, named: bool = True) -> Level:
     """Read a level's manifest and look at the size of each of its files, not at their content.
 
-    Raises DamagedLevelError that says why the directory is no whole level, and StoreError when that could
-    not be found out (no descriptor left, no permission, a disk that does not answer): then nothing is known.
+    `named`: it must have the name of its epoch. Raises DamagedLevelError that says why the directory is no
+    whole level, and StoreError when that could not be found out (no descriptor left, no permission, a disk
+    that does not answer): then nothing is known.
     """
     try:
         content = disk.read_file(path / MANIFEST_NAME, op="read.manifest")
@@ -237,7 +238,7 @@ def read_level(path: Path, disk: Disk) -> Level:
             raise
         if size_bytes != file.size_bytes:
             raise DamagedLevelError(f"{path / file.name} has {size_bytes} bytes, not {file.size_bytes}")
-    if str(manifest.header.id) != path.name:
+    if named and str(manifest.header.id) != path.name:
         raise DamagedLevelError(f"{path} says that it is epoch {manifest.header.id}")
     return Level(path, manifest)
 

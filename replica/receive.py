@@ -32,6 +32,7 @@ from common.messages import (
     MIN_CREDIT_BYTES,
     PROTOCOL,
     Ack,
+    Buffer,
     Credit,
     Hello,
     Message,
@@ -48,7 +49,7 @@ from common.model import WorkloadSpec
 from common.terms import TermGuard
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Incoming, LinkTiming, Server
-from replica.assembly import Assembly, Outcome
+from replica.assembly import Assembly, Committed, Outcome, Told
 from replica.levels import CRIU_RESTORE
 from replica.store import EpochRecord, EpochStore
 
@@ -290,6 +291,7 @@ class Receiver:
                 node=self._config.node.name,
                 newest=newest.id if newest else None,
                 newest_frozen_wall_s=newest.frozen_wall_s if newest else None,
+                seed=store.seed,
                 credit_bytes=session.window_bytes,
             ),
         )
@@ -325,9 +327,12 @@ class Receiver:
                 await self._tell(session, Credit(bytes=done_bytes))
                 done_bytes = 0
             for outcome in outcomes:
-                await self._tell(session, await self._answer(session, outcome, store))
+                if isinstance(outcome, Told):
+                    await self._tell(session, outcome.message, [outcome.bulk])
+                else:
+                    await self._tell(session, await self._answer(session, outcome, store))
 
-    async def _answer(self, session: _Session, outcome: Outcome, store: EpochStore) -> Ack | Nack:
+    async def _answer(self, session: _Session, outcome: Committed | Nack, store: EpochStore) -> Ack | Nack:
         workload = session.hello.workload
         if isinstance(outcome, Nack):
             log.warning(
@@ -356,9 +361,9 @@ class Receiver:
         except OutliveError as error:
             return False, (f"the check for readiness failed: {error}",)
 
-    async def _tell(self, session: _Session, message: Message) -> None:
+    async def _tell(self, session: _Session, message: Message, bulk: Sequence[Buffer] = ()) -> None:
         """Send to a session's peer; if it is gone the session is over."""
-        if not await self._server.send(session.connection, encode(message)):
+        if not await self._server.send(session.connection, encode(message, bulk)):
             session.end(f"{session.node} is gone")
 
     async def _refuse(self, to: _Session | Incoming, code: RefusalCode, reason: str, term: int = 0) -> None:

@@ -108,10 +108,10 @@ def recover_seed(layout: Layout, disk: Disk) -> Level | None:
     seed: Level | None = None
     for path in _paths(layout.seeds, disk):
         try:
-            level = _read_level(path, disk)
+            level = _read_level(path, disk, named=False)
         except DamagedLevelError:
             level = None
-        if level and seed is None:
+        if level and seed is None and path.name.isdecimal():
             seed = level
         else:
             disk.remove_tree(path, op="recover.seed")
@@ -159,12 +159,12 @@ def _whole_levels(layout: Layout, room: Path, disk: Disk) -> dict[EpochId, Level
     return levels
 
 
-def _read_level(path: Path, disk: Disk) -> Level:
+def _read_level(path: Path, disk: Disk, *, named: bool = True) -> Level:
     """Read a level, again if the disk fails; what it fails to read each time is damaged."""
     attempt = 1
     while True:
         try:
-            return read_level(path, disk)
+            return read_level(path, disk, named=named)
         except StoreError as error:
             if cause_of(error) != errno.EIO:
                 raise

@@ -182,24 +182,33 @@ class EpochStore(StoreReader):
         return self._disk.free_bytes(self._layout.root) < 2 * self._min_free_bytes
 
     def begin(
-        self, header: EpochHeader, *, expected_bytes: int = 0, restore_command: Sequence[str] = CRIU_RESTORE
+        self,
+        header: EpochHeader,
+        *,
+        expected_bytes: int = 0,
+        restore_command: Sequence[str] = CRIU_RESTORE,
+        seed: int = 0,
     ) -> IncomingEpoch:
         """Start to receive an epoch. `restore_command` runs stock CRIU, but for what the images need.
 
-        Raises StoreError when it is not newer than the newest, or its base is not held; NoSpaceError when
+        `seed` names the one that `COPIED` pages are to be taken from, 0 for none.
+
+        Raises StoreError when it is not newer than the newest, or base or seed are not held; NoSpaceError if
         less than `min_free_bytes` would be left after `expected_bytes`, or when folding is so far behind
         that the chain would exceed twice `max_levels`. Several may be under way; the first that commits
         makes older ones fail.
         """
         with self._mutex:
             self._check_next(header)
+            lender = self._lender(seed) if seed else None
             if header.base is not None and len(self._chain(header.base)) >= 2 * self._max_levels:
                 raise NoSpaceError(
                     f"{header.base} already stands on {2 * self._max_levels - 1} others: folding is behind",
                     hint="retry when the fold in progress is done, or send a full epoch",
                 )
             if not self._has_room(expected_bytes):
-                self._drop_seed()
+                if not seed:
+                    self._drop_seed()
                 self._collect_if_idle()
                 if not self._has_room(expected_bytes):
                     raise NoSpaceError(
@@ -209,28 +218,33 @@ class EpochStore(StoreReader):
                     )
             directory = self._layout.incoming / f"{header.id}-{secrets.token_hex(4)}"
             writer = LevelWriter(self._disk, directory, op="commit")
-            epoch = IncomingEpoch(self, self._layout, self._disk, header, tuple(restore_command), writer)
+            epoch = IncomingEpoch(
+                self, self._layout, self._disk, header, tuple(restore_command), writer, lender
+            )
             self._arriving.append(epoch)
             return epoch
 
     @property
-    def seed_pages(self) -> int:
-        """How many pages of an interrupted epoch are kept for the next attempt."""
+    def seed(self) -> int:
+        """Name of what is kept of an interrupted epoch; 0: nothing is.
+
+        Drawn by chance: whoever knows the pages of one seed must never be lent those of another.
+        """
         with self._mutex:
-            return sum(space.present for space in self._seed.manifest.spaces) if self._seed else 0
+            return int(self._seed.path.name) if self._seed else 0
 
     def identify(
-        self, epoch: EpochId | None, key: SpaceKey, first_row: int, most: int, hasher: PageHasher
+        self, what: EpochId | int, key: SpaceKey, first_row: int, most: int, hasher: PageHasher
     ) -> HeldPart:
-        """Say what is held of a space: in a committed epoch, or in the seed (None). See `Holdings.identify`.
+        """Say what is held of a space, in a committed epoch or in a seed. See `Holdings.identify`.
 
-        Raises StoreError if that epoch, or a seed, is not there (any more), or cannot be read.
+        Raises StoreError if that is not there (any more), or cannot be read.
         """
         with self.hold():
+            if isinstance(what, int):
+                return self._lender(what).identify(key, first_row, most, hasher)
             with self._mutex:
-                if epoch is None and self._seed is None:
-                    raise StoreError("nothing is kept of an interrupted epoch")
-                chain = self._chain(epoch) if epoch is not None else tuple(filter(None, [self._seed]))
+                chain = self._chain(what)
                 if self._holdings is None or self._holdings[0] != chain:
                     self._holdings = chain, Holdings(chain, self._disk)
                 holdings = self._holdings[1]
@@ -394,16 +408,11 @@ class EpochStore(StoreReader):
             if self._lock_fd < 0 or made.manifest.page_bytes < max(SEED_MIN_BYTES, kept_bytes + 1):
                 return False
             self._drop_seed()
-            path = self._layout.seeds / str(made.id)
+            path = self._layout.seeds / str(1 + secrets.randbits(52))
             self._disk.rename(made.path, path, op="seed.rename")
             self._seed = replace(made, path=path)
         log.info("store.seed_kept", epoch=str(made.id), bytes=made.manifest.page_bytes)
         return True
-
-    def seed_holdings(self) -> Holdings | None:
-        """Open the seed for reading; None if there is none."""
-        with self._mutex:
-            return Holdings((self._seed,), self._disk) if self._seed else None
 
     def wall_s(self) -> float:
         """What the store's clock says."""
@@ -417,6 +426,13 @@ class EpochStore(StoreReader):
         if known and known[0] == epoch:
             return known[1].get(key)
         return level.pages_of(key, self._disk)[0] if level.space(key) else None
+
+    def _lender(self, seed: int) -> Holdings:
+        """Open a seed for reading. It fails to read, and never reads another one, once it is dropped."""
+        with self._mutex:
+            if self._seed is None or seed != self.seed:
+                raise StoreError("what was kept of an interrupted epoch is not here any more")
+            return Holdings((self._seed,), self._disk)
 
     def _drop_seed(self) -> None:
         """Throw the seed away; what an arriving epoch still reads of it stays readable or fails it."""

@@ -17,7 +17,8 @@ from common import keys
 from common.config import Node, NodeConfig, Peer
 from common.errors import AuthError
 from common.terms import TermGuard
-from primary.stream import ReplicaStream, StreamTiming
+from primary.session import StreamTiming
+from primary.stream import ReplicaStream
 from replica.receive import Receiver
 from replica.store import EpochStore
 from tests.unit.wire_fakes import SPEC, TASK, captured, offer, page

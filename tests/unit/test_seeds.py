@@ -47,18 +47,22 @@ def interrupted(store: EpochStore, epoch: EpochId, pages: int, came: int, first:
     arriving.interrupt()
 
 
+def pages_kept(store: EpochStore) -> int:
+    return len(store.identify(store.seed, TASK, 0, ALL, HASHER).numbers)
+
+
 def test_what_came_of_an_interrupted_epoch_is_lent_to_the_next_one_and_never_restored(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         interrupted(store, EpochId(1, 1), 1000, 300)
         assert store.newest is None
         assert store.records() == []
-        part = store.identify(None, TASK, 0, ALL, HASHER)
+        part = store.identify(store.seed, TASK, 0, ALL, HASHER)
         # 300 pages with content, and the zeros between them
         assert part.numbers.tolist() == list(range(333))
         assert not part.more
         assert part.identity[0].tolist() == identity_of(1)
         assert part.identity[9].tolist() == [0, 0]
-        arriving = store.begin(header(EpochId(1, 1), None))
+        arriving = store.begin(header(EpochId(1, 1), None), seed=store.seed)
         announce(arriving, TASK, {0: COPIED, 1: PE_PRESENT, 2: COPIED, 9: COPIED, 10: ZERO, 2000: PE_PRESENT})
         arriving.pages(TASK, page(5000) + page(6000))
         record = arriving.commit()
@@ -72,7 +76,7 @@ def test_what_came_of_an_interrupted_epoch_is_lent_to_the_next_one_and_never_res
             page(6000),
         ]
         assert store.verify() == []
-        assert store.seed_pages == 0
+        assert store.seed == 0
         assert store.fold_due()
         store.fold()
         assert list((tmp_path / "web" / "seeds").iterdir()) == []
@@ -83,10 +87,11 @@ def test_a_seed_survives_the_agent_but_not_what_is_wrong_with_it(tmp_path: Path)
     with opened(tmp_path) as store:
         interrupted(store, EpochId(1, 1), 1000, 300)
     with opened(tmp_path) as store:
-        assert store.seed_pages == 333
-    os.truncate(tmp_path / "web" / "seeds" / "t1-e1" / "pages-1.img", 4096)
+        assert pages_kept(store) == 333
+    (seed,) = (tmp_path / "web" / "seeds").iterdir()
+    os.truncate(seed / "pages-1.img", 4096)
     with opened(tmp_path) as store:
-        assert store.seed_pages == 0
+        assert store.seed == 0
         assert list((tmp_path / "web" / "seeds").iterdir()) == []
         assert list((tmp_path / "web" / "damaged").iterdir()) == []
 
@@ -94,10 +99,11 @@ def test_a_seed_survives_the_agent_but_not_what_is_wrong_with_it(tmp_path: Path)
 def test_what_was_torn_in_a_seed_has_another_identity(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         interrupted(store, EpochId(1, 1), 1000, 300)
-        with (tmp_path / "web" / "seeds" / "t1-e1" / "pages-1.img").open("r+b") as file:
+        (seed,) = (tmp_path / "web" / "seeds").iterdir()
+        with (seed / "pages-1.img").open("r+b") as file:
             file.seek(4096 + 512)
             file.write(bytes(512))
-        identity = store.identify(None, TASK, 0, ALL, HASHER).identity
+        identity = store.identify(store.seed, TASK, 0, ALL, HASHER).identity
         assert identity[0].tolist() == identity_of(1)
         assert identity[1].tolist() != identity_of(2)
 
@@ -106,17 +112,17 @@ def test_the_larger_of_two_seeds_stays(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         interrupted(store, EpochId(1, 1), 1000, 400)
         interrupted(store, EpochId(1, 2), 1000, 290)
-        assert store.identify(None, TASK, 0, 1, HASHER).numbers.tolist() == [0]
-        assert store.seed_pages == 444
+        assert store.identify(store.seed, TASK, 0, 1, HASHER).numbers.tolist() == [0]
+        assert pages_kept(store) == 444
         interrupted(store, EpochId(1, 3), 1000, 500, first=7)
-        assert store.seed_pages == 555
-        assert [path.name for path in (tmp_path / "web" / "seeds").iterdir()] == ["t1-e3"]
+        assert pages_kept(store) == 555
+        assert len(list((tmp_path / "web" / "seeds").iterdir())) == 1
 
 
 def test_little_is_not_kept(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         interrupted(store, EpochId(1, 1), 1000, 100)
-        assert store.seed_pages == 0
+        assert store.seed == 0
         assert list((tmp_path / "web" / "incoming").iterdir()) == []
 
 
@@ -130,9 +136,9 @@ def test_an_interrupted_delta_lends_what_it_brought_itself(tmp_path: Path) -> No
         for n in range(400):
             arriving.pages(TASK, page(n))
         arriving.interrupt()
-        assert store.identify(None, TASK, 0, ALL, HASHER).numbers.tolist() == list(range(100, 500))
-        assert store.identify(None, OTHER, 0, ALL, HASHER).numbers.tolist() == []
-        arriving = store.begin(header(EpochId(1, 3), EpochId(1, 1)))
+        assert store.identify(store.seed, TASK, 0, ALL, HASHER).numbers.tolist() == list(range(100, 500))
+        assert store.identify(store.seed, OTHER, 0, ALL, HASHER).numbers.tolist() == []
+        arriving = store.begin(header(EpochId(1, 3), EpochId(1, 1)), seed=store.seed)
         announce(arriving, TASK, {0: PE_PARENT, 100: COPIED, 499: COPIED})
         record = arriving.commit()
         data = (record.path / "pages-1.img").read_bytes()
@@ -147,7 +153,7 @@ def test_pages_that_the_seed_does_not_have_are_refused(tmp_path: Path) -> None:
             arriving.commit()
         arriving.abort()
         interrupted(store, EpochId(1, 1), 1000, 300)
-        arriving = store.begin(header(EpochId(1, 2), None))
+        arriving = store.begin(header(EpochId(1, 2), None), seed=store.seed)
         announce(arriving, TASK, {0: COPIED, 999: COPIED})
         with pytest.raises(StoreError, match="are not held"):
             arriving.commit()
@@ -177,3 +183,20 @@ def test_what_an_epoch_holds_is_told_along_its_chain_in_parts(tmp_path: Path) ->
         assert not store.identify(record.id, OTHER, 0, 4, HASHER).numbers.size
         with pytest.raises(StoreError, match="has no epoch"):
             store.identify(EpochId(1, 7), TASK, 0, 4, HASHER)
+
+
+def test_pages_of_one_seed_are_never_taken_for_those_of_another(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 300)
+        first = store.seed
+        arriving = store.begin(header(EpochId(1, 2), None), seed=first)
+        interrupted(store, EpochId(1, 3), 1000, 400)
+        assert store.seed != first
+        with pytest.raises(StoreError, match="not here any more"):
+            store.begin(header(EpochId(1, 4), None), seed=first)
+        with pytest.raises(StoreError, match="not here any more"):
+            store.identify(first, TASK, 0, 1, HASHER)
+        with pytest.raises(StoreError):  # noqa: PT012 - whichever of the two reads first
+            announce(arriving, TASK, {0: COPIED})
+            arriving.commit()
+        arriving.abort()

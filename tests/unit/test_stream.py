@@ -83,12 +83,88 @@ async def test_a_base_and_then_only_what_changed(pair: Pair, tmp_path) -> None:
         assert len(stream.counters.commit_latency_ms) == 2
 
 
-async def test_an_incarnation_never_stands_on_another(pair: Pair) -> None:
+async def test_another_run_of_the_workload_sends_only_what_is_not_held_already(pair: Pair) -> None:
     async with pair.receiving(), pair.streaming() as stream:
         await acknowledged(stream, offer(stream, captured(1, memory_of(9))))
-        two = offer(stream, captured(2, memory_of(9), incarnation="second"))
+        two = offer(stream, captured(2, memory_of(9, p17=99), incarnation="second"))
         await acknowledged(stream, two)
-        assert pair.store.epochs[two.id].base is None
+        assert pair.store.epochs[two.id].memory == memory_of(9, p17=99)
+        assert pair.store.epochs[two.id].sent_pages == 1
+
+
+@pytest.mark.parametrize("told_at_once", [1 << 20, 100])
+async def test_a_primary_that_knows_nothing_asks_and_sends_what_differs(
+    pair: Pair, told_at_once: int
+) -> None:
+    pair.store.told_at_once = told_at_once
+    segment = SpaceKey("shmem", 7)
+    held = {**memory_of(600), SpaceKey("task", 2): {5: page(5)}}
+    now = {**memory_of(700, p16=7777, p18=0), segment: {0: page(9)}}
+    async with pair.receiving():
+        async with pair.streaming() as stream:
+            await acknowledged(stream, offer(stream, captured(1, held)))
+        async with pair.streaming(term=2) as stream:
+            two = offer(stream, captured(1, now, term=2, incarnation="other"))
+            await acknowledged(stream, two)
+            stored = pair.store.epochs[two.id]
+            assert stored.memory == now
+            assert stored.base == EpochId(1, 1)
+            assert stored.sent_pages == 1 + 80 + 1
+            assert set(pair.store.asked) == {EpochId(1, 1)}
+            await acknowledged(stream, offer(stream, captured(2, now, term=2, incarnation="other")))
+            assert pair.store.epochs[EpochId(2, 2)].sent_pages == 0
+
+
+async def test_what_cannot_be_told_is_sent(pair: Pair) -> None:
+    def broken(*_: object) -> None:
+        raise StoreError("bad sector")
+
+    async with pair.receiving():
+        async with pair.streaming() as stream:
+            await acknowledged(stream, offer(stream, captured(1, memory_of(50))))
+        pair.store.identify = broken  # type: ignore[method-assign, assignment]
+        async with pair.streaming(term=2) as stream:
+            two = offer(stream, captured(1, memory_of(50), term=2))
+            await acknowledged(stream, two)
+            assert pair.store.epochs[two.id].memory == memory_of(50)
+            assert pair.store.epochs[two.id].sent_pages == 40
+
+
+async def test_an_interrupted_base_goes_on_where_it_broke_off(pair: Pair) -> None:
+    memory = {TASK: {n: page(n + 1) for n in range(2000)}}
+    later = {TASK: {**memory[TASK], 3: page(9999)}}
+    async with pair.streaming(port=await free_port(pair)) as stream:
+        async with pair.receiving():
+            pair.store.delay_s = 0.05
+            offer(stream, captured(1, memory))
+            await until(lambda: stream.counters.bytes_sent > 1000 * 4096)
+        assert pair.store.seeds
+        kept = len(pair.store.seeds[pair.store.seed_name][TASK])
+        assert kept >= 256
+        pair.store.delay_s = 0
+        before_bytes = stream.counters.bytes_sent
+        two = offer(stream, captured(2, later))
+        async with pair.receiving():
+            await acknowledged(stream, two)
+            stored = pair.store.epochs[two.id]
+            assert stored.memory == later
+            assert stored.base is None
+            assert stored.sent_pages == 2000 - kept + 1
+            assert stream.counters.bytes_sent - before_bytes < (2000 - kept + 100) * 4200
+
+
+async def test_a_base_that_the_store_refuses_is_not_asked_for_again(pair: Pair) -> None:
+    async with pair.receiving():
+        async with pair.streaming() as stream:
+            await acknowledged(stream, offer(stream, captured(1, memory_of(50))))
+        pair.store.fail_begin = StoreError("the chain is broken")
+        async with pair.streaming(term=2) as stream:
+            two = offer(stream, captured(1, memory_of(50), term=2))
+            await until(lambda: stream.problem)
+            pair.store.fail_begin = None
+            await acknowledged(stream, two)
+            assert pair.store.epochs[two.id].base is None
+            assert pair.store.epochs[two.id].sent_pages == 40
 
 
 async def test_a_slow_replica_gets_the_newest_epoch_and_others_are_released_unsent(pair: Pair) -> None:
@@ -376,7 +452,7 @@ async def raw(pair: Pair):
 
 
 def frames_of(epoch, base=None) -> list[list[bytes]]:
-    return list(epoch_messages(epoch, 1, base, bytearray(BULK_BYTES)))
+    return list(epoch_messages(epoch, 1, base, None, bytearray(BULK_BYTES)))
 
 
 async def test_a_digest_that_differs_is_not_committed_and_the_session_goes_on(pair: Pair, raw) -> None:
@@ -564,7 +640,9 @@ async def test_what_was_declared_and_did_not_come_is_missed_even_if_the_digest_f
 ) -> None:
     await raw.greet()
     sizes = {"metadata_files": 0, "spaces": 0, "memory_bytes": 0, **lacking}
-    begin = encode(Begin(term=1, epoch=EpochId(1, 1), base=None, incarnation="i", frozen_wall_s=1.0, **sizes))
+    begin = encode(
+        Begin(term=1, epoch=EpochId(1, 1), base=None, seed=0, incarnation="i", frozen_wall_s=1.0, **sizes)
+    )
     digest = EpochDigest()
     digest.add(begin)
     await raw.link.send(begin)

@@ -14,7 +14,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from common.bulk import ZERO
+from common.bulk import SEEDED, ZERO
 from common.config import Node, NodeConfig, Peer
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
 from common.errors import CaptureError, StoreError
@@ -25,7 +25,9 @@ from common.terms import TermGuard
 from common.transport import LinkTiming
 from primary.backlog import SharedEpoch
 from primary.capture import CapturedEpoch, FreezeTimes, MetadataFile, SpacePages
-from primary.stream import ReplicaStream, StreamTiming
+from primary.session import StreamTiming
+from primary.stream import ReplicaStream
+from replica.holdings import HeldPart
 from replica.receive import Receiver, ReceiverLimits
 
 Memory = dict[SpaceKey, dict[int, bytes]]
@@ -47,6 +49,10 @@ def page(seed: int) -> bytes:
     return (
         bytes(PAGE_BYTES) if seed == 0 else hashlib.shake_128(seed.to_bytes(8, "little")).digest(PAGE_BYTES)
     )
+
+
+def identity_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest() if any(content) else bytes(16)
 
 
 class PagesInMemory:
@@ -84,10 +90,7 @@ def captured(
     spaces = []
     for key, pages in memory.items():
         numbers = np.array(sorted(pages), dtype=np.uint64)
-        identity = b"".join(
-            bytes(16) if not any(pages[n]) else hashlib.blake2b(pages[n], digest_size=16).digest()
-            for n in sorted(pages)
-        )
+        identity = b"".join(identity_of(pages[n]) for n in sorted(pages))
         spaces.append(
             SpacePages(
                 key,
@@ -139,25 +142,47 @@ class StoreInMemory:
         self.fail_commit: Exception | None = None
         self.delay_s = 0.0
         """How long each block of pages takes."""
+        self.seeds: dict[int, Memory] = {}
+        self.seed_name = 0
+        self.asked: list[EpochId | int] = []
+        self.told_at_once = 1 << 20
 
     @property
     def newest(self) -> StoredEpoch | None:
         return self.epochs[max(self.epochs)] if self.epochs else None
 
-    def begin(self, header, *, expected_bytes=0, restore_command=("criu", "restore")):
+    @property
+    def seed(self) -> int:
+        return self.seed_name
+
+    def identify(self, what, key, first_row, most, hasher):
+        memory = self.seeds[what] if isinstance(what, int) else self.epochs[what].memory
+        self.asked.append(what)
+        numbers = sorted(memory.get(key, {}))
+        part = numbers[first_row : first_row + min(most, self.told_at_once)]
+        identity = b"".join(identity_of(memory[key][n]) for n in part)
+        return HeldPart(
+            np.array(part, dtype=np.uint64),
+            np.frombuffer(identity, dtype=np.uint64).reshape(len(part), 2),
+            first_row + len(part) < len(numbers),
+        )
+
+    def begin(self, header, *, expected_bytes=0, restore_command=("criu", "restore"), seed=0):
         self.begun += 1
         if self.fail_begin:
             raise self.fail_begin
         if header.base is not None and header.base not in self.epochs:
             raise StoreError(f"{header.base} is not held")
-        return _IncomingInMemory(self, header)
+        return _IncomingInMemory(self, header, self.seeds[seed] if seed else {})
 
 
 class _IncomingInMemory:
-    def __init__(self, store: StoreInMemory, header) -> None:
+    def __init__(self, store: StoreInMemory, header, seed: Memory) -> None:
         self._store = store
+        self._seed = seed
         self._base = store.epochs[header.base].memory if header.base else {}
         self._pending: list[int] = []
+        self._key = TASK
         self.epoch = StoredEpoch(header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s)
 
     def metadata(self, name: str, data: bytes, *, more: bool = False) -> None:
@@ -172,6 +197,8 @@ class _IncomingInMemory:
                 pages[number] = self._base[key][number]
             elif flag & ZERO:
                 pages[number] = bytes(PAGE_BYTES)
+            elif flag & SEEDED:
+                pages[number] = self._seed[key][number]
             else:
                 assert flag & PE_PRESENT
                 self._pending.append(number)
@@ -193,6 +220,16 @@ class _IncomingInMemory:
 
     def abort(self) -> None:
         self._store.aborted += 1
+
+    def interrupt(self) -> None:
+        """Keep, like the real store, what came; a new seed has a new name."""
+        self._store.aborted += 1
+        lacking = set(self._pending)
+        self._store.seed_name += 1
+        self._store.seeds[self._store.seed_name] = {
+            key: {n: content for n, content in pages.items() if key != self._key or n not in lacking}
+            for key, pages in self.epoch.memory.items()
+        }
 
 
 @dataclass

@@ -1,0 +1,149 @@
+"""One greeted connection to a replica: what may still be sent, and what the replica says to it.
+
+In: frames to send, and the messages that come back. Out: frames on the link, never more bytes under way than
+were granted; the outcome of the epoch in flight; the answer to what was asked. What is sent when is
+`primary.stream`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from common.errors import ProtocolError, UnreachableError
+from common.messages import Ack, Buffer, Credit, HeldPages, Nack, Readiness, Refused, decode
+from common.model import EpochId
+from common.transport import Link
+from primary.outgoing import Frames
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTiming:
+    """How long a replica may keep its primary waiting, in seconds, before the stream starts over."""
+
+    greeting_s: float = 5.0
+    """From the first attempt to connect until the answer to the greeting."""
+    credit_s: float = 15.0
+    """Without being granted anything while there is something to send."""
+    acknowledge_s: float = 120.0
+    """From `Commit` until `Ack` or `Nack`: the replica syncs a whole epoch to disk then."""
+    retry_s: float = 0.05
+    """Pause before the next attempt; doubles with every failure in a row, plus up to half of it by chance."""
+    retry_max_s: float = 3.0
+
+
+DEFAULT_STREAM_TIMING: Final = StreamTiming()
+
+
+class RefusedError(ProtocolError):
+    """The receiver said no, and why."""
+
+    def __init__(self, peer: str, refusal: Refused) -> None:
+        super().__init__(f"{peer} refuses: {refusal.reason}")
+        self.refusal = refusal
+
+
+class Session:
+    """One greeted connection. `on_sent` is told how many bytes go out."""
+
+    def __init__(
+        self,
+        peer: str,
+        link: Link,
+        credit_bytes: int,
+        timing: StreamTiming,
+        *,
+        on_sent: Callable[[int], None],
+        on_readiness: Callable[[Readiness], None],
+    ) -> None:
+        self.outcome: Ack | Nack | None = None
+        """What the replica said of the epoch in flight, once it did."""
+        self._peer = peer
+        self._link = link
+        self._window_bytes = credit_bytes
+        self._credit_bytes = credit_bytes
+        self._timing = timing
+        self._on_sent = on_sent
+        self._on_readiness = on_readiness
+        self._in_flight: EpochId | None = None
+        self._asked = False
+        self._told: tuple[HeldPages, Buffer] | None = None
+        self._changed = asyncio.Event()
+
+    def begin(self, epoch: EpochId) -> None:
+        """Expect an outcome for this epoch from now on."""
+        self.outcome, self._in_flight = None, epoch
+
+    def end(self) -> None:
+        """Expect no outcome any more."""
+        self._in_flight = None
+
+    async def send(self, frames: Frames) -> None:
+        """Send a message when there is credit for it; not at all if the replica has given up the epoch."""
+        size_bytes = sum(len(frame) for frame in frames)
+        await self._until(
+            lambda: self._credit_bytes >= size_bytes or self.outcome is not None,
+            self._timing.credit_s,
+            "has granted no credit",
+        )
+        if self.outcome is None:
+            self._credit_bytes -= size_bytes
+            self._on_sent(size_bytes)
+            await self._link.send(frames)
+
+    async def acknowledged(self) -> Ack | Nack:
+        """Wait for the outcome of the epoch in flight."""
+        await self._until(
+            lambda: self.outcome is not None, self._timing.acknowledge_s, "has not acknowledged"
+        )
+        if self.outcome is None:
+            raise ProtocolError("an epoch ended without an answer")
+        return self.outcome
+
+    async def ask(self, frames: Frames) -> tuple[HeldPages, Buffer]:
+        """Send a question about what is held and wait for the answer."""
+        self.outcome, self._asked, self._told = None, True, None
+        await self.send(frames)
+        await self._until(
+            lambda: self._told is not None, self._timing.acknowledge_s, "has not said what it holds"
+        )
+        self._asked = False
+        if self._told is None:
+            raise ProtocolError("a question ended without an answer")
+        return self._told
+
+    async def listen(self) -> None:
+        """Take in what the receiver says, until it says something that ends the session."""
+        while True:
+            message, bulk = decode(await self._link.receive())
+            if isinstance(message, Credit):
+                self._credit_bytes += message.bytes
+                if self._credit_bytes > self._window_bytes:
+                    raise ProtocolError(f"{self._peer} grants more credit than it said")
+            elif isinstance(message, HeldPages):
+                if not self._asked or self._told is not None:
+                    raise ProtocolError(f"{self._peer} says what it holds without being asked")
+                self._told = message, bulk[0]
+            elif isinstance(message, Ack | Nack):
+                if message.epoch != self._in_flight or self.outcome is not None:
+                    raise ProtocolError(f"{self._peer} answers for {message.epoch}, which is not in flight")
+                self.outcome = message
+            elif isinstance(message, Readiness):
+                self._on_readiness(message)
+            elif isinstance(message, Refused):
+                raise RefusedError(self._peer, message)
+            else:
+                raise ProtocolError(f"{self._peer} sent a {type(message).__name__}: not a receiver's")
+            self._changed.set()
+
+    async def _until(self, condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+        """Wait until something that the receiver said makes `condition` true. Raises UnreachableError."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise UnreachableError(f"the replica {what} for {deadline_s:g} s") from None
