@@ -64,6 +64,8 @@ class Store(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An epoch that would leave less than this free is refused before it begins."""
     max_levels: int = 8
     """Longest chain of images that a restore may have to read."""
+    fold_mib_per_s: float = 256.0
+    """How fast chains are shortened in the background at most; 0: as fast as it goes."""
 
 
 class Heartbeat(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,6 +84,8 @@ class Peer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Z85 text, 40 characters, as `outlive keys show` prints it."""
     agent_port: int = 7701
     keeper_port: int = 7702
+    max_mib_per_s: float = 0.0
+    """Most that epochs may take of the line to this peer; 0: as much as it gives."""
 
 
 class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -199,6 +203,13 @@ def _problems(config: NodeConfig) -> list[str]:
         )
     if config.store.max_levels < 2:
         found.append("store.max_levels: at least 2")
+    if config.store.fold_mib_per_s < 0:
+        found.append("store.fold_mib_per_s: 0 for no bound, or more")
+    found += [
+        f"peer {peer.name!r}: max_mib_per_s is 0 for no bound, or more"
+        for peer in config.peers
+        if peer.max_mib_per_s < 0
+    ]
     known = set(node_names)
     for fence in config.fences:
         if fence.node not in known:

@@ -78,4 +78,5 @@ class HeldWorkloads:
             name,
             min_free_bytes=self._config.store.min_free_bytes,
             max_levels=self._config.store.max_levels,
+            fold_bytes_per_s=self._config.store.fold_mib_per_s * (1 << 20),
         )

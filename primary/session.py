@@ -15,6 +15,7 @@ from typing import Final
 from common.errors import ProtocolError, UnreachableError
 from common.messages import Ack, Buffer, Credit, HeldPages, Nack, Readiness, Refused, decode
 from common.model import EpochId
+from common.rate import RateLimit
 from common.transport import Link
 from primary.outgoing import Frames
 
@@ -46,7 +47,7 @@ class RefusedError(ProtocolError):
 
 
 class Session:
-    """One greeted connection. `on_sent` is told how many bytes go out."""
+    """One greeted connection. What is sent stays within `rate`; `on_sent` is told how many bytes go out."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Session:
         link: Link,
         credit_bytes: int,
         timing: StreamTiming,
+        rate: RateLimit,
         *,
         on_sent: Callable[[int], None],
         on_readiness: Callable[[Readiness], None],
@@ -65,6 +67,7 @@ class Session:
         self._window_bytes = credit_bytes
         self._credit_bytes = credit_bytes
         self._timing = timing
+        self._rate = rate
         self._on_sent = on_sent
         self._on_readiness = on_readiness
         self._in_flight: EpochId | None = None
@@ -92,6 +95,7 @@ class Session:
             self._credit_bytes -= size_bytes
             self._on_sent(size_bytes)
             await self._link.send(frames)
+            await asyncio.sleep(self._rate.take(size_bytes, asyncio.get_running_loop().time()))
 
     async def acknowledged(self) -> Ack | Nack:
         """Wait for the outcome of the epoch in flight."""

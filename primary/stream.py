@@ -44,6 +44,7 @@ from common.messages import (
     encode,
 )
 from common.model import EpochId, WorkloadSpec
+from common.rate import RateLimit
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Link, LinkTiming, open_link
 from primary.backlog import Backlog, Offer, SharedEpoch
@@ -121,6 +122,7 @@ class ReplicaStream:
         self._log = log.bind(workload=spec.name, replica=peer.name)
         self._backlog = Backlog()
         self._buffer = bytearray()
+        self._rate = RateLimit(peer.max_mib_per_s * (1 << 20))
         self._held: Held | None = None
         self._base: EpochId | None = None
         self._seed = 0
@@ -234,6 +236,7 @@ class ReplicaStream:
             link,
             answer.credit_bytes,
             self._timing,
+            self._rate,
             on_sent=self._note_sent,
             on_readiness=self._note_readiness,
         )

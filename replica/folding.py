@@ -53,22 +53,23 @@ def plan_fold(sizes_bytes: Sequence[int], max_levels: int) -> int:
     return kept
 
 
-def fold_into(writer: LevelWriter, folded: Sequence[Level], disk: Disk, *, stop: Callable[[], bool]) -> None:
+def fold_into(
+    writer: LevelWriter, folded: Sequence[Level], disk: Disk, *, step: Callable[[int], None]
+) -> None:
     """Write what `folded` (newest first) say together into `writer`; its `finish` is left to the caller.
 
     A page that none of them has the bytes of stays in the parent. Raises StoreError when a level is damaged
-    (contents are checked against the manifests first, so that damage never gets a fresh hash), and
-    FoldAbandonedError soon after `stop()` says yes.
+    (contents are checked against the manifests first, so that damage never gets a fresh hash). `step` is
+    called with the size of each piece that was read; it may wait, or raise to end the fold.
     """
     buffer = bytearray(_BUFFER_BYTES)
     newest = folded[0]
     for level in folded:
         names = {space.pages_name for space in level.manifest.spaces}
         for entry in level.manifest.files:
-            if level is newest or entry.name in names or entry.name.startswith("pagemap-"):
-                _check_stop(stop)
-                if file_hash(level, entry.name, buffer, disk) != entry.blake3:
-                    raise StoreError(f"{level.path / entry.name} is damaged", hint=DAMAGE_HINT)
+            needed = level is newest or entry.name in names or entry.name.startswith("pagemap-")
+            if needed and file_hash(level, entry.name, buffer, disk, step) != entry.blake3:
+                raise StoreError(f"{level.path / entry.name} is damaged", hint=DAMAGE_HINT)
     for entry in newest.manifest.files:
         if not entry.name.startswith(("pagemap-", "pages-")) and entry.name not in (
             RESTORE_NAME,
@@ -77,10 +78,12 @@ def fold_into(writer: LevelWriter, folded: Sequence[Level], disk: Disk, *, stop:
             check_metadata_name(entry.name)
             writer.link(entry, newest.path / entry.name)
     for space in newest.manifest.spaces:
-        _fold_space(writer, folded, disk, space.key, buffer, stop)
+        _fold_space(writer, folded, disk, space.key, buffer, step)
 
 
-def file_hash(level: Level, name: str, buffer: bytearray, disk: Disk) -> str:
+def file_hash(
+    level: Level, name: str, buffer: bytearray, disk: Disk, step: Callable[[int], None] = lambda size: None
+) -> str:
     """Read a file of a level and return its hash, in hexadecimal. Raises StoreError if it can't be read."""
     hasher = blake3()
     view = memoryview(buffer)
@@ -88,6 +91,7 @@ def file_hash(level: Level, name: str, buffer: bytearray, disk: Disk) -> str:
     try:
         while count := os.readv(fd, [view]):
             hasher.update(view[:count])
+            step(count)
     except OSError as error:
         raise StoreError(f"{level.path / name}: {error.strerror}", hint=DAMAGE_HINT) from error
     finally:
@@ -135,7 +139,7 @@ def _fold_space(
     disk: Disk,
     key: SpaceKey,
     buffer: bytearray,
-    stop: Callable[[], bool],
+    step: Callable[[int], None],
 ) -> None:
     numbers, flags = folded[0].pages_of(key, disk)
     origin = origin_of(folded, disk, key, numbers)
@@ -148,7 +152,7 @@ def _fold_space(
         return
     for part in read_pages(folded, disk, key, Origin(levels, rows), memoryview(buffer)):
         writer.pages(key, part)
-        _check_stop(stop)
+        step(len(part))
 
 
 def read_pages(
@@ -190,8 +194,3 @@ def _open_pages(level: Level, disk: Disk, key: SpaceKey) -> int:
     if space is None:
         raise StoreError(f"{level.path} has no {key.pagemap_name}", hint=DAMAGE_HINT)
     return disk.open_file(level.path / space.pages_name, op="read.pages")
-
-
-def _check_stop(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise FoldAbandonedError

@@ -208,6 +208,14 @@ class Layout:
         return f"../../{self.views.name}/{base}"
 
 
+def tells_damage(error: StoreError) -> bool:
+    """Whether a failure to read says that a file is damaged, and not that it cannot be read just now.
+
+    What has no cause of the operating system's is content that makes no sense.
+    """
+    return cause_of(error) in (None, *_NOT_THERE, errno.EIO)
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Write a manifest as JSON, for people too."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

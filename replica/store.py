@@ -17,9 +17,11 @@ import fcntl
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +34,7 @@ from common.durable import FILE_MODE, Disk, RealDisk, temporary_name
 from common.errors import NoSpaceError, StoreError
 from common.identity import PageHasher
 from common.model import EpochId
+from common.rate import RateLimit
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
 from replica.holdings import HeldPart, Holdings
 from replica.incoming import IncomingEpoch
@@ -103,6 +106,7 @@ class EpochStore(StoreReader):
         clock: Clock,
         lock_fd: int,
         seed: Level | None,
+        fold_bytes_per_s: float,
     ) -> None:
         super().__init__(layout, levels, disk)
         self._min_free_bytes = min_free_bytes
@@ -112,11 +116,12 @@ class EpochStore(StoreReader):
         self._mutex = threading.RLock()  # guards what follows and every rename; never held over bulk work
         self._folding = threading.Lock()  # held by the one fold or collection at a time
         self._arriving: list[IncomingEpoch] = []
-        self._stale: list[Path] = []  # levels that a fold replaced, a seed that a commit made needless
+        self._stale: list[Path] = []  # what is to be removed and may not have been: the rest of it, next time
         self._holds = 0
         self._known: tuple[EpochId, dict[SpaceKey, Numbers]] | None = None  # pages of the newest epoch
         self._seed = seed
         self._unswept = False
+        self._fold_rate = RateLimit(fold_bytes_per_s)
         self._holdings: tuple[tuple[Level, ...], Holdings] | None = None
 
     @classmethod
@@ -127,13 +132,14 @@ class EpochStore(StoreReader):
         *,
         min_free_bytes: int,
         max_levels: int,
+        fold_bytes_per_s: float = 0,
         disk: Disk | None = None,
         clock: Clock | None = None,
     ) -> EpochStore:
         """Open (or make) the store of `workload` below `directory`, and recover it.
 
         Raises StoreError when somebody else has it open or it is of another version. `max_levels` (at least
-        2) is the longest chain wanted; see `begin`.
+        2) is the longest chain wanted; see `begin`. Folds read at most `fold_bytes_per_s`; 0 for no bound.
         """
         if max_levels < 2:
             raise StoreError(f"a chain of at most {max_levels} levels cannot hold a delta; allow 2 or more")
@@ -157,6 +163,7 @@ class EpochStore(StoreReader):
             clock=clock or SystemClock(),
             lock_fd=lock_fd,
             seed=seed,
+            fold_bytes_per_s=fold_bytes_per_s,
         )
 
     def close(self) -> None:
@@ -341,7 +348,7 @@ class EpochStore(StoreReader):
         try:
             writer = LevelWriter(self._disk, directory, op="fold")
             try:
-                fold_into(writer, folded, self._disk, stop=lambda: self._holds > 0 or self._lock_fd < 0)
+                fold_into(writer, folded, self._disk, step=partial(self._breathe, len(folded)))
                 command = self._disk.read_file(newest.path / RESTORE_NAME, op="fold.read-command")
                 made = writer.finish(self._layout, header, newest.manifest.committed_wall_s, command)
             finally:
@@ -351,10 +358,15 @@ class EpochStore(StoreReader):
                     raise FoldAbandonedError
                 level = replace(made, path=self._layout.folds / str(newest.id))
                 self._disk.rename(directory, level.path, op="fold.rename")
-                self._disk.sync_dir(self._layout.folds, op="fold.sync-folds")
-                self._disk.point(
-                    self._layout.view(level.id), self._layout.view_target(level.path), op="fold.view"
-                )
+                try:
+                    self._disk.sync_dir(self._layout.folds, op="fold.sync-folds")
+                    self._disk.point(
+                        self._layout.view(level.id), self._layout.view_target(level.path), op="fold.view"
+                    )
+                except (StoreError, NoSpaceError):
+                    # No view leads there: it would stand in the next fold's way, and outlive its base.
+                    throw_away(self._layout, self._disk, level.path)
+                    raise
                 self._levels[level.id] = level
                 self._stale.append(newest.path)
                 return level
@@ -362,6 +374,17 @@ class EpochStore(StoreReader):
             return None
         finally:
             self._disk.remove_tree(directory, op="fold.remove")
+
+    def _breathe(self, levels: int, size_bytes: int) -> None:
+        """Let a fold go on, at its pace; raises FoldAbandonedError when it has to end.
+
+        A chain beyond the longest wanted is folded as fast as it can be: soon no delta would be taken.
+        """
+        if self._holds > 0 or self._lock_fd < 0:
+            raise FoldAbandonedError
+        wait_s = self._fold_rate.take(size_bytes, self._clock.monotonic_s())
+        if levels <= self._max_levels:
+            time.sleep(wait_s)
 
     # --- what an arriving epoch needs of its store -----------------------------------------------
 
@@ -483,18 +506,17 @@ class EpochStore(StoreReader):
             garbage = self._garbage()
             if not garbage and not self._stale and not self._unswept:
                 return
-            self._unswept = False
             for level in garbage:
-                del self._levels[level.id]
                 self._disk.unlink(self._layout.view(level.id), op="collect.view")
+                del self._levels[level.id]
+                self._stale.append(level.path)
             # What a fold replaced goes only when no power loss can make its view lead there again: the
             # command beside an epoch works without our recovery too.
             self._disk.sync_dir(self._layout.views, op="collect.sync-views")
             while self._stale:
-                throw_away(self._layout, self._disk, self._stale[-1])
-                self._stale.pop()
-            for level in garbage:
-                throw_away(self._layout, self._disk, level.path)
+                throw_away(self._layout, self._disk, self._stale[0])
+                self._stale.pop(0)
+            self._unswept = False
         sweep(self._layout.trash, self._disk)
 
 

@@ -27,6 +27,7 @@ from replica.levels import (
     present_rows,
     read_level,
     rows_in,
+    tells_damage,
 )
 from replica.recovery import check_format
 
@@ -134,8 +135,8 @@ class StoreReader:
     def verify(self, epoch: EpochId | None = None) -> list[Problem]:
         """Read every byte that a restore of `epoch` (default: the newest) would read, and check it.
 
-        Returns what is wrong, nothing if all is well. Raises StoreError if the epoch is not held, or was
-        replaced by a newer one meanwhile.
+        Returns what is wrong, nothing if all is well. Raises StoreError if the epoch is not held, was
+        replaced by a newer one meanwhile, or cannot be read just now (no descriptor left): no damage, that.
         """
         if epoch is None:
             if not self._levels:
@@ -192,12 +193,16 @@ def verify_chain(chain: Sequence[Level], disk: Disk) -> list[Problem]:
                 if file_hash(level, entry.name, buffer, disk) != entry.blake3:
                     problems.append(Problem(level.id, path, "its content is not what was committed"))
             except StoreError as error:
+                if not tells_damage(error):
+                    raise
                 problems.append(Problem(level.id, path, error.message))
         for space in level.manifest.spaces:
             path = level.path / space.key.pagemap_name
             try:
                 what = _wrong_with(level, below, space, disk)
             except StoreError as error:
+                if not tells_damage(error):
+                    raise
                 what = error.message
             if what:
                 problems.append(Problem(level.id, path, what))

@@ -68,6 +68,8 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + "[heartbeat]\ninterval_ms = 1\n", "heartbeat.interval_ms"),
         (NODE + "[heartbeat]\ninterval_ms = 200\n", "three times"),
         (NODE + "[store]\nmax_levels = 1\n", "store.max_levels"),
+        (NODE + "[store]\nfold_mib_per_s = -1\n", "store.fold_mib_per_s"),
+        (NODE + PEER + "max_mib_per_s = -0.5\n", "peer 'b': max_mib_per_s"),
         (NODE + '[[fences]]\nnode = "z"\ncommand = ["true"]\n', "no node is called 'z'"),
         (NODE + '[[fences]]\nnode = "a"\ncommand = []\n', "command is empty"),
         *((NODE + f'{key} = "x/y"\n', f"node.{key} 'x/y' must be") for key in NODE_PATHS),

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -449,3 +450,23 @@ def test_after_a_fold_none_is_due() -> None:
                 assert after <= levels
                 assert after <= max_levels // 2
                 assert not fold_due(after, max_levels)
+
+
+def test_a_fold_keeps_to_its_pace_unless_it_is_behind(tmp_path: Path) -> None:
+    def folded_s(directory: Path, levels: int, **options: float) -> float:
+        with EpochStore.open(
+            directory, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk(), **options
+        ) as store:
+            content: Content = {TASK: {n: 1 for n in range(64)}}
+            for number in range(1, levels + 1):
+                fresh: Content = {TASK: {**content[TASK], **{n: number + 1 for n in range(32)}}}
+                base = EpochId(1, number - 1) if number > 1 else None
+                commit(store, EpochId(1, number), fresh, base, content if base else None)
+                content = fresh
+            started_s = time.monotonic()
+            assert store.fold()
+            return time.monotonic() - started_s
+
+    # About 1.3 MB are read: the levels' bytes, and again to check them.
+    assert folded_s(tmp_path / "paced", 4, fold_bytes_per_s=2_000_000) > 0.2
+    assert folded_s(tmp_path / "behind", 6, fold_bytes_per_s=1_000) < 10

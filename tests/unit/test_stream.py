@@ -181,6 +181,22 @@ async def test_a_slow_replica_gets_the_newest_epoch_and_others_are_released_unse
         assert all(epoch.pages.released == 1 for epoch in epochs)
 
 
+async def test_a_bound_on_the_line_holds_one_replica_back_and_no_other(pair: Pair) -> None:
+    memory = {TASK: {n: page(n + 1) for n in range(512)}}  # 2 MiB that do not compress
+    async with pair.receiving(), pair.streaming(max_mib_per_s=4.0) as slow:
+        started_s = asyncio.get_running_loop().time()
+        await acknowledged(slow, offer(slow, captured(1, memory)))
+        took_s = asyncio.get_running_loop().time() - started_s
+        assert took_s > 0.35
+        other = Pair()
+        async with other.receiving(), other.streaming() as fast:
+            for number in range(1, 4):
+                epoch = captured(number, {TASK: {n: page(n + number) for n in range(512)}})
+                offer(slow, captured(number + 1, memory))
+                await acknowledged(fast, offer(fast, epoch))
+        other.close()
+
+
 async def test_an_epoch_is_released_when_its_last_holder_drops_it() -> None:
     epoch = captured(1, memory_of(1))
     shared = SharedEpoch(epoch)

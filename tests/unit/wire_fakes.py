@@ -288,9 +288,22 @@ class Pair:
 
     @contextlib.asynccontextmanager
     async def streaming(
-        self, *, keys: KeyPair | None = None, node: str = "a", term: int = 1, port: int = 0, **options: object
+        self,
+        *,
+        keys: KeyPair | None = None,
+        node: str = "a",
+        term: int = 1,
+        port: int = 0,
+        max_mib_per_s: float = 0.0,
+        **options: object,
     ) -> AsyncIterator[ReplicaStream]:
-        peer = Peer(name="b", address="127.0.0.1", public_key=self.b.public, agent_port=port or self.port)
+        peer = Peer(
+            name="b",
+            address="127.0.0.1",
+            public_key=self.b.public,
+            agent_port=port or self.port,
+            max_mib_per_s=max_mib_per_s,
+        )
         options = {"timing": QUICK, "link_timing": QUICK_LINK, **options}
         stream = ReplicaStream(
             self.context_a,
