@@ -134,9 +134,10 @@ def set_aside(layout: Layout, disk: Disk, level: Level | Path, reason: str) -> N
 
 def throw_away(layout: Layout, disk: Disk, path: Path) -> None:
     """Make a level that nothing needs one no more; `sweep` then removes it."""
-    disk.rename(
-        path, layout.trash / f"{path.parent.name}-{path.name}-{secrets.token_hex(4)}", op="collect.rename"
-    )
+    if path.exists():  # else an earlier attempt failed at the sync
+        disk.rename(
+            path, layout.trash / f"{path.parent.name}-{path.name}-{secrets.token_hex(4)}", op="collect.rename"
+        )
     # Before anything below it goes: else a power loss could bring back half a level.
     disk.sync_dir(path.parent, op="collect.sync")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class _Name:
     """A name that came, went or changed, and is not synced; `path` moves with the directories above it."""
 
     path: Path
-    undo: Callable[[Path], None]
+    undo: Callable[[Path, random.Random | None], None]
     came_from: Path | None = None
 
     def synced_by(self, directory: Path) -> bool:
@@ -54,18 +54,27 @@ class _Name:
 
 
 class FaultyDisk:
-    """Counts operations, fails the n-th, and knows what a power loss would take back.
+    """Counts operations, fails some of them, and knows what a power loss would take back.
 
-    `fault` is what happens at operation `fault_at`: an error number fails it once, `STOP` ends the machine.
+    `faults` says what happens at the n-th operation: an error number fails it once, `STOP` ends the machine.
     A rename is durable when one of the two directories was synced, any other name when its directory was,
-    and a file's content when the file was.
+    and a file's content when the file was. On a `real` disk that syncs, `stop` is what ends the machine;
+    it must not return.
     """
 
-    def __init__(self, fault_at: int = -1, fault: int = STOP) -> None:
+    def __init__(
+        self,
+        faults: Mapping[int, int] | None = None,
+        *,
+        real: Disk | None = None,
+        stop: Callable[[], None] | None = None,
+    ) -> None:
         self.ops: list[str] = []
-        self._real: Disk = UnsyncedDisk()
-        self._fault_at = fault_at
-        self._fault = fault
+        self.failed = 0
+        """How many operations were made to fail."""
+        self._real = real or UnsyncedDisk()
+        self._faults = faults or {}
+        self._stop = stop
         self._stopped = False
         self._unsynced_files: set[Path] = set()
         self._unsynced_names: list[_Name] = []
@@ -82,7 +91,7 @@ class FaultyDisk:
         for place, name in reversed(list(enumerate(self._unsynced_names))):
             if not name.path.parent.exists() or (chance and chance.random() < 0.5):
                 continue
-            name.undo(name.path)
+            name.undo(name.path, chance)
             if name.came_from:
                 for earlier in self._unsynced_names[:place]:
                     earlier.moved(name.path, name.came_from)
@@ -90,7 +99,7 @@ class FaultyDisk:
     def make_dir(self, path: Path, *, op: str) -> None:
         self._count(op)
         self._real.make_dir(path, op=op)
-        self._named(path, lambda path: RealDisk().remove_tree(path, op=op))
+        self._named(path, lambda path, _: RealDisk().remove_tree(path, op=op))
 
     def write_file(self, path: Path, data: bytes, *, op: str) -> None:
         self._count(op)
@@ -105,10 +114,12 @@ class FaultyDisk:
     def sync_files(self, paths: Iterable[Path], *, op: str) -> None:
         for path in paths:
             self._count(op)
+            self._real.sync_files([path], op=op)
             self._unsynced_files.discard(path)
 
     def sync_dir(self, path: Path, *, op: str) -> None:
         self._count(op)
+        self._real.sync_dir(path, op=op)
         self._unsynced_names = [name for name in self._unsynced_names if not name.synced_by(path)]
 
     def rename(self, source: Path, target: Path, *, op: str) -> None:
@@ -118,7 +129,7 @@ class FaultyDisk:
         for name in self._unsynced_names:
             name.moved(source, target)
 
-        def undo(path: Path) -> None:
+        def undo(path: Path, chance: random.Random | None) -> None:
             if path.exists():
                 path.rename(source)
 
@@ -129,7 +140,7 @@ class FaultyDisk:
         before = os.readlink(link) if link.is_symlink() else None
         self._real.point(link, target, op=op)
 
-        def undo(path: Path) -> None:
+        def undo(path: Path, chance: random.Random | None) -> None:
             path.unlink(missing_ok=True)
             if before is not None:
                 path.symlink_to(before)
@@ -139,18 +150,22 @@ class FaultyDisk:
     def link(self, source: Path, target: Path, *, op: str) -> None:
         self._count(op)
         self._real.link(source, target, op=op)
-        self._named(target, lambda path: path.unlink(missing_ok=True))
+        self._named(target, lambda path, _: path.unlink(missing_ok=True))
 
     def unlink(self, path: Path, *, op: str) -> None:
         self._count(op)
         before = os.readlink(path) if path.is_symlink() else None
         self._real.unlink(path, op=op)
         if before is not None:
-            self._named(path, lambda path: path.symlink_to(before))
+            self._named(path, lambda path, _: path.symlink_to(before))
 
     def remove_tree(self, path: Path, *, op: str) -> None:
         self._count(op)
+        before = _files_below(path)
         self._real.remove_tree(path, op=op)
+        if before:
+            # A disk may have got the end of some files in it, and not the end of the others.
+            self._named(path, lambda path, chance: _come_back(path, before, chance))
 
     def read_file(self, path: Path, *, op: str) -> bytes:
         self._count(op)
@@ -182,20 +197,48 @@ class FaultyDisk:
         if self._stopped:
             raise PowerLossError
         self.ops.append(op)
-        if len(self.ops) - 1 == self._fault_at:
-            if self._fault == STOP:
-                self._stopped = True
-                raise PowerLossError
-            cause = OSError(self._fault, os.strerror(self._fault))
-            kind = NoSpaceError if self._fault == errno.ENOSPC else StoreError
+        fault = self._faults.get(len(self.ops) - 1)
+        if fault == STOP:
+            self._stopped = True
+            if self._stop:
+                self._stop()
+            raise PowerLossError
+        if fault is not None:
+            self.failed += 1
+            cause = OSError(fault, os.strerror(fault))
+            kind = NoSpaceError if fault == errno.ENOSPC else StoreError
             raise kind(f"{op}: {cause.strerror}") from cause
 
     def _created(self, path: Path) -> None:
         self._unsynced_files.add(path)
-        self._named(path, lambda path: path.unlink(missing_ok=True))
+        self._named(path, lambda path, _: path.unlink(missing_ok=True))
 
-    def _named(self, path: Path, undo: Callable[[Path], None]) -> None:
+    def _named(self, path: Path, undo: Callable[[Path, random.Random | None], None]) -> None:
         self._unsynced_names.append(_Name(path, undo))
+
+
+def _files_below(path: Path) -> dict[str, bytes | str]:
+    """Return what lies in a tree: of each file its content, of each link what it says."""
+    found: dict[str, bytes | str] = {}
+    for below in path.rglob("*"):
+        if below.is_symlink():
+            found[str(below.relative_to(path))] = os.readlink(below)
+        elif below.is_file():
+            found[str(below.relative_to(path))] = below.read_bytes()
+    return found
+
+
+def _come_back(path: Path, files: Mapping[str, bytes | str], chance: random.Random | None) -> None:
+    """Put back a removed tree: all of it, or what `chance` says."""
+    for name, content in files.items():
+        if chance and chance.random() < 0.5:
+            continue
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            file.symlink_to(content)
+        else:
+            file.write_bytes(content)
 
 
 def _tear(path: Path, chance: random.Random) -> None:
@@ -247,11 +290,12 @@ def commit(
     lazy: bool = False,
     resend: int = 0,
     finish: bool = True,
+    missing_bytes: int = 0,
 ) -> EpochRecord | None:
     """Send `content` as a primary does that knows that the store holds `held` as `base`.
 
     `resend` > 0: every page whose number it divides is sent though it is unchanged. Without `finish` the
-    epoch is left as it is after its last page.
+    epoch is left as it is after its last page. The last `missing_bytes` of each space do not come.
     """
     arriving = store.begin(header(epoch, base))
     try:
@@ -270,6 +314,7 @@ def commit(
                     flag = ZERO
                 flags.append(flag | (PE_LAZY if lazy else 0))
             arriving.space(key, np.array(sorted(pages), dtype=np.uint64), np.array(flags, dtype=np.uint8))
+            del sent[max(0, len(sent) - missing_bytes) :]
             for start in range(0, len(sent), chunk_bytes):
                 arriving.pages(key, memoryview(sent)[start : start + chunk_bytes])
         return arriving.commit() if finish else None

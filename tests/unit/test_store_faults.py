@@ -6,21 +6,27 @@ import contextlib
 import errno
 import os
 import random
-import tempfile
 from pathlib import Path
 
 import pytest
-from store_disks import STOP, Content, FaultyDisk, PowerLossError, UnsyncedDisk, commit, composed
+from store_disks import STOP, Content, FaultyDisk, PowerLossError, UnsyncedDisk
+from store_histories import (
+    OTHER,
+    SEGMENT,
+    TASK,
+    Run,
+    Send,
+    Step,
+    check_records,
+    check_recovered,
+    check_unopened,
+    opened,
+    operations,
+)
 
-from common.criu.images import SpaceKey
-from common.durable import Disk
 from common.errors import NoSpaceError, StoreError
-from common.model import EpochId
-from replica.store import EpochStore
 
-TASK, OTHER, SEGMENT = SpaceKey("task", 1), SpaceKey("task", 7), SpaceKey("shmem", 3)
-
-HISTORY: list[Content] = [
+CONTENTS: list[Content] = [
     {TASK: {n: n for n in range(1, 9)}, SEGMENT: {0: 1, 1: 2}},
     {TASK: {**{n: n for n in range(1, 9)}, 3: 33}, SEGMENT: {0: 1, 1: 2}},
     {TASK: {**{n: n for n in range(1, 9)}, 3: 33, 4: 0}, SEGMENT: {0: 1, 1: 2}, OTHER: {5: 5}},
@@ -30,68 +36,9 @@ HISTORY: list[Content] = [
 ]
 
 
-def opened(directory: Path, disk: Disk) -> EpochStore:
-    return EpochStore.open(directory, "web", min_free_bytes=0, max_levels=5, disk=disk)
-
-
-class Run:
-    """A primary that sends HISTORY, with folds between, and knows what was acknowledged."""
-
-    def __init__(self) -> None:
-        self.acknowledged: EpochId | None = None
-        self.sending: EpochId | None = None
-
-    def go(self, directory: Path, disk: Disk) -> None:
-        store = opened(directory, disk)
-        try:
-            self.send_all(store)
-        finally:
-            store.close()
-
-    def send_all(self, store: EpochStore) -> None:
-        for number, content in enumerate(HISTORY, start=1):
-            base = self.acknowledged
-            self.sending = EpochId(1, number)
-            with contextlib.suppress(StoreError, NoSpaceError):
-                commit(store, self.sending, content, base, content_of(base))
-                self.acknowledged = self.sending
-            with contextlib.suppress(StoreError, NoSpaceError):
-                store.fold()
-            newest = store.newest
-            assert (newest.id if newest else None) == self.acknowledged
-
-
-def content_of(epoch: EpochId | None) -> Content | None:
-    return HISTORY[epoch.epoch - 1] if epoch else None
-
-
-def check_whole(store: EpochStore) -> None:
-    for record in store.records():
-        assert composed(record.path) == content_of(record.id)
-        assert store.verify(record.id) == []
-
-
-def check_goes_on(store: EpochStore) -> None:
-    """A delta on what was recovered, and a fold, must work."""
-    newest = store.newest
-    content: Content = {TASK: {n: 200 for n in range(1, 6)}}
-    record = commit(
-        store, EpochId(2, 99), content, newest.id if newest else None, content_of(newest and newest.id)
-    )
-    assert record
-    store.fold()
-    assert composed(record.path) == content
-
-
-def operations() -> list[str]:
-    """Label every operation of an undisturbed run, in order."""
-    disk = FaultyDisk()
-    with tempfile.TemporaryDirectory() as directory:
-        Run().go(Path(directory) / "store", disk)
-    return disk.ops
-
-
-OPERATIONS = operations()
+# A fold after each, where it is due.
+HISTORY: list[Step] = [step for content in CONTENTS for step in (Send(content), "fold")]
+OPERATIONS = operations(HISTORY)
 
 
 def places(operations: list[str]) -> list[int]:
@@ -115,46 +62,33 @@ def test_after_a_stop_at_any_operation_the_newest_epoch_is_the_old_or_the_new_on
     tmp_path: Path, loss: str
 ) -> None:
     for place, op in PLACES:
-        directory = tmp_path / str(place)
-        disk = FaultyDisk(place, STOP)
-        run = Run()
+        directory = tmp_path / f"{place}-{op}"
+        disk = FaultyDisk({place: STOP})
+        run = Run(HISTORY)
         with pytest.raises(PowerLossError):
             run.go(directory, disk)
         if loss != "nothing":
             disk.lose_power(random.Random(place) if loss == "by chance" else None)
-        if run.acknowledged:
-            # Without any recovery: CRIU alone could restore it.
-            view = directory / "web" / "views" / str(run.acknowledged)
-            assert composed(view) == content_of(run.acknowledged), (place, op)
-
-        with opened(directory, UnsyncedDisk()) as store:
-            newest = store.newest
-            assert (newest.id if newest else None) in (run.acknowledged, run.sending), (place, op)
-            assert not list((directory / "web" / "damaged").iterdir()), (place, op)
-            check_whole(store)
-            check_goes_on(store)
+        check_unopened(directory, run)
+        check_recovered(directory, run)
 
 
 def test_after_a_stop_at_any_operation_of_recovery_the_next_recovery_succeeds(tmp_path: Path) -> None:
     for place in range(10_000):
         directory = tmp_path / str(place)
         # In the middle of a fold: its level is named, its view still the old one.
-        first = FaultyDisk(OPERATIONS.index("fold.view"), STOP)
-        run = Run()
+        first = FaultyDisk({OPERATIONS.index("fold.view"): STOP})
+        run = Run(HISTORY)
         with pytest.raises(PowerLossError):
             run.go(directory, first)
         (directory / "web" / "incoming" / "t9-e9-torn").mkdir()
-        (directory / "web" / "epochs" / "t9-e9").mkdir()
-        second = FaultyDisk(place, STOP)
+        (directory / "web" / "views" / ".new-t9-e9").symlink_to("nowhere")
+        second = FaultyDisk({place: STOP})
         try:
             opened(directory, second).close()
         except PowerLossError:
             second.lose_power()
-        with opened(directory, UnsyncedDisk()) as store:
-            newest = store.newest
-            assert newest
-            assert newest.id == run.acknowledged
-            check_whole(store)
+        check_recovered(directory, run)
         if len(second.ops) <= place:
             return
     pytest.fail("recovery did not end")
@@ -163,50 +97,36 @@ def test_after_a_stop_at_any_operation_of_recovery_the_next_recovery_succeeds(tm
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=os.strerror)
 def test_a_failed_operation_costs_at_most_the_epoch_that_it_belongs_to(tmp_path: Path, fault: int) -> None:
     for place, op in PLACES:
-        directory = tmp_path / str(place)
-        run = Run()
-        try:
-            run.go(directory, FaultyDisk(place, fault))
-        except (StoreError, NoSpaceError):
-            assert op.startswith(("open.", "recover.", "sweep."))
-            continue
-        assert run.acknowledged is not None
-        assert run.acknowledged >= EpochId(1, len(HISTORY) - 1), (place, op)
-        with opened(directory, UnsyncedDisk()) as store:
-            newest = store.newest
-            assert newest
-            # An epoch whose commit failed after its rename may be found again, whole.
-            assert newest.id in (run.acknowledged, EpochId(1, len(HISTORY)))
-            check_whole(store)
-            check_goes_on(store)
+        directory = tmp_path / f"{place}-{op}"
+        run = Run(HISTORY)
+        run.go(directory, FaultyDisk({place: fault}))
+        assert run.newest is not None
+        assert run.newest in sorted(run.contents)[-2:], (place, op)
+        check_recovered(directory, run)
 
 
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=os.strerror)
 def test_a_failed_operation_of_recovery_loses_nothing(tmp_path: Path, fault: int) -> None:
     directory = tmp_path / "store"
-    run = Run()
+    run = Run(HISTORY)
     run.go(directory, UnsyncedDisk())
     for place in range(10_000):
-        disk = FaultyDisk(place, fault)
+        disk = FaultyDisk({place: fault})
         # It may fail to open, but it never opens with less than was acknowledged.
         with contextlib.suppress(StoreError, NoSpaceError), opened(directory, disk) as store:
-            newest = store.newest
-            assert newest
-            assert newest.id == run.acknowledged, disk.ops[place]
+            check_records(store, run, verify=False)
         with opened(directory, UnsyncedDisk()) as store:
-            newest = store.newest
-            assert newest
-            assert newest.id == run.acknowledged, disk.ops[place]
+            check_records(store, run)
             assert not list((directory / "web" / "damaged").iterdir()), disk.ops[place]
-            check_whole(store)
         if len(disk.ops) <= place:
             return
     pytest.fail("recovery did not end")
 
 
 def test_what_the_disk_never_reads_again_is_set_aside_and_the_store_opens(tmp_path: Path) -> None:
-    Run().go(tmp_path, UnsyncedDisk())
-    newest = (tmp_path / "web" / "views" / f"t1-e{len(HISTORY)}").resolve()
+    run = Run(HISTORY)
+    run.go(tmp_path, UnsyncedDisk())
+    newest = (tmp_path / "web" / "views" / str(run.newest)).resolve()
 
     class Scratched(UnsyncedDisk):
         def read_file(self, path: Path, *, op: str) -> bytes:
@@ -215,6 +135,7 @@ def test_what_the_disk_never_reads_again_is_set_aside_and_the_store_opens(tmp_pa
             return super().read_file(path, op=op)
 
     with opened(tmp_path, Scratched()) as store:
-        assert [record.id for record in store.records()] == [EpochId(1, 4), EpochId(1, 5)]
+        assert store.newest
+        assert [store.newest.id] == run.held[:1]
     (aside,) = (tmp_path / "web" / "damaged").iterdir()
     assert "bad sector, 3 times" in (aside / "REASON").read_text()
