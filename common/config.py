@@ -308,6 +308,13 @@ def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
         found.append("epoch_interval_ms: between 20 and 3600000")
     if spec.freeze_deadline_ms < 100:
         found.append("freeze_deadline_ms: at least 100")
+    if 0 < spec.rpo_ms < spec.epoch_interval_ms:
+        found.append(
+            f"rpo_ms {spec.rpo_ms} is less than epoch_interval_ms ({spec.epoch_interval_ms}), so it would "
+            "never be met: raise it, or lower the interval"
+        )
+    if spec.rpo_ms < 0 or spec.max_takeover_lag_ms < 0:
+        found.append("rpo_ms, max_takeover_lag_ms: 0 or more")
     return found
 
 

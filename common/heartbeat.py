@@ -116,6 +116,7 @@ class AgentBeater:
             boot_id=self._boot_id,
             sequence=self._sequence,
             origin="agent",
+            wall_s=time.time(),
             workloads=(),
         )
 

@@ -235,6 +235,8 @@ class Beat(_Message, frozen=True):
     boot_id: Annotated[str, Meta(min_length=1, max_length=64)]
     sequence: Count
     origin: Literal["keeper", "agent"] = msgspec.field(name="from")
+    wall_s: WallSeconds
+    """When it was sent, by the clock that also stamps this node's epochs; to be compared with those only."""
     workloads: tuple[BeatWorkload, ...]
 
 

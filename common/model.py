@@ -100,6 +100,15 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     epoch_interval_ms: int = 1000
     freeze_deadline_ms: int = 10_000
     """An epoch that would freeze the workload for longer is abandoned."""
+    rpo_ms: int = 0
+    """How old the newest epoch that another node could restore may be; 0: `objective_ms` says."""
+    max_takeover_lag_ms: int = 0
+    """How far behind its leader a replica may be and still take over by itself; 0: without limit."""
+
+    @property
+    def objective_ms(self) -> int:
+        """The recovery point objective: `rpo_ms`, or five epochs and at least 5 s if that is 0."""
+        return self.rpo_ms or max(5 * self.epoch_interval_ms, 5000)
 
     @property
     def thaw_deadline_ms(self) -> int:

@@ -271,6 +271,7 @@ class Keeper:
             boot_id=self._boot_id,
             sequence=self._sequence,
             origin="keeper",
+            wall_s=time.time(),
             workloads=(
                 *(kept.beat(agent_alive=agent_alive) for kept in self._workloads.values()),
                 *self._aside.beats(agent_alive=agent_alive),

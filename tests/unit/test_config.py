@@ -127,6 +127,8 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + WORKLOAD + 'health = { tcp = 1, http = ":1/" }\n', "exactly one"),
         (NODE + WORKLOAD + "epoch_interval_ms = 1\n", "epoch_interval_ms"),
         (NODE + WORKLOAD + "freeze_deadline_ms = 1\n", "freeze_deadline_ms"),
+        (NODE + WORKLOAD + "rpo_ms = 999\n", "rpo_ms"),
+        (NODE + WORKLOAD + "max_takeover_lag_ms = -1\n", "max_takeover_lag_ms"),
         (NODE + WORKLOAD + 'on_exit = "explode"\n', "explode"),
     ],
 )
@@ -186,3 +188,15 @@ def test_an_unknown_key_is_named_with_its_table_and_what_was_meant(text: str, se
 def test_the_thaw_deadline_leaves_a_second_for_the_agent() -> None:
     spec = WorkloadSpec(name="w", nodes=("a",), command=("true",), freeze_deadline_ms=500)
     assert spec.thaw_deadline_ms == 1500
+
+
+@pytest.mark.parametrize(
+    ("rpo_ms", "interval_ms", "objective_ms"), [(0, 200, 5000), (0, 2000, 10_000), (1500, 1000, 1500)]
+)
+def test_the_objective_is_five_epochs_and_at_least_5_s_unless_it_is_given(
+    rpo_ms: int, interval_ms: int, objective_ms: int
+) -> None:
+    spec = WorkloadSpec(
+        name="w", nodes=("a",), command=("true",), rpo_ms=rpo_ms, epoch_interval_ms=interval_ms
+    )
+    assert spec.objective_ms == objective_ms

@@ -141,6 +141,7 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
             boot_id="0b5f",
             sequence=7,
             origin="keeper",
+            wall_s=1700000000.5,
             workloads=(BeatWorkload(name="redis", term=3, state="leading", alive=True, agent_alive=False),),
         ),
         (),

@@ -42,7 +42,7 @@ def at(monotonic_s: float) -> Instant:
 
 
 def beat() -> Beat:
-    return Beat(node="b", boot_id="boot", sequence=1, origin="keeper", workloads=())
+    return Beat(node="b", boot_id="boot", sequence=1, origin="keeper", wall_s=5.0, workloads=())
 
 
 def refusals(peers: PeersHeard, now_s: float) -> list[str]:
