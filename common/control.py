@@ -157,6 +157,16 @@ class AskHistory(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workload: str
 
 
+class Resync(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a leader's agent: take nothing for granted any more of what a replica holds."""
+
+    node: str
+    workload: str = ""
+    """Empty: all that this node leads and that replica receives."""
+    full: bool = False
+    """Send everything anew. False: the replica reads all that it holds, and gets what differs."""
+
+
 KeeperRequest = (
     Report
     | AnnounceFreeze
@@ -167,6 +177,7 @@ KeeperRequest = (
     | ForgetWorkload
     | AskStatus
     | AskHistory
+    | Resync
 )
 
 # --- answers ----------------------------------------------------------------------------------------
@@ -184,6 +195,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     error: str
     message: str
     hint: str = ""
+
+
+class Resyncing(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `Resync`: it is under way for these workloads, from the next epoch on."""
+
+    since: dict[str, EpochId | None]
+    """The newest epoch captured so far of each: the replica is in sync again with a newer one."""
 
 
 class Orders(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -307,5 +325,5 @@ class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workloads: tuple[WorkloadMetrics, ...]
 
 
-KeeperAnswer = Done | Refused | Orders | NodeStatus | History | AgentMetrics
+KeeperAnswer = Done | Refused | Resyncing | Orders | NodeStatus | History | AgentMetrics
 """Every answer on a node's control sockets; the agent gives `AgentMetrics` and `Refused` only."""

@@ -62,6 +62,7 @@ class Event(StrEnum):
     REPLICA_NOT_RESTORABLE = "replica.not-restorable"
     BASE_STARTED = "base.started"
     BASE_FINISHED = "base.finished"
+    RESYNC_STARTED = "resync.started"
 
     ROLE_CHANGED = "role.changed"
     TAKEOVER_STARTED = "takeover.started"

@@ -37,6 +37,8 @@ from common.control import (
     Orders,
     Refused,
     Report,
+    Resync,
+    Resyncing,
 )
 from common.control_channel import ControlServer, ask, prepare_run_directory
 from common.criu.locate import locate_criu
@@ -371,8 +373,10 @@ class Agent:
                 except (OutliveError, OSError) as error:
                     log.error("judge.failed", workload=workload.spec.name, error=str(error))
 
-    async def _answer(self, request: object) -> AgentMetrics | Refused:
+    async def _answer(self, request: object) -> AgentMetrics | Resyncing | Refused:
         """Answer the command line and the benchmarks."""
+        if isinstance(request, Resync):
+            return self._resync(request)
         if not isinstance(request, AskStatus):
             return Refused(error="ProtocolError", message="the agent takes orders from its keeper only")
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -384,6 +388,21 @@ class Agent:
             rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
             cpu_s=sum(each.ru_utime + each.ru_stime for each in usage),
             workloads=tuple(each for each in metrics if each is not None),
+        )
+
+    def _resync(self, request: Resync) -> Resyncing | Refused:
+        since: dict[str, EpochId | None] = {}
+        for workload in self._workloads.all():
+            name = workload.spec.name
+            if request.workload in ("", name) and workload.resync(request.node, full=request.full):
+                since[name] = workload.report().captured
+        if since:
+            return Resyncing(since=since)
+        what = request.workload or "no workload that this node leads"
+        return Refused(
+            error="WorkloadError",
+            message=f"{request.node} does not receive epochs of {what} from {self._config.node.name} now",
+            hint="outlive status: give this order on the primary, while its replica is connected",
         )
 
 

@@ -110,6 +110,17 @@ class Leading:
             for node in self._strangers
         )
 
+    def resync(self, node: str, *, full: bool) -> bool:
+        """See `ReplicaStream.resync`; False if `node` is no connected replica of this workload."""
+        stream = self._streams.get(node)
+        if stream is None or not stream.progress.connected:
+            return False
+        stream.resync(full=full)
+        how = "everything is sent anew" if full else "it says what it holds, and gets what differs"
+        reason = f"an operator asked for it: {how}"
+        self._events.append(Event.RESYNC_STARTED, workload=self.spec.name, reason=reason, peer=node)
+        return True
+
     def metrics(self) -> WorkloadMetrics:
         """Return what was measured since this began."""
         counters = [stream.counters for stream in self._streams.values()]

@@ -205,6 +205,10 @@ class WorkloadAgent:
             volatile=self.store.volatile,
         )
 
+    def resync(self, node: str, *, full: bool) -> bool:
+        """See `Leading.resync`; False if this node does not lead."""
+        return self._leading is not None and self._leading.resync(node, full=full)
+
     def metrics(self) -> WorkloadMetrics | None:
         """Return what was measured while leading; None if this node doesn't."""
         return self._leading.metrics() if self._leading is not None else None

@@ -21,6 +21,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 import zmq
@@ -126,6 +127,7 @@ class ReplicaStream:
         self._held: Held | None = None
         self._base: EpochId | None = None
         self._seed = 0
+        self._resync: Literal["", "ask", "full"] = ""
         self._unconfirmed: tuple[Held, float] | None = None
         self._connected = False
         self._acknowledged: EpochId | None = None
@@ -143,6 +145,13 @@ class ReplicaStream:
     def offer(self, shared: SharedEpoch) -> None:
         """Take note of a new epoch and hold it until it is acknowledged or replaced. Never waits."""
         self._backlog.put(shared, self._clock.monotonic_s())
+
+    def resync(self, *, full: bool) -> None:
+        """Take nothing for granted of what the replica holds: ask, or (`full`) send everything anew.
+
+        Holds from the next epoch on; one in flight is not disturbed.
+        """
+        self._resync = "full" if full else "ask"
 
     @property
     def wants_epoch(self) -> bool:
@@ -285,6 +294,7 @@ class ReplicaStream:
         epoch = offer.epoch
         if self._acknowledged is not None and epoch.id <= self._acknowledged:
             return False
+        self._forget_if_told()
         base = self._held
         if epoch.stands_on is not None and (base is None or base.id != epoch.stands_on):
             self._log.info("stream.needs_full", epoch=str(epoch.id), stands_on=str(epoch.stands_on))
@@ -321,6 +331,16 @@ class ReplicaStream:
             self._acknowledge(offer, outcome)
             return False
         return self._not_acknowledged(outcome)
+
+    def _forget_if_told(self) -> None:
+        """Carry out `resync`."""
+        if self._resync == "full":
+            self._base, self._seed = None, 0
+        elif self._resync and self._held is not None:
+            self._base = self._held.id
+        if self._resync:
+            self._held = None
+        self._resync = ""
 
     async def _send_messages(self, session: Session, messages: Iterator[Frames]) -> None:
         """Send as credit allows, drawing about a block at a time in a thread; a `Nack` ends it early."""

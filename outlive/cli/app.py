@@ -16,6 +16,7 @@ from outlive.cli.call import Call, Verbs, examples, group_config_option, output_
 from outlive.cli.node import agent, config, doctor, keeper, keys
 from outlive.cli.output import Answer, error_answer, print_answer
 from outlive.cli.records import events, history
+from outlive.cli.resync import resync
 from outlive.cli.running import print_error
 from outlive.cli.status import status
 from outlive.cli.store import store
@@ -75,6 +76,7 @@ for _verb in (
     start,
     stop,
     failover,
+    resync,
     store,
     config,
     keys,

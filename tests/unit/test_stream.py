@@ -153,6 +153,25 @@ async def test_an_interrupted_base_goes_on_where_it_broke_off(pair: Pair) -> Non
             assert stream.counters.bytes_sent - before_bytes < (2000 - kept + 100) * 4200
 
 
+@pytest.mark.parametrize("full", [False, True])
+async def test_a_resync_mends_what_went_wrong_on_the_replica(pair: Pair, full: bool) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
+        one = offer(stream, captured(1, memory_of(50)))
+        await acknowledged(stream, one)
+        pair.store.epochs[one.id].memory[TASK][17] = page(666)
+        two = offer(stream, captured(2, memory_of(50)))
+        await acknowledged(stream, two)
+        assert pair.store.epochs[two.id].memory[TASK][17] == page(666), "nobody can know"
+        stream.resync(full=full)
+        three = offer(stream, captured(3, memory_of(50)))
+        await acknowledged(stream, three)
+        assert pair.store.epochs[three.id].memory == memory_of(50)
+        assert pair.store.epochs[three.id].sent_pages == (40 if full else 1)
+        four = offer(stream, captured(4, memory_of(50)))
+        await acknowledged(stream, four)
+        assert pair.store.epochs[four.id].sent_pages == 0
+
+
 async def test_a_base_that_the_store_refuses_is_not_asked_for_again(pair: Pair) -> None:
     async with pair.receiving():
         async with pair.streaming() as stream:
