@@ -291,6 +291,18 @@ class History(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     terms: tuple[TermHistory, ...]
 
 
+class StreamMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent measured of one workload's stream to one replica."""
+
+    node: str
+    epochs_acknowledged: int
+    commit_ms: tuple[float, ...]
+    """From the offer of an epoch until its acknowledgement; the newest 1,000."""
+    bytes_sent: int
+    bytes_full: int
+    """What the acknowledged epochs would have been, sent whole."""
+
+
 class WorkloadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent measured of one workload that it captures; the newest 1,000 of each series."""
 
@@ -305,13 +317,24 @@ class WorkloadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """From the request to criu until the epoch could be offered to the streams."""
     interval_ms: tuple[float, ...]
     """Between the freezes of epochs acknowledged one after the other."""
-    commit_ms: tuple[float, ...]
-    """From the offer of an epoch until its acknowledgement."""
-    bytes_sent: int
-    bytes_full: int
-    """What the same epochs would have been, sent whole."""
     memory_bytes: int
     """Present pages of the newest epoch."""
+    streams: tuple[StreamMetrics, ...]
+
+    @property
+    def commit_ms(self) -> tuple[float, ...]:
+        """Those of all streams, one after the other."""
+        return tuple(value for stream in self.streams for value in stream.commit_ms)
+
+    @property
+    def bytes_sent(self) -> int:
+        """On all streams."""
+        return sum(stream.bytes_sent for stream in self.streams)
+
+    @property
+    def bytes_full(self) -> int:
+        """On all streams."""
+        return sum(stream.bytes_full for stream in self.streams)
 
 
 class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):

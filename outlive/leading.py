@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from common.config import NodeConfig, Peer
-from common.control import ReplicaProgress, WorkloadMetrics
+from common.control import ReplicaProgress, StreamMetrics, WorkloadMetrics
 from common.errors import OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
@@ -123,7 +123,16 @@ class Leading:
 
     def metrics(self) -> WorkloadMetrics:
         """Return what was measured since this began."""
-        counters = [stream.counters for stream in self._streams.values()]
+        streams = [
+            StreamMetrics(
+                node=node,
+                epochs_acknowledged=counters.epochs_acknowledged,
+                commit_ms=counters.commit_latency_ms,
+                bytes_sent=counters.bytes_sent,
+                bytes_full=counters.full_equivalent_bytes,
+            )
+            for node, counters in ((node, stream.counters) for node, stream in self._streams.items())
+        ]
         return WorkloadMetrics(
             name=self.spec.name,
             backend=self._backend.name,
@@ -132,10 +141,8 @@ class Leading:
             freeze_ms=tuple(self._freeze_ms),
             epoch_ms=tuple(self._epoch_ms),
             interval_ms=tuple(self._interval_ms),
-            commit_ms=tuple(value for each in counters for value in each.commit_latency_ms),
-            bytes_sent=sum(each.bytes_sent for each in counters),
-            bytes_full=sum(each.full_equivalent_bytes for each in counters),
             memory_bytes=self._memory_bytes,
+            streams=tuple(streams),
         )
 
     def _acknowledged(self, epoch: EpochId) -> None:
