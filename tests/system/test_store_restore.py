@@ -2,199 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey, expand, page_images, read_pagemap
-from common.criu.locate import locate_criu
 from common.model import EpochId
-from replica.store import ZERO, EpochHeader, EpochRecord, EpochStore
+from replica.store import EpochRecord, EpochStore
+from tests.system.store_target import Pages, Target, commit_dump, pages_of, restore, running_target
 
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(os.geteuid() != 0, reason="criu needs root"),
 ]
 
-# Each USR1 changes some pages, zeroes one, and once lets some vanish and others come; USR2 asks for a digest
-# of all. Two processes that share a segment, so that there are three address spaces.
-_TARGET = """
-import hashlib, mmap, os, signal, sys
-answer = sys.argv[1]
-private = mmap.mmap(-1, 4 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-shared = mmap.mmap(-1, 1 << 20, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-for page in range(1024): private[page * 4096] = 1 + page % 250
-for page in range(0, 256, 5): shared[page * 4096] = 7
-child = os.fork()
-name = answer + ("" if child else ".child")
-generation = 1
-wanted = {signal.SIGUSR1, signal.SIGUSR2}
-signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
-def step():
-    global generation
-    generation += 1
-    for page in range(generation, 1024, 97): private[page * 4096 + 5] = generation
-    private[(500 + generation) * 4096 : (501 + generation) * 4096] = bytes(4096)
-    shared[(10 * generation) * 4096] = generation
-    if generation == 3: private.madvise(mmap.MADV_DONTNEED, 800 * 4096, 20 * 4096)
-    if generation == 4: private[805 * 4096] = 44
-def tell():
-    digest = hashlib.blake2b(private[:]); digest.update(shared[:])
-    with open(name + ".new", "w") as file: file.write(f"{generation} {digest.hexdigest()}")
-    os.rename(name + ".new", name)
-tell()
-while True: step() if signal.sigwait(wanted) == signal.SIGUSR1 else tell()
-"""
-
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, prctl(2)
-
-
-class Target:
-    """Two processes with known content; can be stepped, asked, dumped and killed."""
-
-    def __init__(self, directory: Path) -> None:
-        self._answers = [directory / "answer", directory / "answer.child"]
-        process = subprocess.Popen(
-            [sys.executable, "-c", _TARGET, str(self._answers[0])],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
-        self.pid = process.pid
-        process.returncode = 0  # from now on waited for by `kill`, as what is restored is
-        self._wait()
-        self._pids = [self.pid, self._child()]
-
-    def _child(self) -> int:
-        return int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
-
-    def _wait(self) -> list[str]:
-        until = time.monotonic() + 20
-        while not all(path.exists() for path in self._answers):
-            assert time.monotonic() < until, "no answer from the process"
-            time.sleep(0.005)
-        return [path.read_text() for path in self._answers]
-
-    def step(self) -> None:
-        for pid in self._pids:
-            os.kill(pid, signal.SIGUSR1)
-
-    def ask(self) -> list[str]:
-        for path in self._answers:
-            path.unlink(missing_ok=True)
-        for pid in self._pids:
-            os.kill(pid, signal.SIGUSR2)
-        return self._wait()
-
-    def dump(self, directory: Path) -> None:
-        directory.mkdir()
-        subprocess.run(
-            [
-                *(str(locate_criu(None)), "dump", "--tree", str(self.pid), "--images-dir", str(directory)),
-                *("--leave-running", "--manage-cgroups=ignore", "--network-lock", "skip"),
-            ],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-
-    def kill(self) -> None:
-        for pid in self._pids[::-1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in self._pids:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-        until = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in self._pids):
-            assert time.monotonic() < until, "the process does not go"
-            time.sleep(0.005)
-
 
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[Target]:
-    """A running target, whose orphans come to us."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_SUBREAPER, 1, 0, 0, 0)
-    try:
-        target = Target(tmp_path)
-        try:
-            yield target
-        finally:
-            target.kill()
-    finally:
-        libc.prctl(_SUBREAPER, 0, 0, 0, 0)
-
-
-Pages = dict[SpaceKey, tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""Of each space: page numbers, flags, and content, one row of 4096 bytes a page."""
-
-
-def pages_of(dump: Path) -> Pages:
-    pages: Pages = {}
-    for image in page_images(dump):
-        numbers, flags = expand(read_pagemap(dump / image.key.pagemap_name).entries)
-        assert ((flags & PE_PRESENT) != 0).all()
-        file = dump / image.pages_name
-        data = np.frombuffer(file.read_bytes() if file.exists() else b"", dtype=np.uint8)
-        pages[image.key] = (numbers, flags, data.reshape(-1, 4096))
-    return pages
-
-
-def commit(store: EpochStore, number: int, dump: Path, held: Pages | None) -> tuple[EpochRecord, Pages]:
-    """Commit a dump; with `held`, as what changed since the epoch before."""
-    pages = pages_of(dump)
-    header = EpochHeader(
-        workload="target",
-        id=EpochId(1, number),
-        base=EpochId(1, number - 1) if held is not None else None,
-        incarnation="one",
-        frozen_wall_s=time.time(),
-    )
-    command = ("criu", "restore", "--manage-cgroups=ignore", "--network-lock", "skip")
-    with store.begin(header, restore_command=command) as epoch:
-        for file in sorted(dump.iterdir()):
-            if not file.name.startswith(("pagemap-", "pages-", "stats-")):
-                epoch.metadata(file.name, file.read_bytes())
-        for key, (numbers, flags, data) in pages.items():
-            before = held.get(key) if held else None
-            same = np.zeros(len(numbers), dtype=bool)
-            if before is not None:
-                _, mine, theirs = np.intersect1d(numbers, before[0], return_indices=True)
-                same[mine] = (data[mine] == before[2][theirs]).all(axis=1)
-            zero = ~same & ~data.any(axis=1)
-            sent = np.where(same, PE_PARENT, np.where(zero, ZERO, PE_PRESENT)).astype(np.uint8)
-            epoch.space(key, numbers, sent | (flags & PE_LAZY))
-            epoch.pages(key, data[~same & ~zero].tobytes())
-        return epoch.commit(), pages
-
-
-def restore(record: EpochRecord, directory: Path) -> None:
-    """Run the command that stands beside the images, with nothing of ours in between."""
-    directory.mkdir()
-    binaries = directory / "bin"
-    binaries.mkdir()
-    (binaries / "criu").symlink_to(locate_criu(None))
-    done = subprocess.run(
-        ["sh", str(record.path / "RESTORE")],
-        cwd=directory,
-        env={"PATH": f"{binaries}:{os.environ['PATH']}"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    with running_target(tmp_path) as target:
+        yield target
 
 
 def test_every_epoch_is_restored_by_stock_criu_before_and_after_folding(
@@ -217,7 +44,9 @@ def test_every_epoch_is_restored_by_stock_criu_before_and_after_folding(
             expected[EpochId(1, number)] = target.ask()
             dump = tmp_path / f"dump-{number}"
             target.dump(dump)
-            _, held = commit(store, number, dump, held)
+            base = EpochId(1, number - 1) if held else None
+            commit_dump(store, "target", EpochId(1, number), dump, base, held)
+            held = pages_of(dump)
             if number != 2:
                 target.step()
         full, *deltas = store.records()
@@ -239,6 +68,6 @@ def test_every_epoch_is_restored_by_stock_criu_before_and_after_folding(
         target.step()
         expected[EpochId(1, 5)] = target.ask()
         target.dump(tmp_path / "dump-5")
-        record, _ = commit(store, 5, tmp_path / "dump-5", held)
+        record = commit_dump(store, "target", EpochId(1, 5), tmp_path / "dump-5", EpochId(1, 4), held)
         assert record.levels == report.levels_after + 1
         check(record)

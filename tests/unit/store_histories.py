@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from store_disks import Content, FaultyDisk, UnsyncedDisk, commit, composed
-
 from common.criu.images import SpaceKey
 from common.durable import Disk, cause_of
 from common.errors import NoSpaceError, StoreError
 from common.model import EpochId
 from replica.store import EpochStore
+from tests.unit.store_disks import Content, FaultyDisk, UnsyncedDisk, commit, composed
 
 WORKLOAD = "web"
 MAX_LEVELS = 5

@@ -9,8 +9,10 @@ import random
 from pathlib import Path
 
 import pytest
-from store_disks import STOP, Content, FaultyDisk, PowerLossError, UnsyncedDisk
-from store_histories import (
+
+from common.errors import NoSpaceError, StoreError
+from tests.unit.store_disks import STOP, Content, FaultyDisk, PowerLossError, UnsyncedDisk
+from tests.unit.store_histories import (
     OTHER,
     SEGMENT,
     TASK,
@@ -23,8 +25,6 @@ from store_histories import (
     opened,
     operations,
 )
-
-from common.errors import NoSpaceError, StoreError
 
 CONTENTS: list[Content] = [
     {TASK: {n: n for n in range(1, 9)}, SEGMENT: {0: 1, 1: 2}},
