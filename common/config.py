@@ -82,10 +82,17 @@ class Peer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     address: str
     public_key: str
     """Z85 text, 40 characters, as `outlive keys show` prints it."""
+    also_public_keys: tuple[str, ...] = ()
+    """Keys that count too, while the peer changes from one to the next."""
     agent_port: int = 7701
     keeper_port: int = 7702
     max_mib_per_s: float = 0.0
     """Most that epochs may take of the line to this peer; 0: as much as it gives."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All public keys by which the peer may be known."""
+        return (self.public_key, *self.also_public_keys)
 
 
 class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -182,14 +189,14 @@ def _problems(config: NodeConfig) -> list[str]:
         f"node name {name!r} is used twice: nodes are told apart by it, so give each its own"
         for name in sorted(_repeated(node_names))
     ]
-    keys = [peer.public_key for peer in config.peers]
+    keys = [key for peer in config.peers for key in peer.keys]
     found += [
-        f"public key {key!r} belongs to two peers: write for each what `outlive keys show` prints there"
+        f"public key {key!r} stands there twice: write for each peer what `outlive keys show` prints there"
         for key in sorted(_repeated(keys))
     ]
     for peer in config.peers:
-        if len(peer.public_key) != 40:
-            found.append(f"peer {peer.name!r}: public_key must be 40 characters of Z85")
+        if any(len(key) != 40 for key in peer.keys):
+            found.append(f"peer {peer.name!r}: public_key and also_public_keys: 40 characters of Z85 each")
     for owner, node in _nodes(config):
         if not _is_address(node.address):
             found.append(f"{owner}: address {node.address!r} is not an IP address")

@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from common.config import NodeConfig, Peer
 from common.errors import AuthError, ProtocolError
-from common.keys import KeyPair
+from common.keyring import Keyring
 from common.messages import Beat, decode, encode
 from common.transport import Incoming, KeyRefusedError, LinkTiming, open_link
 
@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 BEAT_TIMING = LinkTiming(ping_ms=500, dead_after_ms=1500, connect_ms=500, retry_ms=50, retry_max_ms=200)
 """A peer that is back is heard within a few hundred milliseconds."""
 
-_AUTH_PAUSE_S = 5.0
+_AUTH_PAUSE_S = 0.1
+_AUTH_PAUSE_MAX_S = 5.0
+"""A refusal is tried again soon, since keys may just be changing, then twice as late each time up to this."""
 _BOOTS_KEPT = 16
 
 
@@ -42,7 +44,7 @@ class Beater:
     def __init__(
         self,
         config: NodeConfig,
-        keys: KeyPair,
+        keys: Keyring,
         context: zmq.asyncio.Context,
         *,
         make: Callable[[], Beat],
@@ -65,23 +67,24 @@ class Beater:
                 group.create_task(self._beat_at(peer))
 
     async def _beat_at(self, peer: Peer) -> None:
+        pause_s = _AUTH_PAUSE_S
         while True:
             try:
                 await self._beat_until_lost(peer)
+                pause_s = _AUTH_PAUSE_S
             except AuthError as error:
                 log.error("beat.refused peer=%s reason=%s", peer.name, error)
                 if isinstance(error, KeyRefusedError):
                     self._on_refused(peer.name, str(error))
-                await asyncio.sleep(_AUTH_PAUSE_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _AUTH_PAUSE_MAX_S)
 
     async def _beat_until_lost(self, peer: Peer) -> None:
         interval_s = self._config.heartbeat.interval_ms / 1000
         with open_link(
             self._context,
-            peer=peer.name,
-            address=peer.address,
+            peer=peer,
             port=peer.keeper_port,
-            server_key=peer.public_key,
             keys=self._keys,
             timing=BEAT_TIMING,
         ) as link:
@@ -99,7 +102,7 @@ class Beater:
 class AgentBeater:
     """The agent's own beats: that it lives, and nothing about workloads. Run it in the agent's loop."""
 
-    def __init__(self, config: NodeConfig, keys: KeyPair, context: zmq.asyncio.Context) -> None:
+    def __init__(self, config: NodeConfig, keys: Keyring, context: zmq.asyncio.Context) -> None:
         self._node = config.node.name
         self._boot_id = read_boot_id(config)
         self._sequence = first_sequence()

@@ -1,10 +1,13 @@
 """Encrypted links between nodes: who may connect, who speaks, and when a link is lost.
 
-In: addresses, this node's key pair, the peers' public keys. Out: sockets (`Server`, `Link`) that carry the
-frames of `common.messages` without looking into them. A server lets in the keys of configured peers and
-nobody else, and says of every message which peer's key sent it: what a message claims about its sender is
-never needed. A `Link` lives for one connection: when that is lost it says so and is thrown away, so that a
-session's messages never leak into the next one. (It has to be: libzmq stops trying after a refusal.)
+In: addresses, and a `Keyring`: this node's key pair and the peers' public keys, which may change meanwhile.
+Out: sockets (`Server`, `Link`) that carry the frames of `common.messages` without looking into them. A
+server lets in the keys of configured peers and nobody else, and says of every message which peer's key sent
+it: what a message claims about its sender is never needed. A `Link` lives for one connection: when that is
+lost it says so and is thrown away, so that a session's messages never leak into the next one. (It has to be:
+libzmq stops trying after a refusal.)
+
+Keeps this: a key counts until the ring drops it and not a message longer, let in before or not.
 
 The keeper imports this module, so it uses nothing heavy. One server a ZeroMQ context: there is one place in a
 context where libzmq asks who may come in.
@@ -15,7 +18,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import socket as sockets
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +29,9 @@ import zmq.asyncio
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from common.config import Peer
 from common.errors import AuthError, ConfigError
+from common.keyring import Keyring
 from common.keys import KeyPair
 from common.messages import MESSAGE_BYTES, Buffer
 
@@ -38,6 +45,10 @@ _QUEUE_MESSAGES: Final = 1000
 """Messages that a socket holds a connection, each way. Bytes are bounded by credit, not by this."""
 _REFUSALS_REMEMBERED: Final = 1024
 _REFUSAL_LOG_INTERVAL_S: Final = 60.0
+_CONNECTIONS_KNOWN: Final = 256
+"""Connections remembered before those that have ended are looked for and forgotten."""
+_LISTEN_AGAIN_S: Final = 5.0
+_LISTEN_POLL_S: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,8 @@ class Incoming:
 
     connection: bytes
     node: str
+    key: str
+    """The public key that the connection was let in with."""
     frames: tuple[memoryview, ...]
 
     @property
@@ -85,6 +98,30 @@ class Incoming:
 def tcp_endpoint(address: str, port: int) -> str:
     """Write an IP address and port as ZeroMQ wants them."""
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """The TCP socket below one of a server's connections, and how to tell it from a later one's."""
+
+    key: str
+    descriptor: int
+    remote: tuple[object, ...]
+
+    def cut(self) -> None:
+        """End it, if it is still there. libzmq offers no way to end one connection of several."""
+        with contextlib.suppress(OSError):
+            if _remote_of(self.descriptor) == self.remote:
+                with sockets.socket(fileno=os.dup(self.descriptor)) as socket:
+                    socket.shutdown(sockets.SHUT_RDWR)
+
+    @property
+    def gone(self) -> bool:
+        """Whether its descriptor is another connection's by now, or nobody's."""
+        try:
+            return _remote_of(self.descriptor) != self.remote
+        except OSError:
+            return True
 
 
 class Server:
@@ -99,26 +136,27 @@ class Server:
         *,
         address: str,
         port: int,
-        keys: KeyPair,
-        peers: Mapping[str, str],
+        keys: Keyring,
         timing: LinkTiming = DEFAULT_TIMING,
         on_refused: Callable[[str, str], None] = lambda address, reason: None,
     ) -> None:
-        """Listen at `address`; `peers` maps public keys (Z85) to node names; port 0 is any free one.
+        """Listen at `address`; `keys` says who may come in; port 0 is any free one.
 
         `on_refused` is told from which address a key was refused, and which, as often as it is logged.
 
         Raises ConfigError if the address cannot be listened on.
         """
-        self._peers = dict(peers)
+        self._keys = keys
+        self._own = keys.own
         self._on_refused = on_refused
         self._logged_at: dict[tuple[str, str], float] = {}
+        self._connections: dict[bytes, _Connection] = {}
         self.refused = 0
         """Connections refused since the start."""
         endpoint = tcp_endpoint(address, port)
         self._gate = context.socket(zmq.REP)
         self._socket = context.socket(zmq.ROUTER)
-        _configure(self._socket, endpoint, keys, timing)
+        _configure(self._socket, endpoint, keys.own, timing)
         try:
             self._gate.bind(_ZAP_ENDPOINT)  # first: a connection that finds no gate is lost
             self._socket.curve_server = True
@@ -131,28 +169,56 @@ class Server:
                 f"cannot listen on {endpoint}: {error.strerror}",
                 hint="is the address one of this node's, and is no other agent or keeper running?",
             ) from error
-        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.port = int(self._endpoint.rpartition(":")[2])
         """The port listened on."""
 
     async def serve(self) -> None:
-        """Answer libzmq when it asks who may come in (ZAP, rfc.zeromq.org/spec/27), until cancelled."""
-        while True:
-            request = await self._gate.recv_multipart()
-            version, number, domain, address, _identity, mechanism, *credentials = request
-            node = self._admit(domain, address.decode("ascii", "replace"), mechanism, credentials)
-            verdict = [b"200", b"OK", node.encode()] if node else [b"400", b"not a configured peer", b""]
-            await self._gate.send_multipart([version, number, *verdict, b""])
+        """Answer libzmq when it asks who may come in (ZAP, rfc.zeromq.org/spec/27), until cancelled.
+
+        Meanwhile changes of the keys take effect. Raises ConfigError if a new key of this node's own cannot
+        be listened with.
+        """
+        changed = asyncio.Event()
+
+        def take_in() -> None:
+            self._cut_revoked()
+            changed.set()
+
+        async def follow() -> None:
+            while True:
+                await changed.wait()
+                changed.clear()
+                if self._own != self._keys.own:
+                    await self._listen_again()
+
+        with self._keys.watched(take_in):
+            take_in()  # what changed before somebody watched
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._guard())
+                tasks.create_task(follow())
 
     async def receive(self) -> Incoming:
         """Wait for the next message of any peer. Frames are views of what libzmq holds: not copied."""
         while True:
             frames = await self._socket.recv_multipart(copy=False)
-            node = _user_of(frames[0])
-            if node and len(frames) > 1:
-                return Incoming(frames[0].bytes, node, tuple(frame.buffer for frame in frames[1:]))
+            key = _key_of(frames[0])
+            if not key:
+                continue
+            connection = frames[0].bytes
+            if connection not in self._connections:
+                self._remember(connection, key, frames[0])
+            node = self._keys.node_of(key)
+            if not node:
+                self._cut(connection)
+            elif len(frames) > 1:
+                return Incoming(connection, node, key, tuple(frame.buffer for frame in frames[1:]))
 
     async def send(self, connection: bytes, frames: Sequence[Buffer]) -> bool:
-        """Hand a message to a connection without waiting; False if it is gone or does not read."""
+        """Hand a message to a connection without waiting; False if it is gone, revoked or does not read."""
+        known = self._connections.get(connection)
+        if known is None or not self._keys.node_of(known.key):
+            return False
         try:
             await self._socket.send_multipart([connection, *frames], flags=zmq.DONTWAIT)
         except zmq.ZMQError as error:
@@ -166,12 +232,54 @@ class Server:
         self._socket.close(linger=0)
         self._gate.close(linger=0)
 
+    async def _guard(self) -> None:
+        while True:
+            request = await self._gate.recv_multipart()
+            version, number, domain, address, _identity, mechanism, *credentials = request
+            key = self._admit(domain, address.decode("ascii", "replace"), mechanism, credentials)
+            verdict = [b"200", b"OK", key.encode()] if key else [b"400", b"not a configured peer", b""]
+            await self._gate.send_multipart([version, number, *verdict, b""])
+
+    async def _listen_again(self) -> None:
+        """Listen with the present key. Every connection was made with the former one, and ends."""
+        self._own = self._keys.own
+        self._socket.unbind(self._endpoint)
+        _identify(self._socket, self._own)
+        deadline_s = asyncio.get_running_loop().time() + _LISTEN_AGAIN_S
+        while True:
+            try:
+                self._socket.bind(self._endpoint)
+            except zmq.ZMQError as error:  # the former listener may need a moment to go
+                if error.errno != zmq.EADDRINUSE or asyncio.get_running_loop().time() > deadline_s:
+                    raise ConfigError(f"cannot listen on {self._endpoint} again: {error.strerror}") from error
+                await asyncio.sleep(_LISTEN_POLL_S)
+            else:
+                return
+
+    def _remember(self, connection: bytes, key: str, frame: zmq.Frame) -> None:
+        if len(self._connections) >= _CONNECTIONS_KNOWN:
+            self._connections = {name: each for name, each in self._connections.items() if not each.gone}
+        descriptor = -1
+        remote: tuple[object, ...] = ()
+        with contextlib.suppress(OSError, ValueError):  # it may have ended since
+            descriptor = int(frame.get("__fd"))
+            remote = _remote_of(descriptor)
+        self._connections[connection] = _Connection(key, descriptor, remote)
+
+    def _cut_revoked(self) -> None:
+        for connection in [
+            name for name, each in self._connections.items() if not self._keys.node_of(each.key)
+        ]:
+            self._cut(connection)
+
+    def _cut(self, connection: bytes) -> None:
+        self._connections.pop(connection).cut()
+
     def _admit(self, domain: bytes, address: str, mechanism: bytes, credentials: list[bytes]) -> str:
-        """Return the name of the peer whose key it is; empty: refused, logged at most once a minute."""
+        """Return the key if it is a peer's; empty: refused, logged at most once a minute."""
         key = z85.encode(credentials[0]).decode("ascii") if len(credentials) == 1 else ""
-        node = self._peers.get(key, "")
-        if node and domain == ZAP_DOMAIN and mechanism == b"CURVE":
-            return node
+        if self._keys.node_of(key) and domain == ZAP_DOMAIN and mechanism == b"CURVE":
+            return key
         self.refused += 1
         now = asyncio.get_running_loop().time()
         if len(self._logged_at) >= _REFUSALS_REMEMBERED:
@@ -191,10 +299,19 @@ class Link:
     it: `lost()` returns, and a new link must be opened.
     """
 
-    def __init__(self, socket: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket, peer: str) -> None:
+    def __init__(
+        self,
+        socket: zmq.asyncio.Socket,
+        monitor: zmq.asyncio.Socket,
+        peer: str,
+        keys: Keyring,
+        server_key: str,
+    ) -> None:
         self._socket = socket
         self._monitor = monitor
         self._peer = peer
+        self._keys = keys
+        self._server_key = server_key
 
     async def send(self, frames: Sequence[Buffer]) -> None:
         """Hand over a message; waits while there is no connection. The frames must not change any more."""
@@ -215,6 +332,32 @@ class Link:
 
     async def lost(self) -> str:
         """Wait until the connection ends and say how. Raises AuthError if keys do not match."""
+        revoked = asyncio.Event()
+
+        def look() -> None:
+            if self._keys.node_of(self._server_key) != self._peer:
+                revoked.set()
+
+        with self._keys.watched(look):
+            look()
+            over = asyncio.ensure_future(revoked.wait())
+            ending = asyncio.ensure_future(self._ending())
+            try:
+                await asyncio.wait({over, ending}, return_when=asyncio.FIRST_COMPLETED)
+                if revoked.is_set():
+                    return f"the key by which {self._peer} was known was revoked"
+                return ending.result()
+            finally:
+                over.cancel()
+                ending.cancel()
+
+    async def ready(self) -> None:
+        """Wait until the peer has let this node in and proved its own key. It may never: see `lost`."""
+        poller = zmq.asyncio.Poller()
+        poller.register(self._socket, zmq.POLLOUT)
+        await poller.poll()
+
+    async def _ending(self) -> str:
         while True:
             event = (await recv_monitor_message(self._monitor))["event"]
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -223,6 +366,8 @@ class Link:
                     hint=f"is this node's public key in a [[peers]] block on {self._peer}?",
                 )
             if event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
+                if self._keys.mistook(self._peer, self._server_key):
+                    return f"{self._peer} did not prove one of its keys: another is tried"
                 raise AuthError(
                     f"{self._peer} broke off before it proved its key",
                     hint=f"does its public_key in [[peers]] match its key file on {self._peer}?",
@@ -235,23 +380,22 @@ class Link:
 def open_link(
     context: zmq.asyncio.Context,
     *,
-    peer: str,
-    address: str,
+    peer: Peer,
     port: int,
-    server_key: str,
-    keys: KeyPair,
+    keys: Keyring,
     timing: LinkTiming = DEFAULT_TIMING,
 ) -> Iterator[Link]:
-    """Begin to connect to a peer's server, encrypted for `server_key` (Z85); closed with the block.
+    """Begin to connect to one of a peer's servers, encrypted for its key; closed with the block.
 
-    Raises ConfigError if the address or the key is not one.
+    Raises ConfigError if the address or the key is not one, AuthError if the peer has no key.
     """
-    endpoint = tcp_endpoint(address, port)
+    endpoint = tcp_endpoint(peer.address, port)
+    server_key = keys.server_key(peer.name)
     socket = context.socket(zmq.DEALER)
     monitor = socket.get_monitor_socket(_LINK_EVENTS)
     try:
         try:
-            _configure(socket, endpoint, keys, timing)
+            _configure(socket, endpoint, keys.own, timing)
             socket.curve_serverkey = server_key.encode("ascii")
             socket.immediate = True  # nothing is queued for a connection that does not exist yet
             socket.reconnect_ivl = timing.retry_ms
@@ -259,8 +403,8 @@ def open_link(
             socket.connect_timeout = timing.connect_ms
             socket.connect(endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"cannot connect to {peer} at {endpoint}: {error.strerror}") from error
-        yield Link(socket, monitor, peer)
+            raise ConfigError(f"cannot connect to {peer.name} at {endpoint}: {error.strerror}") from error
+        yield Link(socket, monitor, peer.name, keys, server_key)
     finally:
         socket.disable_monitor()
         monitor.close(linger=0)
@@ -278,13 +422,23 @@ def _configure(socket: zmq.asyncio.Socket, endpoint: str, keys: KeyPair, timing:
     socket.heartbeat_timeout = timing.dead_after_ms
     socket.heartbeat_ttl = timing.dead_after_ms
     socket.setsockopt(zmq.TCP_MAXRT, timing.dead_after_ms)
+    _identify(socket, keys)
+
+
+def _identify(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
     socket.curve_secretkey = keys.secret.encode("ascii")
     socket.curve_publickey = keys.public.encode("ascii")
 
 
-def _user_of(frame: zmq.Frame) -> str:
-    """Return the node whose key the message came with: what our gate said when it let the peer in."""
+def _key_of(frame: zmq.Frame) -> str:
+    """Return the public key that the message came with: what our gate said when it let the peer in."""
     try:
         return str(frame.get("User-Id"))
     except zmq.ZMQError:
         return ""
+
+
+def _remote_of(descriptor: int) -> tuple[object, ...]:
+    """Return the other end's address of a TCP connection. Raises OSError if the descriptor is none."""
+    with sockets.socket(fileno=os.dup(descriptor)) as socket:
+        return tuple(socket.getpeername())

@@ -53,7 +53,7 @@ from common.errors import (
 from common.events import Event, EventLog, event_file
 from common.heartbeat import AgentBeater
 from common.identity import PageHasher
-from common.keys import load
+from common.keyring import read_keyring
 from common.messages import Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
@@ -153,7 +153,7 @@ class Agent:
         """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
         self._config = config
         self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
-        self._keys = load(Path(config.node.key_file))
+        self._keys = read_keyring(config)
         self._hasher = PageHasher()
         self._events = EventLog(event_file(config), "agent")
         self._readiness = Readiness(config)

@@ -45,7 +45,7 @@ from common.events import Event as LogEvent
 from common.events import EventLog, event_file
 from common.fencing import fenceable
 from common.heartbeat import BEAT_TIMING, Beater, BeatFilter, first_sequence, read_boot_id
-from common.keys import load
+from common.keyring import read_keyring
 from common.messages import Beat
 from common.model import WorkloadSpec
 from common.role_events import (
@@ -95,7 +95,7 @@ class Keeper:
         """Read the term files, listen on both sockets. Raises ConfigError, AuthError, StoreError."""
         self._config = config
         self._hands = hands
-        self._keys = load(Path(config.node.key_file))
+        self._keys = read_keyring(config)
         self._boot_id = read_boot_id(config)
         self._timing = timing_of(config)
         self._context = zmq.asyncio.Context()
@@ -107,7 +107,6 @@ class Keeper:
                 address=config.node.address,
                 port=config.node.keeper_port,
                 keys=self._keys,
-                peers={peer.public_key: peer.name for peer in config.peers},
                 timing=BEAT_TIMING,
                 on_refused=lambda address, reason: self._peers.refuse_address(address, reason, now()),
             )

@@ -31,7 +31,7 @@ from common.clock import Clock, SystemClock
 from common.config import Peer
 from common.control import ReplicaProgress
 from common.errors import CaptureError, OutliveError, ProtocolError, UnreachableError
-from common.keys import KeyPair
+from common.keyring import Keyring
 from common.messages import (
     BULK_BYTES,
     PROTOCOL,
@@ -82,7 +82,7 @@ class ReplicaStream:
         context: zmq.asyncio.Context,
         *,
         node: str,
-        keys: KeyPair,
+        keys: Keyring,
         peer: Peer,
         spec: WorkloadSpec,
         term: int,
@@ -196,10 +196,8 @@ class ReplicaStream:
         try:
             with open_link(
                 self._context,
-                peer=self._peer.name,
-                address=self._peer.address,
+                peer=self._peer,
                 port=self._peer.agent_port,
-                server_key=self._peer.public_key,
                 keys=self._keys,
                 timing=self._link_timing,
             ) as link:

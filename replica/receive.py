@@ -26,7 +26,7 @@ import zmq.asyncio
 from common.clock import Clock, SystemClock
 from common.config import NodeConfig
 from common.errors import OutliveError, ProtocolError, StaleTermError
-from common.keys import KeyPair
+from common.keyring import Keyring
 from common.messages import (
     BULK_BYTES,
     MIN_CREDIT_BYTES,
@@ -83,9 +83,10 @@ class ReceiverLimits:
 class _Session:
     """One connection: the messages that came and were not taken in yet."""
 
-    def __init__(self, connection: bytes, node: str, hello: Hello, window_bytes: int) -> None:
-        self.connection = connection
-        self.node = node
+    def __init__(self, greeting: Incoming, hello: Hello, window_bytes: int) -> None:
+        self.connection = greeting.connection
+        self.node = greeting.node
+        self.key = greeting.key
         self.hello = hello
         self.window_bytes = window_bytes
         self.waiting: list[Incoming] = []
@@ -137,7 +138,7 @@ class Receiver:
         self,
         context: zmq.asyncio.Context,
         config: NodeConfig,
-        keys: KeyPair,
+        keys: Keyring,
         *,
         stores: StoreOf,
         guard: TermGuard,
@@ -187,21 +188,29 @@ class Receiver:
             address=self._config.node.address,
             port=self._config.node.agent_port,
             keys=self._keys,
-            peers={peer.public_key: peer.name for peer in self._config.peers},
             timing=self._link_timing,
             on_refused=self._on_refused,
         )
         self._server = server
         self.port = server.port
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(server.serve())
-                self.listening.set()
-                while True:
-                    await self._route(tasks, await server.receive())
+            with self._keys.watched(self._end_revoked):
+                await self._serve(server)
         finally:
             self.listening.clear()
             server.close()
+
+    async def _serve(self, server: Server) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.serve())
+            self.listening.set()
+            while True:
+                await self._route(tasks, await server.receive())
+
+    def _end_revoked(self) -> None:
+        for session in self._sessions.values():
+            if not self._keys.node_of(session.key):
+                session.end(f"the key that {session.node} greeted with was revoked")
 
     async def readiness_changed(self, workload: str, restorable: bool, reasons: tuple[str, ...]) -> None:
         """Tell a workload's leader, if it is connected, that the answer for the newest epoch changed."""
@@ -237,7 +246,7 @@ class Receiver:
         elif sum(s.node == incoming.node for s in self._sessions.values()) >= self._limits.sessions_per_node:
             await self._refuse(incoming, "busy", f"{incoming.node} has too many sessions")
         else:
-            session = _Session(incoming.connection, incoming.node, hello, self._limits.credit_bytes)
+            session = _Session(incoming, hello, self._limits.credit_bytes)
             self._sessions[incoming.connection] = session
             tasks.create_task(self._work(session), name=f"session {incoming.node} {hello.workload}")
 

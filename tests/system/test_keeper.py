@@ -41,7 +41,8 @@ from common.control import (
 )
 from common.control_channel import ask
 from common.heartbeat import AgentBeater
-from common.keys import KeyPair, generate, load
+from common.keyring import read_keyring
+from common.keys import KeyPair, generate
 from common.model import EpochId, WorkloadSpec
 
 pytestmark = pytest.mark.system
@@ -106,11 +107,11 @@ class FakeAgent:
     def start(self, *, beats: bool = True) -> None:
         self._tasks = [asyncio.create_task(self._report())]
         if beats:
-            keys = load(Path(self.config.node.key_file))
+            keys = read_keyring(self.config)
             self._tasks.append(asyncio.create_task(AgentBeater(self.config, keys, self._context).run()))
 
     def start_only_beats(self) -> None:
-        keys = load(Path(self.config.node.key_file))
+        keys = read_keyring(self.config)
         self._tasks = [asyncio.create_task(AgentBeater(self.config, keys, self._context).run())]
 
     async def die(self) -> None:

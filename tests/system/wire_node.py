@@ -16,6 +16,7 @@ import zmq.asyncio
 from common import keys
 from common.config import Node, NodeConfig, Peer
 from common.errors import AuthError
+from common.keyring import Keyring
 from common.terms import TermGuard
 from primary.session import StreamTiming
 from primary.stream import ReplicaStream
@@ -55,7 +56,7 @@ async def receive(directory: Path, addresses: list[str]) -> None:
     receiver = Receiver(
         zmq.asyncio.Context(),
         config,
-        key_of(directory, "b"),
+        Keyring(key_of(directory, "b"), config.peers),
         stores=lambda workload: store,
         guard=TermGuard(lambda workload, leadership: None),
         accept=accept,
@@ -84,11 +85,12 @@ async def stream(directory: Path, addresses: list[str]) -> None:
         say(f"acknowledged {epoch} {'full' if sent_bytes - full_bytes > 1_000_000 else 'base'}")
         full_bytes = sent_bytes
 
+    peer = Peer(name="b", address=addresses[1], public_key=key_of(directory, "b").public, agent_port=PORT)
     sender = ReplicaStream(
         zmq.asyncio.Context(),
         node="a",
-        keys=key_of(directory, "a"),
-        peer=Peer(name="b", address=addresses[1], public_key=key_of(directory, "b").public, agent_port=PORT),
+        keys=Keyring(key_of(directory, "a"), [peer]),
+        peer=peer,
         spec=SPEC,
         term=1,
         incarnation="i",

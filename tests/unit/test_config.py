@@ -63,7 +63,7 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         ('[node]\nname = "A b"\naddress = "10.0.0.1"\n', "node name 'A b'"),
         ('[node]\nname = "a"\naddress = "localhost"\n', "'localhost' is not an IP address"),
         (NODE + PEER.replace('"b"', '"a"'), "'a' is used twice"),
-        (NODE + PEER + PEER.replace('"b"', '"c"'), "belongs to two peers"),
+        (NODE + PEER + PEER.replace('"b"', '"c"'), "stands there twice"),
         (NODE + PEER.replace(KEY, "short"), "40 characters"),
         (NODE + "[heartbeat]\ninterval_ms = 1\n", "heartbeat.interval_ms"),
         (NODE + "[heartbeat]\ninterval_ms = 200\n", "three times"),

@@ -21,6 +21,7 @@ from common.bulk import EpochDigest
 from common.config import Peer
 from common.criu.images import SpaceKey
 from common.errors import NoSpaceError, StaleTermError, StoreError
+from common.keyring import Keyring
 from common.messages import (
     BULK_BYTES,
     MIN_CREDIT_BYTES,
@@ -472,15 +473,9 @@ class RawPeer:
 @pytest.fixture
 async def raw(pair: Pair):
     async with pair.receiving() as receiver:
-        with open_link(
-            pair.context_a,
-            peer="b",
-            address="127.0.0.1",
-            port=pair.port,
-            server_key=pair.b.public,
-            keys=pair.a,
-            timing=QUICK_LINK,
-        ) as link:
+        b = Peer(name="b", address="127.0.0.1", public_key=pair.b.public)
+        keys = Keyring(pair.a, [b])
+        with open_link(pair.context_a, peer=b, port=pair.port, keys=keys, timing=QUICK_LINK) as link:
             peer = RawPeer(link)
             peer.receiver = receiver
             yield peer

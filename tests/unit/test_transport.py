@@ -12,7 +12,9 @@ import zmq
 import zmq.asyncio
 from wire_fakes import new_keys
 
+from common.config import Peer
 from common.errors import AuthError, ConfigError
+from common.keyring import Keyring
 from common.keys import KeyPair
 from common.messages import MESSAGE_BYTES
 from common.transport import KeyRefusedError, LinkTiming, Server, open_link, tcp_endpoint
@@ -33,13 +35,13 @@ async def serving(
     context: zmq.asyncio.Context,
     address: str = "127.0.0.1",
     on_refused: Callable[[str, str], None] = lambda address, reason: None,
+    ring: Keyring | None = None,
 ) -> AsyncIterator[Server]:
     server = Server(
         context,
         address=address,
         port=0,
-        keys=SERVER,
-        peers={A.public: "a", B.public: "b"},
+        keys=ring or Keyring(SERVER, [peer_of("a", A.public), peer_of("b", B.public)]),
         timing=TIMING,
         on_refused=on_refused,
     )
@@ -53,9 +55,12 @@ async def serving(
 
 
 def link_to(server: Server, context, keys: KeyPair, *, address: str = "127.0.0.1", key: str = SERVER.public):
-    return open_link(
-        context, peer="s", address=address, port=server.port, server_key=key, keys=keys, timing=TIMING
-    )
+    peer = peer_of("s", key, address=address)
+    return open_link(context, peer=peer, port=server.port, keys=Keyring(keys, [peer]), timing=TIMING)
+
+
+def peer_of(name: str, *keys: str, address: str = "127.0.0.1") -> Peer:
+    return Peer(name=name, address=address, public_key=keys[0], also_public_keys=keys[1:])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -143,15 +148,14 @@ async def test_a_message_larger_than_any_ends_the_connection(context) -> None:
 async def test_nothing_is_queued_while_there_is_no_connection(context) -> None:
     async with serving(context) as server:
         port = server.port
-    with open_link(
-        context, peer="s", address="127.0.0.1", port=port, server_key=SERVER.public, keys=A, timing=TIMING
-    ) as link:
+    peer = peer_of("s", SERVER.public)
+    with open_link(context, peer=peer, port=port, keys=Keyring(A, [peer]), timing=TIMING) as link:
         assert not await link.try_send([b"late"])
 
 
 async def test_an_address_that_is_not_here_is_a_configuration_error(context) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
-        Server(context, address="203.0.113.9", port=1, keys=SERVER, peers={})
+        Server(context, address="203.0.113.9", port=1, keys=Keyring(SERVER, []))
 
 
 def test_what_the_keeper_imports_carries_nothing_heavy() -> None:
@@ -162,3 +166,113 @@ def test_what_the_keeper_imports_carries_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_a_revoked_key_ends_its_connection_and_no_other(context, speaks: bool) -> None:
+    ring = Keyring(SERVER, [peer_of("a", A.public), peer_of("b", B.public)])
+    async with serving(context, ring=ring) as server:
+        with link_to(server, context, A) as a, link_to(server, context, B) as b:
+            connections = {}
+            for link in (a, b):
+                await link.send([b"hello"])
+                incoming = await server.receive()
+                connections[incoming.node] = incoming.connection
+            ring.replace(SERVER, [peer_of("b", B.public)])
+            if speaks:
+                assert await a.try_send([b"still there"]) in (True, False)
+            assert not await server.send(connections["a"], [b"secret"])
+            async with asyncio.timeout(5):
+                lost = asyncio.ensure_future(b.lost())
+                with contextlib.suppress(KeyRefusedError):
+                    assert "ended" in await a.lost()
+            assert await server.send(connections["b"], [b"still here"])
+            assert await b.receive() == [b"still here"]
+            assert not lost.done()
+            lost.cancel()
+        with link_to(server, context, A) as again, pytest.raises(KeyRefusedError):
+            async with asyncio.timeout(5):
+                await again.lost()
+
+
+async def test_what_a_revoked_key_sent_before_is_not_read_after(context) -> None:
+    ring = Keyring(SERVER, [peer_of("a", A.public), peer_of("b", B.public)])
+    async with serving(context, ring=ring) as server:
+        with link_to(server, context, A) as a, link_to(server, context, B) as b:
+            await a.send([b"waits in the server's queue"])
+            await asyncio.sleep(0.2)
+            ring.replace(SERVER, [peer_of("b", B.public)])
+            await b.send([b"ours"])
+            assert (await server.receive()).node == "b"
+            with contextlib.suppress(KeyRefusedError):
+                async with asyncio.timeout(5):
+                    await a.lost()
+
+
+async def test_both_keys_of_a_peer_are_the_same_peer(context) -> None:
+    ring = Keyring(SERVER, [peer_of("a", A.public)])
+    async with serving(context, ring=ring) as server:
+        with link_to(server, context, B) as early, pytest.raises(KeyRefusedError):
+            await early.lost()
+        ring.replace(SERVER, [peer_of("a", A.public, B.public)])
+        with link_to(server, context, A) as old, link_to(server, context, B) as new:
+            for link, key in ((old, A.public), (new, B.public)):
+                await link.send([b"x"])
+                incoming = await server.receive()
+                assert (incoming.node, incoming.key) == ("a", key)
+
+
+async def test_a_server_with_a_new_key_of_its_own_is_found_by_whoever_has_both(context) -> None:
+    theirs = Keyring(SERVER, [peer_of("a", A.public)])
+    new = new_keys()
+    peer = peer_of("s", SERVER.public, new.public)
+    ours = Keyring(A, [peer])
+    async with serving(context, ring=theirs) as server:
+
+        def link():
+            return open_link(context, peer=peer, port=server.port, keys=ours, timing=TIMING)
+
+        with link() as before:
+            await before.send([b"x"])
+            await server.receive()
+            theirs.replace(new, [peer_of("a", A.public)])
+            async with asyncio.timeout(5):
+                assert "ended" in await before.lost()
+        tried = 0
+        started_s = asyncio.get_running_loop().time()
+        while True:
+            tried += 1
+            with link() as after:
+                lost = asyncio.ensure_future(after.lost())
+                ready = asyncio.ensure_future(after.ready())
+                async with asyncio.timeout(5):
+                    await asyncio.wait({lost, ready}, return_when=asyncio.FIRST_COMPLETED)
+                lost.cancel()
+                ready.cancel()
+                if not lost.done():
+                    await after.send([b"y"])
+                    assert (await server.receive()).node == "a"
+                    break
+                assert "another is tried" in lost.result()
+        assert tried == 2
+        assert asyncio.get_running_loop().time() - started_s < 1
+
+
+async def test_a_link_ends_when_the_key_of_the_other_end_is_revoked(context) -> None:
+    async with serving(context) as server:
+        peer = peer_of("s", SERVER.public)
+        ring = Keyring(A, [peer])
+        with open_link(context, peer=peer, port=server.port, keys=ring, timing=TIMING) as link:
+            await link.send([b"x"])
+            await server.receive()
+            lost = asyncio.ensure_future(link.lost())
+            await asyncio.sleep(0)
+            ring.replace(A, [peer_of("s", C.public)])
+            async with asyncio.timeout(1):
+                assert "revoked" in await lost
+        ring.replace(A, [])
+        with (
+            pytest.raises(AuthError, match="no key any more"),
+            open_link(context, peer=peer, port=server.port, keys=ring, timing=TIMING),
+        ):
+            pass

@@ -18,6 +18,7 @@ from common.bulk import SEEDED, ZERO
 from common.config import Node, NodeConfig, Peer
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
 from common.errors import CaptureError, StoreError
+from common.keyring import Keyring
 from common.keys import KeyPair
 from common.messages import Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
@@ -265,7 +266,7 @@ class Pair:
         receiver = Receiver(
             context,
             self.config(),
-            self.b,
+            Keyring(self.b, self.config().peers),
             stores=lambda workload: self.store,
             guard=self.guard,
             accept=accept,
@@ -308,7 +309,7 @@ class Pair:
         stream = ReplicaStream(
             self.context_a,
             node=node,
-            keys=keys or self.a,
+            keys=Keyring(keys or self.a, [peer]),
             peer=peer,
             spec=SPEC,
             term=term,
