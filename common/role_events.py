@@ -33,6 +33,8 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     origin: Literal["keeper", "agent"]
     boot_id: str = ""
+    wall_s: float = 0.0
+    """When it was sent, by the peer's clock."""
     term: int = 0
     claim: Claim | None = None
     alive: bool = False

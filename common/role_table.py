@@ -257,8 +257,11 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
     """Keep what a peer says; the states decide what follows from it."""
     view = role.peers.get(event.node, PeerView())
     if event.origin == "agent":
-        view = replace(view, agent_at_s=now.monotonic_s)
+        leads = view.claim == "leading" and view.boot_id == event.boot_id  # by its keeper's last word
+        led_wall_s = event.wall_s if leads else view.led_wall_s
+        view = replace(view, agent_at_s=now.monotonic_s, led_wall_s=led_wall_s)
     else:
+        led_wall_s = view.led_wall_s if event.term == view.term else None
         view = replace(
             view,
             keeper_at_s=now.monotonic_s,
@@ -266,6 +269,7 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
             term=event.term,
             claim=event.claim,
             alive=event.alive,
+            led_wall_s=event.wall_s if event.claim == "leading" else led_wall_s,
         )
     return replace(role, peers={**role.peers, event.node: view})
 

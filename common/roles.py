@@ -126,6 +126,8 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     claim: Claim | None = None
     """None: its keeper does not know the workload."""
     alive: bool = False
+    led_wall_s: float | None = None
+    """When it was heard to lead that term last, by the clock that stamps its epochs; None: never was."""
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):

@@ -136,7 +136,41 @@ def obstacle(role: Role, now: Instant) -> str:
             f"no fence method is configured for {rival}: "
             f"outlive failover {name} --accept-data-loss --old-primary-is-off {rival}"
         )
-    return ""
+    return too_far_behind(role)
+
+
+def lag_s(role: Role) -> float | None:
+    """Return how far the newest epoch here lies behind the last sign that its leader led.
+
+    Both instants are the leader's own: it stamped the epoch and the heartbeat by one clock, before it fell
+    silent. No clock of this node has a part in it, nor has the time that has passed since. None: the leader
+    was not heard to lead this term since this keeper began. Not guaranteed: that a leader whose clock was
+    set back between the two has a lag that is not too small by as much.
+    """
+    view = role.peers.get(role.record.leader, _UNHEARD)
+    stored_wall_s = role.report.stored_wall_s if role.report is not None else None
+    if view.led_wall_s is None or view.term != role.record.term or stored_wall_s is None:
+        return None
+    return max(0.0, view.led_wall_s - stored_wall_s)
+
+
+def too_far_behind(role: Role) -> str:
+    """Return why what is stored here is too old for a takeover that nobody asked for; empty if it isn't."""
+    limit_s = role.spec.max_takeover_lag_ms / 1000
+    behind_s = lag_s(role)
+    if not limit_s or (behind_s is not None and behind_s <= limit_s):
+        return ""
+    leader = role.record.leader
+    how_far = (
+        f"the newest epoch here was {behind_s:.1f} s behind when {leader} was last heard to lead"
+        if behind_s is not None
+        else f"how far the newest epoch here is behind is not known: {leader} was not heard to lead "
+        f"term {role.record.term} since this keeper began"
+    )
+    return (
+        f"{how_far}; max_takeover_lag_ms allows {limit_s:g} s: "
+        f"outlive failover {role.spec.name} --accept-data-loss"
+    )
 
 
 def has_heir(role: Role) -> bool:

@@ -107,11 +107,12 @@ def heard_of(beat: Beat, workload: str) -> Heard:
     """Return what a beat says of one workload."""
     said = next((each for each in beat.workloads if each.name == workload), None)
     if said is None:
-        return Heard(node=beat.node, origin=beat.origin, boot_id=beat.boot_id)
+        return Heard(node=beat.node, origin=beat.origin, boot_id=beat.boot_id, wall_s=beat.wall_s)
     return Heard(
         node=beat.node,
         origin=beat.origin,
         boot_id=beat.boot_id,
+        wall_s=beat.wall_s,
         term=said.term,
         claim=said.state,
         alive=said.alive,

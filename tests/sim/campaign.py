@@ -41,7 +41,7 @@ class Result:
     states: tuple[str, ...]
 
 
-def spec_of(rng: random.Random) -> WorkloadSpec:
+def spec_of(rng: random.Random, seed: int) -> WorkloadSpec:
     """Return a workload as the seed has it."""
     return WorkloadSpec(
         name="w",
@@ -50,6 +50,7 @@ def spec_of(rng: random.Random) -> WorkloadSpec:
         vip="10.0.0.100/24" if rng.random() < 0.7 else None,
         right_to_lead="fence" if rng.random() < 0.8 else "manual",
         on_exit=rng.choice(["restart", "failover", "stop"]),
+        max_takeover_lag_ms=random.Random(f"lag-{seed}").choice([0, 0, 900, 3000]),
     )
 
 
@@ -70,7 +71,7 @@ def weather_of(rng: random.Random) -> Weather:
 def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 20.0) -> Result:
     """Run one cluster through trouble and let it come to rest. Raises Violation."""
     rng = random.Random(f"plan-{seed}")
-    world = World(seed, spec_of(rng), weather_of(rng), bugs)
+    world = World(seed, spec_of(rng, seed), weather_of(rng), bugs)
     world.run(2.5)
     world.start("a")
     world.run(3.0)

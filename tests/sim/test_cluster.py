@@ -219,9 +219,20 @@ def terms_never_leap(monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
+def lag_by_the_hearers_clock(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "clock-of-the-hearer"
+
+
+def lag_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(succession, "too_far_behind", lambda role: "")
+    return ""
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        lag_by_the_hearers_clock,
+        lag_does_not_matter,
         skip_fence,
         unknown_is_confirmed,
         act_before_persist,

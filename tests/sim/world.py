@@ -57,6 +57,8 @@ TIMING = Timing(
     order_s=3.0,
     retry_most_s=4.0,
 )
+LAG_TOLERANCE_S = 0.3
+"""The agent reports later than it stores, and beats of keeper and agent may arrive in another order."""
 STORY_LINES = 60
 RUNS_WITHOUT_RIGHT_S = 3.0
 """The keeper kills at once; killing may fail and is repeated, hence some time."""
@@ -112,6 +114,12 @@ class Host:
     newest_beat: dict[tuple[str, str, int], int] = field(default_factory=dict)
     spoke_at: dict[str, float] = field(default_factory=dict)
     without_right_since: float | None = None
+    clock_s: float = 0.0
+    """How far its wall clock is ahead of the others'."""
+    stored_at: float = 0.0
+    """When the stored epoch was captured, in the world's own time."""
+    led_at: dict[tuple[str, int], float] = field(default_factory=dict)
+    """When a node sent the last sign of life that arrived here while it led a term."""
     disk_free_at: float = 0.0
     host_free_at: float = 0.0
 
@@ -128,7 +136,8 @@ class World:
         self.weather = weather
         self.bugs = bugs
         self.now = 0.0
-        self.hosts = {name: Host(name) for name in spec.nodes}
+        clocks = random.Random(f"clocks-{seed}")
+        self.hosts = {name: Host(name, clock_s=clocks.uniform(-3600, 3600)) for name in spec.nodes}
         self.blocked: set[tuple[str, str]] = set()
         self.story: deque[str] = deque(maxlen=STORY_LINES)
         self.leaders: dict[int, str] = {}
@@ -156,8 +165,11 @@ class World:
             self.check()
         self.now = until
 
-    def instant(self) -> Instant:
-        return Instant(100.0 + self.now, 1.7e9 + self.now)
+    def instant(self, host: Host) -> Instant:
+        return Instant(100.0 + self.now, self.wall_s(host, self.now))
+
+    def wall_s(self, host: Host, at: float) -> float:
+        return 1.7e9 + at + host.clock_s
 
     def chance(self, probability: float) -> bool:
         return probability > 0 and self.random.random() < probability
@@ -176,6 +188,7 @@ class World:
         host.inbox.clear()
         host.newest_beat.clear()
         host.spoke_at.clear()
+        host.led_at.clear()
         record = TermRecord() if "forget-terms" in self.bugs else host.record
         host.role = new_role(
             me=host.name,
@@ -185,7 +198,7 @@ class World:
             fenceable=frozenset(self.spec.nodes),
             record=record,
             first_order=host.starts * 1000,
-            now=self.instant(),
+            now=self.instant(host),
         )
         self.tell(f"{host.name}: keeper starts with {record.term}/{record.leader}/{record.mark}")
         self.feed(host, KeeperStarted(host.container is not None))
@@ -230,11 +243,12 @@ class World:
             host.inbox.append(event)
             return
         before = host.role
-        host.role, effects = step(host.role, event, self.instant())
+        host.role, effects = step(host.role, event, self.instant(host))
         if host.role.name != before.name:
             self.tell(
                 f"{host.name}: {before.name} -> {host.role.name} [{host.role.record.term}] {host.role.reason}"
             )
+            self._check_lag(host)
         for effect in effects:
             self.perform(host, effect)
 
@@ -362,13 +376,16 @@ class World:
         for name, other in self.hosts.items():
             if name == host.name:
                 continue
-            event = Heard(node=host.name, origin="agent", boot_id=f"boot-{host.boot}")
+            clock = other if "clock-of-the-hearer" in self.bugs else host
+            wall_s = self.wall_s(clock, self.now)
+            event = Heard(node=host.name, origin="agent", boot_id=f"boot-{host.boot}", wall_s=wall_s)
             if origin == "keeper":
                 assert role is not None
                 event = Heard(
                     node=host.name,
                     origin="keeper",
                     boot_id=f"boot-{host.boot}",
+                    wall_s=wall_s,
                     term=role.record.term,
                     claim=claim_of(role.name),
                     alive=role.alive,
@@ -377,9 +394,21 @@ class World:
             for _ in range(2 if self.chance(self.weather.double) else 1):
                 if not self.chance(self.weather.loss):
                     delay_s = self.random.uniform(0.001, self.weather.delay_s)
-                    self.later(delay_s, lambda o=other, e=event, s=sequence, b=boot: self._hear(o, e, s, b))
+                    sent, led = self.now, self._leads(host)
+                    self.later(
+                        delay_s,
+                        lambda o=other, e=event, s=sequence, b=boot, a=sent, t=led: self._hear(
+                            o, e, s, b, a, t
+                        ),
+                    )
 
-    def _hear(self, host: Host, event: Heard, sequence: int, boot: int) -> None:
+    def _leads(self, host: Host) -> int:
+        """Return the term that the host leads, 0 for none; a dead keeper's agent looks after it still."""
+        if host.role is not None:
+            return host.role.record.term if claim_of(host.role.name) == "leading" else 0
+        return host.record.term if host.container is not None and host.record.leader == host.name else 0
+
+    def _hear(self, host: Host, event: Heard, sequence: int, boot: int, sent: float, led: int) -> None:
         if not host.on or host.role is None or (event.node, host.name) in self.blocked:
             return
         key = (event.node, event.origin, boot)
@@ -387,6 +416,8 @@ class World:
             return
         host.newest_beat[key] = sequence
         host.spoke_at[event.node] = self.now
+        if led:
+            host.led_at[(event.node, led)] = max(sent, host.led_at.get((event.node, led), 0.0))
         self.feed(host, event)
 
     # --- agents -----------------------------------------------------------------------------------
@@ -433,6 +464,7 @@ class World:
             init_pid=host.container or 0,
             exit_code=None if running else host.exit_code,
             stored=host.stored,
+            stored_wall_s=self._frozen_wall_s(host),
             restorable=host.stored is not None,
             replicas=replicas if leads else (),
             order_done=host.done,
@@ -442,6 +474,12 @@ class World:
         self.feed(host, AgentReport(report))
         if host.role is not None and not host.busy:
             self._obey(host)
+
+    def _frozen_wall_s(self, host: Host) -> float | None:
+        """When the stored epoch was captured, by the clock of who led then."""
+        if host.stored is None:
+            return None
+        return self.wall_s(self.hosts[self.leaders[host.stored.term]], host.stored_at)
 
     def _obey(self, host: Host) -> None:
         assert host.role is not None
@@ -504,14 +542,15 @@ class World:
         for other in self.hosts.values():
             if other is host or not self._reaches(host, other) or self.chance(self.weather.loss):
                 continue
-            self.later(self.random.uniform(0.01, 0.2), lambda o=other: self._commit(host, o, epoch))
+            at = self.now
+            self.later(self.random.uniform(0.01, 0.2), lambda o=other, a=at: self._commit(host, o, epoch, a))
 
-    def _commit(self, host: Host, other: Host, epoch: EpochId) -> None:
+    def _commit(self, host: Host, other: Host, epoch: EpochId, captured_at: float) -> None:
         follows = other.role is not None and other.role.order.role == "follow"
         if not self._reaches(host, other) or not follows or epoch.term < other.record.term:
             return
         if other.stored is None or epoch > other.stored:
-            other.stored = epoch
+            other.stored, other.stored_at = epoch, captured_at
         host.acked[other.name] = epoch
 
     # --- power ------------------------------------------------------------------------------------
@@ -580,6 +619,17 @@ class World:
                 raise self.broken(f"the address is on {' and '.join(served)}")
         for name in running:
             self._check_right(self.hosts[name])
+
+    def _check_lag(self, host: Host) -> None:
+        """Nobody goes for the lead unasked with an epoch that lies too far behind its leader."""
+        role, limit_s = host.role, self.spec.max_takeover_lag_ms / 1000
+        if role is None or role.name != "acquiring" or role.by_operator or role.request or not limit_s:
+            return
+        heard_at = host.led_at.get((role.record.leader, role.record.term))
+        if heard_at is None or heard_at - host.stored_at > limit_s + LAG_TOLERANCE_S:
+            raise self.broken(
+                f"{host.name} goes for the lead with what was captured at {host.stored_at:.3f} s"
+            )
 
     def _check_right(self, host: Host) -> None:
         role = host.role

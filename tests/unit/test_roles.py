@@ -96,9 +96,17 @@ class Driver:
             found += self.feed(Tick())
         return found
 
-    def hear(self, claim: Claim, term: int = 1, node: str = "a") -> list[Effect]:
+    def hear(self, claim: Claim, term: int = 1, node: str = "a", wall_s: float = 0.0) -> list[Effect]:
         return self.feed(
-            Heard(node=node, origin="keeper", boot_id="boot-a", term=term, claim=claim, alive=True)
+            Heard(
+                node=node,
+                origin="keeper",
+                boot_id="boot-a",
+                wall_s=wall_s,
+                term=term,
+                claim=claim,
+                alive=True,
+            )
         )
 
     def report(self, **values: object) -> list[Effect]:
@@ -234,6 +242,90 @@ def test_without_a_restorable_epoch_nobody_is_fenced(values: dict[str, object], 
     assert driver.state == "waiting"
     assert word in driver.role.reason
     assert not any(isinstance(effect, RunFence) for effect in effects)
+
+
+LIMITED = replace(SPEC, max_takeover_lag_ms=30_000)
+LEADERS_CLOCK_S = 5_000.0
+"""Far from this node's own, which must not matter."""
+
+
+def behind(seconds: float, spec: WorkloadSpec = LIMITED) -> Driver:
+    """Return a follower that heard its leader that long after the epoch it has was captured."""
+    driver = follower(spec=spec)
+    driver.report(stored=EpochId(1, 9), stored_wall_s=LEADERS_CLOCK_S - seconds, restorable=True)
+    driver.hear("leading", wall_s=LEADERS_CLOCK_S)
+    return driver
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(29.9, "acquiring"), (30.0, "acquiring"), (30.5, "waiting")])
+def test_a_replica_too_far_behind_its_leader_does_not_take_over_by_itself(seconds: float, state: str) -> None:
+    driver = behind(seconds)
+    asked = driver.after(0.5)
+    assert driver.state == state
+    assert any(isinstance(effect, RunFence) for effect in asked) == (state == "acquiring")
+
+
+def test_a_replica_too_far_behind_says_how_far_what_is_allowed_and_what_to_do() -> None:
+    driver = behind(42.0)
+    driver.after(0.5)
+    reason = driver.role.reason
+    assert reason == (
+        "the newest epoch here was 42.0 s behind when a was last heard to lead; "
+        "max_takeover_lag_ms allows 30 s: outlive failover w --accept-data-loss"
+    )
+    for _ in range(300):  # the silence itself adds nothing to the lag
+        driver.after(0.1)
+        driver.report(stored=EpochId(1, 9), stored_wall_s=LEADERS_CLOCK_S - 42, restorable=True)
+    assert driver.role.reason == reason
+
+
+def test_without_a_limit_no_lag_is_too_long() -> None:
+    driver = behind(4000.0, SPEC)
+    driver.after(0.5)
+    assert driver.state == "acquiring"
+
+
+def test_an_operator_may_take_over_with_any_lag() -> None:
+    driver = behind(42.0)
+    driver.after(0.5)
+    asked = driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert driver.state == "acquiring"
+    assert any(isinstance(effect, RunFence) for effect in asked)
+
+
+def test_the_agents_last_word_counts_too_while_the_keeper_is_dead() -> None:
+    driver = behind(0.5)
+    driver.feed(Heard(node="a", origin="agent", boot_id="boot-a", wall_s=LEADERS_CLOCK_S + 60))
+    driver.after(0.5)
+    assert (driver.state, "60.5 s behind" in driver.role.reason) == ("waiting", True)
+
+
+def test_what_a_leader_says_after_it_led_adds_nothing_to_the_lag() -> None:
+    driver = behind(0.5)
+    driver.feed(Heard(node="a", origin="agent", boot_id="another", wall_s=LEADERS_CLOCK_S + 60))
+    driver.hear("yielded", wall_s=LEADERS_CLOCK_S + 90)
+    driver.persisted()
+    driver.after(0.025)
+    assert driver.state == "acquiring"
+
+
+def test_a_keeper_that_never_heard_the_leader_lead_does_not_know_the_lag_and_waits() -> None:
+    driver = Driver("b", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1"), spec=LIMITED)
+    driver.report(stored=EpochId(1, 9), stored_wall_s=LEADERS_CLOCK_S, restorable=True)
+    for _ in range(25):
+        driver.after(0.1)
+        driver.report(stored=EpochId(1, 9), stored_wall_s=LEADERS_CLOCK_S, restorable=True)
+    assert driver.state == "waiting"
+    assert "a was not heard to lead term 1 since this keeper began" in driver.role.reason
+
+
+def test_a_lag_of_an_earlier_term_says_nothing_of_this_one() -> None:
+    driver = behind(0.5)
+    driver.hear("starting", term=2, wall_s=LEADERS_CLOCK_S + 1)
+    driver.persisted()
+    driver.report(stored=EpochId(2, 10), stored_wall_s=LEADERS_CLOCK_S + 2, restorable=True)
+    driver.after(0.5)
+    assert (driver.state, "not known" in driver.role.reason) == ("waiting", True)
 
 
 def test_an_epoch_of_an_older_term_is_not_restored_without_an_operator() -> None:
