@@ -40,7 +40,12 @@ PROGRAMS = {
     "iptables": "iptables",
     "sysctl": "procps",
     "nsenter": "util-linux",
+    "rsync": "rsync",
+    "sshd": "openssh-server",
 }
+
+# Of those, the ones that would run a service from the next boot on: only the program is wanted.
+SERVICES = {"redis-server": ("redis-server",), "openssh-server": ("ssh.socket", "ssh.service")}
 
 # Suites that may have a CRIU for a newer kernel, in the order in which they came to be.
 NEWER_SUITES = {"debian": ("trixie", "forky", "sid")}
@@ -92,9 +97,9 @@ def install_packages() -> None:
         finished = _run([*apt_get, "install", "--no-install-recommends", *missing])
     if finished.returncode != 0 or _missing_packages():
         raise SetupError(f"apt could not install them ({_last_line(finished.stderr)}): {by_hand}")
-    if "redis-server" in missing and Path("/run/systemd/system").is_dir():
-        # Only the program is wanted, not a server at the next boot.
-        _run(["systemctl", "disable", "--now", "redis-server"])
+    if Path("/run/systemd/system").is_dir():
+        for service in (service for package in missing for service in SERVICES.get(package, ())):
+            _run(["systemctl", "disable", "--now", service])
     say(step, "system packages: installed")
 
 
