@@ -11,17 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import zmq.asyncio
-
-from common import keys
-from common.config import Node, NodeConfig, Peer
-from common.errors import AuthError
-from common.keyring import Keyring
-from common.terms import TermGuard
+from bench.wire_ends import open_store, receive, stream_to_b
 from primary.session import StreamTiming
-from primary.stream import ReplicaStream
-from replica.receive import Receiver
-from replica.store import EpochStore
 from tests.unit.wire_fakes import SPEC, TASK, captured, offer, page
 
 PORT = 7701
@@ -31,48 +22,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def key_of(directory: Path, name: str) -> keys.KeyPair:
-    path = directory / f"{name}.key"
-    try:
-        return keys.load(path)
-    except AuthError:
-        return keys.generate(path)
-
-
-async def receive(directory: Path, addresses: list[str]) -> None:
-    store = EpochStore.open(directory / "store", "redis", min_free_bytes=0, max_levels=8)
+async def follow(directory: Path, addresses: tuple[str, str]) -> None:
+    store = open_store(directory, SPEC.name)
     say(f"newest {store.newest.id if store.newest else None}")
-    config = NodeConfig(
-        node=Node(name="b", address=addresses[1], agent_port=PORT),
-        peers=(Peer(name="a", address=addresses[0], public_key=key_of(directory, "a").public),),
-    )
-
-    async def accept(hello: object) -> None:
-        return None
-
-    async def ready(workload: str, record: object) -> tuple[bool, tuple[str, ...]]:
-        return True, ()
-
-    receiver = Receiver(
-        zmq.asyncio.Context(),
-        config,
-        Keyring(key_of(directory, "b"), config.peers),
-        stores=lambda workload: store,
-        guard=TermGuard(lambda workload, leadership: None),
-        accept=accept,
-        readiness=ready,
-    )
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(receiver.run())
-        await receiver.listening.wait()
-        say("key")
-        while True:
-            await asyncio.sleep(0.5)
-            if store.fold_due():
-                await asyncio.to_thread(store.fold)
+    await receive(directory, store, addresses, PORT, lambda port: say("key"))
 
 
-async def stream(directory: Path, addresses: list[str]) -> None:
+async def stream(directory: Path, addresses: tuple[str, str]) -> None:
     number = int(time.time() * 10)  # greater than all of a node that ran before
     memory = {TASK: {n: page(n + 1) for n in range(2000)}}
     full_bytes = 0
@@ -85,15 +41,11 @@ async def stream(directory: Path, addresses: list[str]) -> None:
         say(f"acknowledged {epoch} {'full' if sent_bytes - full_bytes > 1_000_000 else 'base'}")
         full_bytes = sent_bytes
 
-    peer = Peer(name="b", address=addresses[1], public_key=key_of(directory, "b").public, agent_port=PORT)
-    sender = ReplicaStream(
-        zmq.asyncio.Context(),
-        node="a",
-        keys=Keyring(key_of(directory, "a"), [peer]),
-        peer=peer,
-        spec=SPEC,
-        term=1,
-        incarnation="i",
+    sender = stream_to_b(
+        directory,
+        addresses[1],
+        PORT,
+        SPEC,
         on_acknowledged=acknowledged,
         timing=StreamTiming(greeting_s=2),
     )
@@ -111,4 +63,4 @@ async def stream(directory: Path, addresses: list[str]) -> None:
 
 if __name__ == "__main__":
     role, where, *at = sys.argv[1:]
-    asyncio.run((receive if role == "b" else stream)(Path(where), at))
+    asyncio.run((follow if role == "b" else stream)(Path(where), (at[0], at[1])))
