@@ -15,6 +15,9 @@ import msgspec
 
 from common.model import EpochId, WorkloadSpec
 
+Verdict = Literal["none", "met", "missed"]
+"""On a recovery point objective. `none`: the workload is not led here, or no other node may run it."""
+
 
 class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far one replica is, as its primary's agent knows."""
@@ -254,6 +257,10 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     None: there is none, and all is at risk; or it is `stopped`, and nothing is.
     """
+    rpo: Verdict = "none"
+    """Whether less is at risk than the workload's objective allows."""
+    rpo_ms: int = 0
+    """That objective."""
     captured: EpochId | None = None
     stored: EpochId | None = None
     replicas: tuple[ReplicaProgress, ...] = ()

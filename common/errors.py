@@ -114,3 +114,10 @@ class UnprotectedError(OutliveError):
     """A workload is down, or no standby could bring it to life if its host were lost now."""
 
     exit_code = 16
+
+
+class ObjectiveMissedError(OutliveError):
+    """A workload is protected, but more of its past could be lost than its `rpo_ms` allows."""
+
+    exit_code = 17
+    retryable = True

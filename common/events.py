@@ -64,6 +64,9 @@ class Event(StrEnum):
     BASE_FINISHED = "base.finished"
     RESYNC_STARTED = "resync.started"
 
+    RPO_EXCEEDED = "rpo.exceeded"
+    RPO_MET = "rpo.met"
+
     ROLE_CHANGED = "role.changed"
     TAKEOVER_STARTED = "takeover.started"
     TAKEOVER_STEP = "takeover.step"

@@ -6,13 +6,14 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from common.control import ReplicaProgress, WorkloadStatus
+from common.control import ReplicaProgress, Verdict, WorkloadStatus
+from common.objective import newest_elsewhere
 from common.roles import LEADING, Instant, Role
 from common.succession import agent_alive, of_this_term, ready
 
 
-def workload_status(role: Role, now: Instant) -> WorkloadStatus:
-    """Return what `status` shows of the workload on this node."""
+def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> WorkloadStatus:
+    """Return what `status` shows of the workload on this node; `objective` is kept beside the role."""
     report = role.report
     record = role.newest if role.name in ("following", "deposed") else role.record
     primary = record.term > 0 and record.leader == role.me
@@ -29,7 +30,9 @@ def workload_status(role: Role, now: Instant) -> WorkloadStatus:
         stopped=record.mark == "stopped",
         restorable=restorable,
         reasons=reasons,
-        data_at_risk_s=None if record.mark == "stopped" else _data_at_risk_s(role, replicas, now),
+        data_at_risk_s=None if record.mark == "stopped" else _data_at_risk_s(role, now),
+        rpo=objective,
+        rpo_ms=role.spec.objective_ms,
         captured=report.captured if report is not None else None,
         stored=report.stored if report is not None else None,
         replicas=tuple(_judged(role, replica) for replica in replicas),
@@ -72,18 +75,16 @@ def _restorable(
     return role.report.restorable and not silent, (*silent, *role.report.reasons)
 
 
-def _data_at_risk_s(role: Role, replicas: tuple[ReplicaProgress, ...], now: Instant) -> float | None:
+def _data_at_risk_s(role: Role, now: Instant) -> float | None:
     """Age of the newest epoch that could be restored: elsewhere for the leader, here for a replica."""
     report = role.report
     if role.record.leader != role.me and report is not None:
         usable = report.restorable and report.stored_wall_s is not None
         return max(0.0, now.wall_s - (report.stored_wall_s or 0.0)) if usable else None
-    frozen = [
-        replica.acknowledged_wall_s
-        for replica in replicas
-        if replica.restorable and replica.acknowledged_wall_s is not None and of_this_term(role, replica)
-    ]
-    return max(0.0, now.wall_s - max(frozen)) if frozen else None
+    newest = newest_elsewhere(role)
+    if newest is None or newest.acknowledged_wall_s is None:
+        return None
+    return max(0.0, now.wall_s - newest.acknowledged_wall_s)
 
 
 def _reason(role: Role, now: Instant) -> str:

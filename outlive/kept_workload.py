@@ -19,6 +19,7 @@ from common.events import Event as LogEvent
 from common.events import EventLog
 from common.messages import BeatWorkload
 from common.model import WorkloadSpec
+from common.objective import Objective, judged
 from common.role_actions import history
 from common.role_events import (
     AgentReport,
@@ -35,6 +36,7 @@ from common.role_events import (
     OperatorStop,
     OrderAgent,
     RunFence,
+    Tick,
     WorkloadEnded,
 )
 from common.role_table import step
@@ -77,6 +79,7 @@ class KeptWorkload:
         self._answers: dict[int, asyncio.Future[Done | Refused]] = {}
         self._pid = 0
         self._pidfd: int | None = None
+        self._objective = Objective()
         self.forgotten = False
         """An operator asked to forget it; the keeper lets go of it at the next tick."""
         self.role: Role = new_role(
@@ -131,6 +134,9 @@ class KeptWorkload:
                         self._tell(LogEvent.WORKLOAD_FORGOTTEN, "asked for by an operator")
                         self.forgotten = True
 
+        if isinstance(event, Tick):
+            self._judge_objective(_now())
+
     async def ask(self, event: OperatorFailover | OperatorStart | OperatorStop | Forget) -> Done | Refused:
         """Put an operator's request to the machine and wait for its answer."""
         answer: asyncio.Future[Done | Refused] = asyncio.get_running_loop().create_future()
@@ -165,7 +171,7 @@ class KeptWorkload:
 
     def status(self) -> WorkloadStatus:
         """Return how it stands."""
-        return workload_status(self.role, _now())
+        return workload_status(self.role, _now(), self._objective.verdict)
 
     def story(self) -> TermHistory | None:
         """Return the present term's story, if this node leads it; it may be newer than the one on disk."""
@@ -212,6 +218,22 @@ class KeptWorkload:
         if self._pidfd is None:  # not started again meanwhile
             self._tell(LogEvent.WORKLOAD_ENDED, f"exit code {code if code is not None else 'unknown'}")
             self.feed(WorkloadEnded(code))
+
+    # --- how much is at risk ----------------------------------------------------------------------
+
+    def _judge_objective(self, now: Instant) -> None:
+        """Tell when the objective begins to be missed, and when it is met again; not when the lead ends."""
+        before, self._objective = self._objective, judged(self._objective, self.role, now)
+        if before.verdict == "none" or self._objective.verdict in ("none", before.verdict):
+            return
+        missed = self._objective.verdict == "missed"
+        what = (
+            f"the newest epoch that another node could restore is {self._objective.age_s(now):.1f} s old"
+            if self._objective.epoch is not None
+            else f"no other node could restore it for {self._objective.age_s(now):.1f} s"
+        )
+        reason = f"{what}; rpo_ms allows {self.role.spec.objective_ms / 1000:g} s"
+        self._tell(LogEvent.RPO_EXCEEDED if missed else LogEvent.RPO_MET, reason)
 
     # --- telling ----------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from common.control import (
     ReplicaProgress,
     WorkloadStatus,
 )
-from common.errors import OutliveError, UnprotectedError, UnreachableError
+from common.errors import ObjectiveMissedError, OutliveError, UnprotectedError, UnreachableError
 from common.model import EpochId
 from outlive.cli.call import Call, Verb, examples
 from outlive.cli.output import Answer, Rows, duration, yes_no
@@ -30,7 +30,7 @@ NEVER_HEARD = "never heard"
 REFUSED = "refused: wrong key"
 ALL = "all"
 
-COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "REPLICAS")
+COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "RPO", "REPLICAS")
 
 
 DOWN = frozenset({"waiting", "failed"})
@@ -38,7 +38,7 @@ DOWN = frozenset({"waiting", "failed"})
 
 
 class StatusAnswer(Answer, frozen=True, kw_only=True):
-    """The keeper's answer, and the workloads that are down or would be lost with their host."""
+    """The keeper's answer, and the workloads that are down, or of which too much would be lost."""
 
     node: str
     boot_id: str
@@ -46,6 +46,7 @@ class StatusAnswer(Answer, frozen=True, kw_only=True):
     peers: tuple[PeerStatus, ...]
     workloads: tuple[WorkloadStatus, ...]
     unprotected: tuple[str, ...]
+    rpo_missed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -64,7 +65,8 @@ def status(context: click.Context, watch: bool) -> None:
 
     DATA AT RISK is what would be lost if the primary failed now: the age of the newest epoch that could be
     restored elsewhere. Exits with 16 if a workload of this node is waiting or failed, or could not be
-    restored (one led here: anywhere else; another's: here), with 4 if this node's keeper does not answer.
+    restored (one led here: anywhere else; another's: here), with 17 if all could be but more of one is at
+    risk than its rpo_ms allows, with 4 if this node's keeper does not answer.
     """
     call = context.ensure_object(Call)
     config = call.config()
@@ -74,6 +76,8 @@ def status(context: click.Context, watch: bool) -> None:
     call.show(answer, *status_view(answer))
     if answer.unprotected:
         context.exit(UnprotectedError.exit_code)
+    if answer.rpo_missed:
+        context.exit(ObjectiveMissedError.exit_code)
 
 
 def ask_status(call: Call, config: NodeConfig) -> NodeStatus:
@@ -112,6 +116,7 @@ def status_answer(found: NodeStatus) -> StatusAnswer:
                 or (workload.role != "none" and not (workload.restorable and found.agent == "alive"))
             )
         ),
+        rpo_missed=tuple(workload.name for workload in found.workloads if workload.rpo == "missed"),
         warnings=found.warnings,
     )
 
@@ -158,6 +163,7 @@ def _workload_row(workload: WorkloadStatus) -> tuple[str, ...]:
         _epoch(epoch),
         yes_no(workload.restorable) if _matters(workload) else _NOTHING,
         _at_risk(workload),
+        _NOTHING if workload.rpo == "none" else workload.rpo,
         f"{ready} of {known}" if known else _NOTHING,
     )
 
@@ -186,6 +192,10 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     else:  # what stands against single replicas is among the reasons otherwise
         lines += [f"{name}: {reason}" for reason in workload.reasons]
         lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
+    if workload.rpo == "missed":
+        lines.append(
+            f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
+        )
     if workload.exit_code is not None:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:

@@ -194,7 +194,7 @@ def test_status_shows_small_words_in_columns(node: FakeNode, capsys: Captured) -
     assert lines[3].split() == ["b", "31", "ms", "ago", "never", "heard"]
     assert lines[5].split("  ")[0] == "WORKLOAD"
     row = ["redis", "primary", "leading", "3", "t3-e1042", "yes"]
-    assert lines[6].split() == [*row, "0.4", "s", "1", "of", "1"]
+    assert lines[6].split() == [*row, "0.4", "s", "-", "1", "of", "1"]
     assert "redis: nobody else leads" in lines
 
 
@@ -203,7 +203,8 @@ def test_status_as_json_keeps_its_keys(node: FakeNode, capsys: Captured) -> None
     assert node.run("status", "--output", "json") == 0
     status = read_json(capsys)
     assert list(status) == [
-        *("schema_version", "node", "boot_id", "agent", "peers", "workloads", "unprotected", "warnings"),
+        *("schema_version", "node", "boot_id", "agent", "peers", "workloads"),
+        *("unprotected", "rpo_missed", "warnings"),
     ]
     (workload,) = status["workloads"]
     assert workload["captured"] == {"term": 3, "epoch": 1042}
@@ -257,6 +258,9 @@ def test_a_replica_that_is_not_ready_is_named_though_another_is(node: FakeNode, 
         (node_status(replace(WAITING, role="none", state="following", restorable=False)), 0),
         (node_status(replace(WAITING, role="none", state="failed", restorable=False)), 16),
         (node_status(), 0),
+        (node_status(replace(LEADING, rpo="met")), 0),
+        (node_status(replace(LEADING, rpo="missed")), 17),
+        (node_status(replace(LEADING, rpo="missed", restorable=False)), 16),
     ],
     ids=[
         "agent dead",
@@ -269,9 +273,14 @@ def test_a_replica_that_is_not_ready_is_named_though_another_is(node: FakeNode, 
         "not this node's",
         "of an unknown term",
         "none",
+        "objective met",
+        "objective missed",
+        "objective missed, and worse",
     ],
 )
-def test_what_is_down_or_could_be_lost_is_unprotected(node: FakeNode, status: NodeStatus, code: int) -> None:
+def test_the_exit_code_says_what_is_down_could_be_lost_or_misses_its_objective(
+    node: FakeNode, status: NodeStatus, code: int
+) -> None:
     node.answers[AskStatus] = status
     assert node.run("status") == code
 
@@ -302,6 +311,22 @@ def test_what_is_at_risk_is_said_in_fixed_words(
 ) -> None:
     row = row_of(node, capsys, workload)
     assert (row["RESTORABLE"], row["DATA AT RISK"]) == (restorable, at_risk)
+
+
+@pytest.mark.parametrize(("rpo", "word"), [("none", "-"), ("met", "met"), ("missed", "missed")])
+def test_whether_the_objective_is_met_is_one_word(
+    node: FakeNode, capsys: Captured, rpo: str, word: str
+) -> None:
+    assert row_of(node, capsys, replace(LEADING, rpo=rpo))["RPO"] == word
+
+
+def test_a_missed_objective_is_said_in_a_sentence_and_in_json(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(replace(LEADING, rpo="missed", rpo_ms=5000))
+    assert node.run("status") == 17
+    sentence = "redis: more is, or was a moment ago, at risk than rpo_ms allows (5 s)"
+    assert sentence in capsys.readouterr().out.splitlines()
+    assert node.run("status", "--output", "json") == 17
+    assert read_json(capsys)["rpo_missed"] == ["redis"]
 
 
 def test_nothing_is_said_against_the_standby_of_a_workload_that_was_stopped(

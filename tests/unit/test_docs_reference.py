@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
 
 from common import config, control, errors, model
 from common.config import parse_config
+from common.control import Verdict
 from common.roles import MEANING
 from outlive.cli.node import example_config
 from outlive.cli.reference import reference
@@ -97,7 +99,8 @@ def test_the_status_page_has_the_columns_and_the_states() -> None:
 
 def test_the_status_page_has_the_fixed_words() -> None:
     page = read("reference/status.md")
-    assert [word for word in (ALL, NEVER_HEARD, REFUSED, *DOWN) if f"`{word}`" not in page] == []
+    words = (ALL, NEVER_HEARD, REFUSED, *DOWN, *get_args(Verdict))
+    assert [word for word in words if f"`{word}`" not in page] == []
     assert set(MEANING) >= DOWN
 
 
