@@ -31,6 +31,8 @@ from common.program import missing_program, runc_misses_program, surely_missing
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 300.0
 _KILL_TIMEOUT_S = 10.0
+_RUNTIME_UMASK = 0o022
+"""For runc: it may have to make mount points in the workload's root, which all users of it pass through."""
 _ANSWER_POLL_S = 0.005
 _LOG_LIMIT_BYTES = 64 * 1024 * 1024
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
@@ -242,6 +244,7 @@ async def _prepare(
             source = Path(mount.source)
             if not source.exists():
                 source.mkdir(mode=0o755, parents=True)
+                source.chmod(0o755)  # a workload may have several users
                 os.chown(source, int(uid), int(gid or uid))
         (paths.bundle / "shm").chmod(0o1777)
         paths.criu_settings.write_text(CRIU_RESTORE_SETTINGS)
@@ -304,6 +307,7 @@ async def _run_conmon(
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
             env=environment | {"_OCI_SYNCPIPE": str(answer)},
+            umask=_RUNTIME_UMASK,
             pass_fds=(answer,),
             start_new_session=True,
         )
@@ -373,6 +377,7 @@ async def _runc(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            umask=_RUNTIME_UMASK,
         )
     except OSError as error:
         raise WorkloadError(f"cannot run {config.node.runc}: {error}", hint="outlive doctor") from error

@@ -80,6 +80,9 @@ class Event(StrEnum):
     PEER_HEARD = "peer.heard"
     PEER_REFUSED = "peer.refused"
 
+    KEYS_RELOADED = "keys.reloaded"
+    KEYS_NOT_RELOADED = "keys.not-reloaded"
+
     STORE_LOW_SPACE = "store.low-space"
     STORE_RECOVERED = "store.recovered"
     EVENTS_LOST = "events.lost"

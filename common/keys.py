@@ -28,6 +28,16 @@ class KeyPair:
     secret: str = field(repr=False)
 
 
+def next_key_path(path: Path) -> Path:
+    """Where the key stands that is to follow the one at `path`."""
+    return path.with_name(path.name + ".next")
+
+
+def former_key_path(path: Path) -> Path:
+    """Where the key stands that the one at `path` has replaced, until the operator deletes it."""
+    return path.with_name(path.name + ".former")
+
+
 def public_key_path(path: Path) -> Path:
     """Where the public half of the key at `path` stands."""
     return path.with_name(path.name + ".pub")
@@ -87,6 +97,42 @@ def load(path: Path) -> KeyPair:
         raise AuthError(f"{path} does not hold a key: {error}") from error
 
 
+def prepare_next(path: Path) -> KeyPair:
+    """Return the key that is to follow the one at `path`; made if there is none yet.
+
+    Raises AuthError as `generate` and `load` do.
+    """
+    load(path)
+    following = next_key_path(path)
+    return load(following) if following.exists() else generate(following)
+
+
+def activate_next(path: Path) -> KeyPair:
+    """Put the next key in the place of the one at `path`, which stays beside it; durably.
+
+    At any moment there is a key at `path`: the present one or the next. Raises AuthError.
+    """
+    following, former, beside = next_key_path(path), former_key_path(path), public_key_path(path)
+    pair = load(following)
+    try:
+        former.unlink(missing_ok=True)
+        os.link(path, former, follow_symlinks=False)
+        following.rename(path)
+        public_key_path(following).replace(beside)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise AuthError(f"cannot put the next key in the place of {path}: {error}") from error
+    return pair
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def _write_new(path: Path, mode: int, text: str) -> None:
     """Write a file that does not exist yet; after a failure there is none."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
@@ -96,11 +142,7 @@ def _write_new(path: Path, mode: int, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -62,6 +62,7 @@ from common.terms import TermGuard
 from common.threads import in_thread
 from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
+from outlive.key_reload import reload_on_hangup
 from outlive.leading import Leading, clear_images
 from outlive.workload_agent import WorkloadAgent
 from primary.numbering import EpochNumbers
@@ -82,13 +83,15 @@ _M_ARENA_MAX, _M_TRIM_THRESHOLD = -8, -1
 """From glibc's <malloc.h>."""
 
 
-async def run_agent(config: NodeConfig) -> None:
+async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
     """Run the agent of this node until SIGTERM or SIGINT. Raises OutliveError if it cannot start.
 
+    `reread` returns the file as it is at SIGHUP, for its keys.
     Workloads are left running, whatever ends it.
     """
     _keep_heap_small()
     agent = Agent(config)
+    agent.reload_keys_on_hangup(reread)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -177,6 +180,10 @@ class Agent:
             on_refused=lambda _, reason: self._events.append(Event.PEER_REFUSED, reason=reason),
             on_not_committed=self._note_not_committed,
         )
+
+    def reload_keys_on_hangup(self, reread: Callable[[], NodeConfig]) -> None:
+        """Have SIGHUP read the keys again. Call it in the agent's loop."""
+        reload_on_hangup(self._keys, reread, self._events)
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq.asyncio
@@ -65,6 +66,7 @@ from outlive.freeze_watch import FreezeWatch
 from outlive.keeper_effects import Hands, RealHands
 from outlive.keeper_process import lock_memory, log_to_stderr, rss_bytes
 from outlive.kept_workload import KeptWorkload
+from outlive.key_reload import reload_on_hangup
 from outlive.peers_heard import PeersHeard, heard_of
 from outlive.set_aside import SetAside
 
@@ -74,9 +76,12 @@ _AGENT_SILENT_S = 2.0
 _LISTEN_POLL_S = 0.05
 
 
-async def run_keeper(config: NodeConfig, hands: Hands | None = None) -> None:
+async def run_keeper(
+    config: NodeConfig, hands: Hands | None = None, *, reread: Callable[[], NodeConfig] | None = None
+) -> None:
     """Run this node's keeper until SIGTERM or SIGINT. Raises OutliveError if it cannot start.
 
+    `reread` returns the file as it is at SIGHUP, for its keys; without it, keys do not change.
     Workloads and addresses are left as they are, whatever ends it.
     """
     log_to_stderr()
@@ -85,6 +90,8 @@ async def run_keeper(config: NodeConfig, hands: Hands | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     keeper = Keeper(config, hands or RealHands(config))
+    if reread is not None:
+        keeper.reload_keys_on_hangup(reread)
     await keeper.run(stop)
 
 
@@ -131,6 +138,10 @@ class Keeper:
         self._requests = 0
         self._warnings: tuple[str, ...] = ()
         self._tasks: asyncio.TaskGroup | None = None
+
+    def reload_keys_on_hangup(self, reread: Callable[[], NodeConfig]) -> None:
+        """Have SIGHUP read the keys again. Call it in the keeper's loop."""
+        reload_on_hangup(self._keys, reread, self._events)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep this node's workloads until `stop` is set."""

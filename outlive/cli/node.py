@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from common.config import Node, NodeConfig
-from common.errors import UnsupportedError
+from common.errors import AuthError, UnsupportedError
 from outlive.cli.call import Call, Verb, Verbs, examples
 from outlive.cli.output import Answer, Rows
 from outlive.cli.running import run_agent, run_keeper
@@ -114,7 +114,7 @@ def example_config() -> str:
 
 @click.group(cls=Verbs, epilog=examples("outlive keys generate", "outlive keys show"))
 def keys() -> None:
-    """Make or show the key pair by which peers know this node."""
+    """Make, show or change the keys: those by which peers know this node, and that of its store."""
 
 
 _DEFAULT_KEY = Path(Node(name="", address="").key_file)
@@ -150,6 +150,49 @@ def show_key(call: Call, path: Path | None) -> None:
     chosen = path or _key_path(call)
     public = key_files.load(chosen).public
     call.show(KeyAnswer(path=str(chosen), public_key=public), public)
+
+
+@keys.group(cls=Verbs, epilog=examples("outlive keys rotate prepare", "outlive keys rotate activate"))
+def rotate() -> None:
+    """Change this node's key without an unprotected moment; docs/threat-model.md has all steps."""
+
+
+@rotate.command(epilog=examples("outlive keys rotate prepare"))
+@_KEY_PATH
+@click.pass_obj
+def prepare(call: Call, path: Path | None) -> None:
+    """Make the next key, if there is none yet, and print its public half. Nothing uses it yet."""
+    from common import keys as key_files
+
+    chosen = path or _key_path(call)
+    pair = key_files.prepare_next(chosen)
+    call.talk("every peer must accept this before it is activated: add it to also_public_keys there, reload:")
+    call.show(KeyAnswer(path=str(key_files.next_key_path(chosen)), public_key=pair.public), pair.public)
+
+
+@rotate.command(
+    epilog=examples("outlive keys rotate activate", "outlive keys rotate activate --without node-c")
+)
+@click.option("--without", multiple=True, metavar="NODE", help="Go on though this peer does not accept it.")
+@click.pass_obj
+def activate(call: Call, without: tuple[str, ...]) -> None:
+    """Put the next key in this node's key file, once every peer lets it in. Reload to use it."""
+    from common import keys as key_files
+    from outlive.key_probe import probe_peers
+
+    config = call.config()
+    path = Path(config.node.key_file)
+    answers = asyncio.run(probe_peers(config, key_files.load(key_files.next_key_path(path))))
+    for peer, answer in answers.items():
+        if answer != "accepts" and peer not in without:
+            raise AuthError(
+                f"{peer} {answer}: with the next key this node would be a stranger to it",
+                hint=f"add the key to also_public_keys on {peer} and reload there, or: --without {peer}",
+            )
+    pair = key_files.activate_next(path)
+    call.talk(f"the next key is in {path}, the former one in {key_files.former_key_path(path)};")
+    call.talk("send SIGHUP to keeper and agent of this node, then let the peers drop the former key:")
+    call.show(KeyAnswer(path=str(path), public_key=pair.public), pair.public)
 
 
 @click.command(cls=Verb, epilog=examples("outlive doctor", "outlive doctor redis"))

@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ import structlog
 from common.config import NodeConfig, load_config
 from common.errors import OutliveError
 from outlive.cli import DEBUG_VARIABLE
+
+Role = Callable[[NodeConfig, Callable[[], NodeConfig]], Coroutine[Any, Any, object]]
+"""Takes the configuration, and what reads it again."""
 
 
 def run_keeper_process(config_path: Path) -> int:
@@ -43,11 +47,14 @@ def run_keeper(config_path: Path) -> None:
     run_foreground(config_path, _keeper)
 
 
-def run_foreground(config_path: Path, role: Callable[[NodeConfig], Coroutine[Any, Any, object]]) -> None:
+def run_foreground(config_path: Path, role: Role) -> None:
     """Run a role's coroutine to its end; an OutliveError from within its tasks comes out as itself."""
     configure_logs("info")
+    # Memory of workloads and keys pass through files: whatever forgets its mode is for its owner alone.
+    os.umask(0o077)
+    reread = partial(load_config, config_path)
     try:
-        asyncio.run(role(load_config(config_path)))
+        asyncio.run(role(reread(), reread))
     except BaseExceptionGroup as group:
         ours = group.subgroup(OutliveError)
         while isinstance(ours, BaseExceptionGroup):
@@ -78,13 +85,13 @@ def print_error(error: OutliveError) -> None:
         print(f"   hint: {error.hint}", file=sys.stderr)
 
 
-async def _agent(config: NodeConfig) -> None:
+async def _agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
     from outlive.agent import run_agent
 
-    await run_agent(config)
+    await run_agent(config, reread)
 
 
-async def _keeper(config: NodeConfig) -> None:
+async def _keeper(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
     from outlive.keeper import run_keeper
 
-    await run_keeper(config)
+    await run_keeper(config, reread=reread)

@@ -71,3 +71,39 @@ def test_a_missing_key_says_how_to_make_one(tmp_path: Path) -> None:
     assert "outlive keys generate" in caught.value.hint
     with pytest.raises(AuthError):
         keys.generate(tmp_path / "nowhere" / "node.key")
+
+
+def test_the_next_key_waits_beside_the_present_one_until_it_is_activated(tmp_path: Path) -> None:
+    path = tmp_path / "node.key"
+    first = keys.generate(path)
+    following = keys.prepare_next(path)
+    assert keys.prepare_next(path) == following != first
+    assert keys.load(path) == first
+    assert keys.activate_next(path) == following
+    assert keys.load(path) == following
+    assert keys.public_key_path(path).read_text() == f"{following.public}\n"
+    assert keys.load(keys.former_key_path(path)) == first
+    assert not keys.next_key_path(path).exists()
+    with pytest.raises(AuthError, match="no key"):
+        keys.activate_next(path)
+    assert keys.load(path) == following
+    assert keys.prepare_next(path) not in (first, following)
+
+
+def test_an_activation_that_is_cut_off_anywhere_leaves_a_key_in_its_place(
+    tmp_path: Path, monkeypatch
+) -> None:
+    for cut_at in ("link", "rename", "replace"):
+        path = tmp_path / cut_at / "node.key"
+        path.parent.mkdir()
+        first = keys.generate(path)
+        following = keys.prepare_next(path)
+
+        def cut(*_args: object, **_options: object) -> None:
+            raise OSError(5, "cut off")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*((os, "link") if cut_at == "link" else (Path, cut_at)), cut)
+            with pytest.raises(AuthError, match="cut off"):
+                keys.activate_next(path)
+        assert keys.load(path) == (following if cut_at == "replace" else first)
