@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -325,27 +326,36 @@ def commit(
 
 def composed(directory: Path) -> Content:
     """Read an epoch as CRIU does: each page from the first level on the way down that has its bytes."""
+    read = cache(_read_level)  # each level once for all its pages
     return {
         image.key: {
-            number: _read_page(directory, image.key, number) for number in _pages(directory, image.key)
+            number: _fill_of(read, directory, image.key, number) for number in read(directory, image.key)[0]
         }
         for image in page_images(directory)
     }
 
 
-def _pages(directory: Path, key: SpaceKey) -> dict[int, tuple[int, int]]:
-    """Give the flags of each page and its place in the file of pages."""
-    numbers, flags = expand(read_pagemap(directory / key.pagemap_name).entries)
+_ReadLevel = Callable[[Path, SpaceKey], tuple[dict[int, tuple[int, int]], bytes]]
+
+
+def _read_level(directory: Path, key: SpaceKey) -> tuple[dict[int, tuple[int, int]], bytes]:
+    """Give the flags of each page and its place in the file of pages, and that file's content."""
+    pagemap = read_pagemap(directory / key.pagemap_name)
+    numbers, flags = expand(pagemap.entries)
     place = np.cumsum((flags & PE_PRESENT) != 0) - 1
-    return {int(n): (int(f), int(p)) for n, f, p in zip(numbers, flags, place, strict=True)}
+    file = directory / f"pages-{pagemap.pages_id}.img"
+    return (
+        {int(n): (int(f), int(p)) for n, f, p in zip(numbers, flags, place, strict=True)},
+        file.read_bytes() if file.exists() else b"",
+    )
 
 
-def _read_page(directory: Path, key: SpaceKey, number: int) -> int:
-    flags, place = _pages(directory, key)[number]
+def _fill_of(read: _ReadLevel, directory: Path, key: SpaceKey, number: int) -> int:
+    pages, content = read(directory, key)
+    flags, place = pages[number]
     if flags & PE_PARENT:
-        return _read_page(directory / "parent", key, number)
-    pages_id = read_pagemap(directory / key.pagemap_name).pages_id
-    data = (directory / f"pages-{pages_id}.img").read_bytes()[place * 4096 : (place + 1) * 4096]
+        return _fill_of(read, directory / "parent", key, number)
+    data = content[place * 4096 : (place + 1) * 4096]
     assert len(data) == 4096
     assert data == data[:1] * 4096
     return data[0]
