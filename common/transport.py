@@ -33,7 +33,7 @@ from common.config import Peer
 from common.errors import AuthError, ConfigError
 from common.keyring import Keyring
 from common.keys import KeyPair
-from common.messages import MESSAGE_BYTES, Buffer
+from common.messages import MESSAGE_BYTES, Buffer, cost_bytes
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ class Incoming:
     frames: tuple[memoryview, ...]
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all frames."""
-        return sum(len(frame) for frame in self.frames)
+    def cost_bytes(self) -> int:
+        """What it costs of the credit."""
+        return cost_bytes(self.frames)
 
 
 def tcp_endpoint(address: str, port: int) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from common.errors import ProtocolError, UnreachableError
-from common.messages import Ack, Buffer, Credit, HeldPages, Nack, Readiness, Refused, decode
+from common.messages import Ack, Buffer, Credit, HeldPages, Nack, Readiness, Refused, cost_bytes, decode
 from common.model import EpochId
 from common.rate import RateLimit
 from common.transport import Link
@@ -85,14 +85,14 @@ class Session:
 
     async def send(self, frames: Frames) -> None:
         """Send a message when there is credit for it; not at all if the replica has given up the epoch."""
-        size_bytes = sum(len(frame) for frame in frames)
+        size_bytes, cost = sum(len(frame) for frame in frames), cost_bytes(frames)
         await self._until(
-            lambda: self._credit_bytes >= size_bytes or self.outcome is not None,
+            lambda: self._credit_bytes >= cost or self.outcome is not None,
             self._timing.credit_s,
             "has granted no credit",
         )
         if self.outcome is None:
-            self._credit_bytes -= size_bytes
+            self._credit_bytes -= cost
             self._on_sent(size_bytes)
             await self._link.send(frames)
             await asyncio.sleep(self._rate.take(size_bytes, asyncio.get_running_loop().time()))

@@ -105,14 +105,20 @@ class Assembly:
         store: EpochStore,
         guard: TermGuard,
         restore_command: Sequence[str] = CRIU_RESTORE,
+        *,
+        most_memory_bytes: int,
     ) -> None:
-        """`restore_command` says how stock CRIU restores this workload, but for what the images need."""
+        """`restore_command` says how stock CRIU restores this workload, but for what the images need.
+
+        `most_memory_bytes` bounds what is taken at a sender's word: a few bytes can name any number of pages.
+        """
         self._workload = workload
         self._restore_command = restore_command
         self._leader = leader
         self._term = term
         self._store = store
         self._guard = guard
+        self._most_memory_bytes = most_memory_bytes
         self._phase = Phase.IDLE
         self._epoch: _Progress | None = None
 
@@ -165,7 +171,7 @@ class Assembly:
             part = self._store.identify(ask.epoch or ask.seed, key, ask.first_row, HELD_PAGES, hasher)
         except StoreError as error:
             # Nothing is claimed to be held then, and all of it is sent.
-            log.info("receive.cannot_tell", workload=self._workload, reason=error.message)
+            log.debug("receive.cannot_tell", workload=self._workload, reason=error.message)
             numbers, identity, more = np.empty(0, np.uint64), np.empty((0, 2), np.uint64), False
         else:
             numbers, identity, more = part.numbers, part.identity, part.more
@@ -190,6 +196,15 @@ class Assembly:
                 reason=f"{begin.epoch} is not newer than {newest.id}, which is stored already",
                 code="not-newer",
                 retry_with_base=False,
+            )
+        if begin.memory_bytes > self._most_memory_bytes:
+            return self._give_up(
+                begin,
+                NoSpaceError(
+                    f"{begin.epoch} has {begin.memory_bytes} bytes of memory, and this node takes at most "
+                    f"{self._most_memory_bytes}: four times its own",
+                    hint="let a machine with more memory be the replica",
+                ),
             )
         header = EpochHeader(
             workload=self._workload,

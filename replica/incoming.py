@@ -24,6 +24,8 @@ from replica.levels import EpochHeader, Flags, Layout, Level, Numbers, rows_in
 from replica.store_reader import EpochRecord
 
 _DESCRIPTORS = "descriptors.json"
+_DESCRIPTORS_BYTES = 1 << 16
+"""Most bytes of it: the names of three descriptors. It is kept in memory while an epoch comes."""
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +100,8 @@ class IncomingEpoch:
             self._writer.metadata(name, data, more=more)
             if name == _DESCRIPTORS:
                 self._descriptors += data
+                if len(self._descriptors) > _DESCRIPTORS_BYTES:
+                    raise StoreError(f"{name} has more than {_DESCRIPTORS_BYTES} bytes")
 
     def space(self, key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
         """Announce an address space: its pages, ascending, and a flags byte each; shape (n,).

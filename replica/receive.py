@@ -15,6 +15,7 @@ never before; a peer that talks nonsense loses its session and costs nobody else
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ class ReceiverLimits:
     """Most bytes of messages under way to this node in one session, in its memory or on the wire."""
     silence_s: float = 30.0
     """Longest pause within an epoch; then it is given up with its session."""
+    least_bytes_per_s: float = 16 << 10
+    """Slowest that an epoch may come, ..."""
+    patience_s: float = 60.0
+    """... but for as long as this, all pauses taken together: what only trickles in is given up too."""
+    memory_bytes: int = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Largest memory of an epoch: the tables of its pages take a hundredth of it here, while it comes."""
     readiness_s: float = 30.0
     """Longest check for readiness; an epoch that was not checked in time counts as not restorable."""
     sessions_per_node: int = 256
@@ -102,7 +109,7 @@ class _Session:
         """Queue a message. Past its window the session is over."""
         if self.over:
             return
-        self.unpaid_bytes += incoming.size_bytes
+        self.unpaid_bytes += incoming.cost_bytes
         if self.unpaid_bytes > self.window_bytes:
             self.waiting.clear()
             self.end("more was sent than was granted", "nonsense")
@@ -123,9 +130,9 @@ class _Session:
             await self._changed.wait()
         if self.over:
             return []
-        size_bytes, count = 0, 0
-        while count < len(self.waiting) and size_bytes < BULK_BYTES // 2:
-            size_bytes += self.waiting[count].size_bytes
+        cost_bytes, count = 0, 0
+        while count < len(self.waiting) and cost_bytes < BULK_BYTES // 2:
+            cost_bytes += self.waiting[count].cost_bytes
             count += 1
         batch, self.waiting = self.waiting[:count], self.waiting[count:]
         return batch
@@ -304,12 +311,19 @@ class Receiver:
                 credit_bytes=session.window_bytes,
             ),
         )
-        log.info("receive.greeted", workload=hello.workload, leader=session.node, term=hello.term)
+        if self._to_be_logged(session.node, f"greeted {hello.workload}"):
+            log.info("receive.greeted", workload=hello.workload, leader=session.node, term=hello.term)
         if newest is not None:
             restorable, reasons = await self._check(hello.workload, newest)
             await self._tell(session, Readiness(restorable=restorable, reasons=reasons))
         assembly = Assembly(
-            hello.workload, session.node, hello.term, store, self._guard, self._restore_command(hello.spec)
+            hello.workload,
+            session.node,
+            hello.term,
+            store,
+            self._guard,
+            self._restore_command(hello.spec),
+            most_memory_bytes=self._limits.memory_bytes,
         )
         try:
             await self._take_in(session, assembly, store)
@@ -318,35 +332,52 @@ class Receiver:
 
     async def _take_in(self, session: _Session, assembly: Assembly, store: EpochStore) -> None:
         done_bytes = 0
-        while True:
-            try:
-                async with asyncio.timeout(self._limits.silence_s if assembly.under_way else None):
-                    batch = await session.next()
-            except TimeoutError:
-                why = f"nothing came for {self._limits.silence_s:g} s in the middle of an epoch"
-                session.end(why, "no-session")
-                return
-            if not batch:
-                return
-            outcomes = await in_thread(_take_batch, assembly, batch)
-            done_bytes += sum(incoming.size_bytes for incoming in batch)
-            # Paid back in portions, small enough that what is held back never stops the sender.
-            if outcomes or done_bytes >= BULK_BYTES:
-                session.unpaid_bytes -= done_bytes
-                await self._tell(session, Credit(bytes=done_bytes))
-                done_bytes = 0
-            for outcome in outcomes:
+        while not session.over:
+            if not assembly.under_way:
+                patience_s = self._limits.patience_s
+            batch, waited_s = await self._wait(session, patience_s if assembly.under_way else None)
+            came_s = sum(incoming.cost_bytes for incoming in batch) / self._limits.least_bytes_per_s
+            patience_s = min(self._limits.patience_s, patience_s - waited_s + came_s)
+            while batch and not session.over:
+                taken, outcome = await in_thread(_take_batch, assembly, batch)
+                done_bytes += sum(incoming.cost_bytes for incoming in batch[:taken])
+                batch = batch[taken:]
+                # Paid back in portions, small enough that what is held back never stops the sender.
+                if outcome or done_bytes >= BULK_BYTES:
+                    session.unpaid_bytes -= done_bytes
+                    await self._tell(session, Credit(bytes=done_bytes))
+                    done_bytes = 0
                 if isinstance(outcome, Told):
                     await self._tell(session, outcome.message, [outcome.bulk])
-                else:
+                elif outcome:
                     await self._tell(session, await self._answer(session, outcome, store))
+
+    async def _wait(self, session: _Session, patience_s: float | None) -> tuple[list[Incoming], float]:
+        """Wait for messages, and say how long that took; within an epoch neither for ever nor too often."""
+        if patience_s is None:
+            return await session.next(), 0.0
+        silence_s = self._limits.silence_s
+        began_s = self._clock.monotonic_s()
+        try:
+            async with asyncio.timeout(min(silence_s, patience_s)):
+                return await session.next(), self._clock.monotonic_s() - began_s
+        except TimeoutError:
+            why = f"nothing came for {silence_s:g} s in the middle of an epoch"
+            if patience_s < silence_s:
+                why = f"an epoch came more slowly than {self._limits.least_bytes_per_s / 1024:g} KiB/s"
+            session.end(why, "no-session")
+            return [], 0.0
 
     async def _answer(self, session: _Session, outcome: Committed | Nack, store: EpochStore) -> Ack | Nack:
         workload = session.hello.workload
         if isinstance(outcome, Nack):
-            log.warning(
-                "receive.not_committed", workload=workload, epoch=str(outcome.epoch), reason=outcome.reason
-            )
+            if self._to_be_logged(workload, outcome.code):
+                log.warning(
+                    "receive.not_committed",
+                    workload=workload,
+                    epoch=str(outcome.epoch),
+                    reason=outcome.reason,
+                )
             self._on_not_committed(workload, outcome)
             return outcome
         record = outcome.record
@@ -378,23 +409,31 @@ class Receiver:
     async def _refuse(self, to: _Session | Incoming, code: RefusalCode, reason: str, term: int = 0) -> None:
         """Say no, count it, and log it once in a while for each node and reason."""
         self.refusals[code] += 1
-        now_s = self._clock.monotonic_s()
-        last_s = self._logged_s.get((to.node, code))
-        if last_s is None or now_s - last_s >= _LOG_INTERVAL_S:
-            self._logged_s[(to.node, code)] = now_s
+        if self._to_be_logged(to.node, code):
             log.warning("receive.refused", node=to.node, code=code, reason=reason)
         await self._server.send(to.connection, encode(Refused(code=code, reason=reason[:4096], term=term)))
 
+    def _to_be_logged(self, who: str, what: str) -> bool:
+        """Whether this is to be logged now; else it was a moment ago. Nobody fills the log by repetition."""
+        now_s = self._clock.monotonic_s()
+        last_s = self._logged_s.get((who, what))
+        if last_s is not None and now_s - last_s < _LOG_INTERVAL_S:
+            return False
+        self._logged_s[(who, what)] = now_s
+        return True
 
-def _take_batch(assembly: Assembly, batch: Sequence[Incoming]) -> list[Outcome]:
-    """Take in messages in order; runs in a thread."""
-    outcomes: list[Outcome] = []
-    for incoming in batch:
+
+def _take_batch(assembly: Assembly, batch: Sequence[Incoming]) -> tuple[int, Outcome | None]:
+    """Take in messages in order, up to the first that has an outcome: how many, and which. In a thread.
+
+    Outcomes go out before the next message is looked at: a short question can have a long answer.
+    """
+    for taken, incoming in enumerate(batch, start=1):
         message, bulk = decode(incoming.frames)
         outcome = assembly.take(message, bulk, incoming.frames)
         if outcome is not None:
-            outcomes.append(outcome)
-    return outcomes
+            return taken, outcome
+    return len(batch), None
 
 
 def _code_of(error: ProtocolError, otherwise: RefusalCode) -> RefusalCode:

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.bulk import ZERO, EpochDigest, pack, pack_runs, unpack, unpack_runs, with_content
+from common.bulk import ZERO, EpochDigest, pack, pack_runs, unpack, unpack_held, unpack_runs, with_content
 from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
 from common.errors import ProtocolError
 from common.messages import (
     BULK_BYTES,
     BULK_FRAME_BYTES,
+    FRAME_COST_BYTES,
     HEADER_BYTES,
     MESSAGE_BYTES,
     MIN_CREDIT_BYTES,
@@ -210,6 +211,51 @@ def test_a_damaged_header_never_raises_anything_else(name: str, place: int, flip
         decode([bytes(header), *frames[1:]])
 
 
+_GOLDEN_FRAMES = [
+    [b"" if line == "-" else bytes.fromhex(line) for line in path.read_text().split()]
+    for path in sorted(GOLDEN.glob("*.hex"))
+]
+
+
+@st.composite
+def damaged_frames(draw) -> list[bytes]:
+    """A golden vector, or two of them mixed, with some bytes altered, cut out or repeated."""
+    frames = [*draw(st.sampled_from(_GOLDEN_FRAMES)), *draw(st.just([]) | st.sampled_from(_GOLDEN_FRAMES))]
+    for _ in range(draw(st.integers(1, 4))):
+        number = draw(st.integers(0, len(frames) - 1))
+        frame = frames[number]
+        at, end = sorted((draw(st.integers(0, len(frame))), draw(st.integers(0, len(frame)))))
+        middle = draw(st.binary(max_size=12) | st.just(frame[at:end] * 3))
+        frames[number] = frame[:at] + middle + frame[end:]
+    return frames
+
+
+@given(damaged_frames())
+@settings(max_examples=400)
+def test_a_damaged_message_is_a_protocol_error_or_another_message(frames: list[bytes]) -> None:
+    with contextlib.suppress(ProtocolError):
+        message, bulk = decode(frames)
+        assert decode(encode(message, bulk)) == (message, list(bulk))
+
+
+@given(st.binary(max_size=200), st.integers(0, 70), st.data())
+@settings(max_examples=400)
+def test_damaged_bulk_is_a_protocol_error_or_what_it_says(garbage: bytes, pages: int, data) -> None:
+    runs = np.array([(7, 3, PE_PRESENT), (10, 5, PE_PARENT)], dtype="<u8, <u4, <u4").tobytes()
+    raw = data.draw(st.sampled_from([garbage, runs, runs * 2]))
+    frame = data.draw(st.sampled_from([garbage, pack(raw)]))
+    at = data.draw(st.integers(0, len(frame)))
+    frame = frame[:at] + garbage[:3] + frame[at:]
+    with contextlib.suppress(ProtocolError):
+        numbers, flags = unpack_runs(frame, pages)
+        assert len(numbers) == len(flags) == pages
+    with contextlib.suppress(ProtocolError):
+        numbers, identity = unpack_held(frame, pages)
+        assert (len(numbers), identity.shape) == (pages, (pages, 2))
+    with contextlib.suppress(ProtocolError):
+        assert len(unpack(frame, pages)) == pages
+
+
 @given(
     st.builds(
         Ack,
@@ -292,6 +338,14 @@ def test_another_versions_message_is_told_apart_from_nonsense_and_its_refusal_is
     assert caught.value.theirs == 9
     message, _ = decode([msgpack.packb([9, "refused", fields, []])])
     assert message == Refused(code="version", reason="too old")
+
+
+@pytest.mark.parametrize("depth", [10, 500, 1000, 1020, 100_000])
+def test_bulk_sizes_that_are_nested_however_deep_are_refused(depth: int) -> None:
+    header, *_ = encode(Commit(digest=bytes(32)))
+    with pytest.raises(ProtocolError) as raised:
+        decode([bytes(header[:-1]) + b"\x91" * depth + b"\x90"])
+    assert len(raised.value.message) < 200
 
 
 def test_deeply_nested_headers_are_refused() -> None:
@@ -389,4 +443,5 @@ def test_the_page_on_the_wire_format_names_every_message_field_and_limit() -> No
             assert f"`{field.encode_name}`" in text, (name, field.encode_name)
     for number in (MESSAGE_BYTES, HEADER_BYTES, BULK_BYTES, BULK_FRAME_BYTES, MIN_CREDIT_BYTES):
         assert f"{number:,}" in text
+    assert f"{FRAME_COST_BYTES} more (`FRAME_COST_BYTES`" in text
     assert f"**protocol\n{PROTOCOL}**" in text

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Iterator
 
+import msgspec
+import numpy as np
 import pytest
 from wire_fakes import (
     QUICK_LINK,
@@ -17,18 +19,21 @@ from wire_fakes import (
     until,
 )
 
-from common.bulk import EpochDigest
+from common.bulk import HELD_PAGES, EpochDigest, pack, pack_held
 from common.config import Peer
 from common.criu.images import SpaceKey
 from common.errors import NoSpaceError, StaleTermError, StoreError
 from common.keyring import Keyring
 from common.messages import (
     BULK_BYTES,
+    FRAME_COST_BYTES,
     MIN_CREDIT_BYTES,
     PROTOCOL,
+    AskHeld,
     Begin,
     Commit,
     Credit,
+    HeldPages,
     Hello,
     Metadata,
     Nack,
@@ -39,9 +44,11 @@ from common.messages import (
     encode,
 )
 from common.model import EpochId
-from common.transport import open_link
+from common.transport import Server, open_link
 from primary.backlog import SharedEpoch
+from primary.inquiry import ask_held
 from primary.outgoing import Held, epoch_messages
+from replica.holdings import HeldPart
 from replica.receive import ReceiverLimits
 
 
@@ -578,6 +585,92 @@ async def test_silence_in_mid_epoch_gives_the_epoch_up(pair: Pair, raw) -> None:
     refused = await raw.hear(Credit)
     assert isinstance(refused, Refused)
     assert pair.store.aborted == 1
+
+
+async def test_an_epoch_that_trickles_in_is_given_up(pair: Pair, raw, tmp_path) -> None:
+    raw.receiver._limits = ReceiverLimits(silence_s=5, patience_s=0.3)
+    await raw.greet()
+    epoch = captured(1, memory_of(3), directory=tmp_path, metadata={"core-1.img": b"c"})
+    await raw.link.send(frames_of(epoch)[0])
+    for _ in range(40):
+        await raw.say(Metadata(name="core-1.img", size=1, more=True), pack(b"c"))
+        await asyncio.sleep(0.1)
+        if pair.store.aborted:
+            break
+    refused = await raw.hear(Credit)
+    assert isinstance(refused, Refused)
+    assert "more slowly than 16 KiB/s" in refused.reason
+
+
+async def test_frames_without_content_cost_credit_too(pair: Pair, raw) -> None:
+    await raw.greet()
+    await raw.link.send([b""] * (raw.receiver._limits.credit_bytes // FRAME_COST_BYTES + 1))
+    refused = await raw.hear(Credit)
+    assert isinstance(refused, Refused)
+    assert "granted" in refused.reason
+
+
+async def test_a_few_bytes_that_name_any_number_of_pages_are_not_believed(pair: Pair, raw) -> None:
+    await raw.greet()
+    begin, *_ = frames_of(captured(1, memory_of(3)))
+    message, _ = decode(begin)
+    await raw.say(msgspec.structs.replace(message, memory_bytes=1 << 53))
+    nack = await raw.hear(Credit)
+    assert isinstance(nack, Nack)
+    assert nack.code == "no-space"
+    assert not pair.store.begun
+
+
+async def test_many_questions_at_once_are_answered_one_after_the_other(pair: Pair, raw, monkeypatch) -> None:
+    most = 0
+
+    def identify(what, key, first_row, pages, hasher):
+        nonlocal most
+        most = max(most, first_row - len(told))
+        return HeldPart(np.empty(0, np.uint64), np.empty((0, 2), np.uint64), False)
+
+    told: list[object] = []
+    monkeypatch.setattr(pair.store, "identify", identify)
+    send = Server.send
+
+    async def note(server, connection, frames):
+        told.extend(m for m in [decode(frames)[0]] if isinstance(m, HeldPages))
+        return await send(server, connection, frames)
+
+    monkeypatch.setattr(Server, "send", note)
+    await raw.greet()
+    for row in range(300):
+        await raw.say(AskHeld(epoch=None, seed=1, secret=bytes(8), kind="task", ident=1, first_row=row))
+    await until(lambda: len(told) == 300)
+    assert most == 0
+
+
+async def test_a_replica_that_always_has_more_is_listened_to_for_a_while_only() -> None:
+    epoch = captured(1, memory_of(3))
+
+    class Endless:
+        asked = 0
+
+        async def ask(self, frames):
+            self.asked += 1
+            ask, _ = decode(frames)
+            numbers = ask.first_row + 1_000_000 * np.arange(HELD_PAGES, dtype=np.uint64)
+            if ask.first_row:
+                numbers = numbers + np.uint64(ask.first_row * 1_000_000)
+            identity = np.zeros((HELD_PAGES, 2), np.uint64)
+            held = HeldPages(kind=ask.kind, ident=ask.ident, pages=HELD_PAGES, more=True)
+            return held, pack_held(numbers, identity)
+
+    async def kept(session, epoch) -> int:
+        return sum(
+            len(space.numbers) for space in (await ask_held(session, epoch, 1, seed=7)).spaces.values()
+        )
+
+    assert await kept(session := Endless(), epoch) <= 3
+    assert session.asked == 1  # the rest lies behind the epoch's last page
+    far = captured(1, {TASK: {1: page(1), 1 << 50: page(2)}})
+    assert await kept(session := Endless(), far) <= 2
+    assert session.asked == 4
 
 
 @pytest.mark.parametrize(

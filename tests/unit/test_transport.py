@@ -16,7 +16,7 @@ from common.config import Peer
 from common.errors import AuthError, ConfigError
 from common.keyring import Keyring
 from common.keys import KeyPair
-from common.messages import MESSAGE_BYTES
+from common.messages import FRAME_COST_BYTES, MESSAGE_BYTES
 from common.transport import KeyRefusedError, LinkTiming, Server, open_link, tcp_endpoint
 
 A, B, C, SERVER = (new_keys() for _ in range(4))
@@ -75,7 +75,7 @@ async def test_messages_go_both_ways_and_carry_who_sent_them(context, address: s
                 incoming = await server.receive()
                 assert incoming.node == name
                 assert [bytes(frame) for frame in incoming.frames] == [b"head", bytes(100_000)]
-                assert incoming.size_bytes == 100_004
+                assert incoming.cost_bytes == 100_004 + 2 * FRAME_COST_BYTES
                 assert await server.send(incoming.connection, [b"to", name.encode()])
                 assert await link.receive() == [b"to", name.encode()]
 
