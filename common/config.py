@@ -62,6 +62,8 @@ class Store(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Empty: `store` below `state_dir`."""
     min_free_bytes: int = 512 * 1024 * 1024
     """An epoch that would leave less than this free is refused before it begins."""
+    max_bytes: int = 0
+    """So is one that would let all stores together take more than this; 0: no bound."""
     max_levels: int = 8
     """Longest chain of images that a restore may have to read."""
     fold_mib_per_s: float = 256.0
@@ -208,6 +210,8 @@ def _problems(config: NodeConfig) -> list[str]:
         found.append(
             "heartbeat.suspect_after_ms: at least three times interval_ms, or one lost beat is a failure"
         )
+    if config.store.max_bytes < 0:
+        found.append("store.max_bytes: 0 for no bound, or more")
     if config.store.max_levels < 2:
         found.append("store.max_levels: at least 2")
     if config.store.fold_mib_per_s < 0:

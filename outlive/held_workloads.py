@@ -16,6 +16,7 @@ from common.config import NodeConfig
 from common.errors import WorkloadError
 from common.model import WorkloadSpec
 from outlive.workload_agent import WorkloadAgent
+from replica.ceiling import Ceiling
 from replica.store import EpochStore
 
 log = structlog.get_logger(__name__)
@@ -31,6 +32,7 @@ class HeldWorkloads:
         self._make = make
         self._held: dict[str, WorkloadAgent] = {}
         self._opening = asyncio.Lock()
+        self._ceiling = Ceiling(config.store_dir, config.store.max_bytes)
 
     def __getitem__(self, name: str) -> WorkloadAgent:
         """Return a workload that is held. Raises WorkloadError if it was let go; sessions may outlive it."""
@@ -78,5 +80,6 @@ class HeldWorkloads:
             name,
             min_free_bytes=self._config.store.min_free_bytes,
             max_levels=self._config.store.max_levels,
+            ceiling=self._ceiling,
             fold_bytes_per_s=self._config.store.fold_mib_per_s * (1 << 20),
         )

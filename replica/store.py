@@ -35,6 +35,7 @@ from common.errors import NoSpaceError, StoreError
 from common.identity import PageHasher
 from common.model import EpochId
 from common.rate import RateLimit
+from replica.ceiling import Ceiling
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
 from replica.holdings import HeldPart, Holdings
 from replica.incoming import IncomingEpoch
@@ -107,9 +108,11 @@ class EpochStore(StoreReader):
         lock_fd: int,
         seed: Level | None,
         fold_bytes_per_s: float,
+        ceiling: Ceiling,
     ) -> None:
         super().__init__(layout, levels, disk)
         self._min_free_bytes = min_free_bytes
+        self._ceiling = ceiling
         self._max_levels = max_levels
         self._clock = clock
         self._lock_fd = lock_fd
@@ -133,6 +136,7 @@ class EpochStore(StoreReader):
         min_free_bytes: int,
         max_levels: int,
         fold_bytes_per_s: float = 0,
+        ceiling: Ceiling | None = None,
         disk: Disk | None = None,
         clock: Clock | None = None,
     ) -> EpochStore:
@@ -140,6 +144,7 @@ class EpochStore(StoreReader):
 
         Raises StoreError when somebody else has it open or it is of another version. `max_levels` (at least
         2) is the longest chain wanted; see `begin`. Folds read at most `fold_bytes_per_s`; 0 for no bound.
+        `ceiling` bounds this store and those beside it together; None: nothing but the disk does.
         """
         if max_levels < 2:
             raise StoreError(f"a chain of at most {max_levels} levels cannot hold a delta; allow 2 or more")
@@ -164,6 +169,7 @@ class EpochStore(StoreReader):
             lock_fd=lock_fd,
             seed=seed,
             fold_bytes_per_s=fold_bytes_per_s,
+            ceiling=ceiling or Ceiling(directory, 0),
         )
 
     def close(self) -> None:
@@ -201,9 +207,9 @@ class EpochStore(StoreReader):
         `seed` names the one that `COPIED` pages are to be taken from, 0 for none.
 
         Raises StoreError when it is not newer than the newest, or base or seed are not held; NoSpaceError if
-        less than `min_free_bytes` would be left after `expected_bytes`, or when folding is so far behind
-        that the chain would exceed twice `max_levels`. Several may be under way; the first that commits
-        makes older ones fail.
+        less than `min_free_bytes` would be left after `expected_bytes`, when the ceiling would be passed, or
+        when folding is so far behind that the chain would exceed twice `max_levels`. Several may be under
+        way; the first that commits makes older ones fail.
         """
         with self._mutex:
             self._check_next(header)
@@ -213,7 +219,7 @@ class EpochStore(StoreReader):
                     f"{header.base} already stands on {2 * self._max_levels - 1} others: folding is behind",
                     hint="retry when the fold in progress is done, or send a full epoch",
                 )
-            if not self._has_room(expected_bytes):
+            if not (self._has_room(expected_bytes) and self._ceiling.admits(expected_bytes)):
                 if not seed:
                     self._drop_seed()
                 self._collect_if_idle()
@@ -222,6 +228,12 @@ class EpochStore(StoreReader):
                         f"epoch {header.id} would leave less than {self._min_free_bytes} bytes free"
                         f" in {self._layout.root}",
                         hint="free some space, or lower store.min_free_bytes",
+                    )
+                if not self._ceiling.admits(expected_bytes, anew=True):
+                    raise NoSpaceError(
+                        f"with epoch {header.id} the stores in {self._layout.root.parent} would take"
+                        f" more than {self._ceiling.max_bytes} bytes",
+                        hint="remove stores that nobody needs, or raise store.max_bytes",
                     )
             directory = self._layout.incoming / f"{header.id}-{secrets.token_hex(4)}"
             writer = LevelWriter(self._disk, directory, op="commit")
