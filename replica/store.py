@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -124,6 +123,7 @@ class EpochStore(StoreReader):
         self._known: tuple[EpochId, dict[SpaceKey, Numbers]] | None = None  # pages of the newest epoch
         self._seed = seed
         self._unswept = False
+        self._newest_levels = self.newest.levels if self.newest else 0
         self._fold_rate = RateLimit(fold_bytes_per_s)
         self._holdings: tuple[tuple[Level, ...], Holdings] | None = None
 
@@ -360,7 +360,7 @@ class EpochStore(StoreReader):
         try:
             writer = LevelWriter(self._disk, directory, op="fold")
             try:
-                fold_into(writer, folded, self._disk, step=partial(self._breathe, len(folded)))
+                fold_into(writer, folded, self._disk, step=self._breathe)
                 command = self._disk.read_file(newest.path / RESTORE_NAME, op="fold.read-command")
                 made = writer.finish(self._layout, header, newest.manifest.committed_wall_s, command)
             finally:
@@ -387,15 +387,15 @@ class EpochStore(StoreReader):
         finally:
             self._disk.remove_tree(directory, op="fold.remove")
 
-    def _breathe(self, levels: int, size_bytes: int) -> None:
+    def _breathe(self, size_bytes: int) -> None:
         """Let a fold go on, at its pace; raises FoldAbandonedError when it has to end.
 
-        A chain beyond the longest wanted is folded as fast as it can be: soon no delta would be taken.
+        When the newest chain is longer than wanted, it goes as fast as it can: soon no delta would be taken.
         """
         if self._holds > 0 or self._lock_fd < 0:
             raise FoldAbandonedError
         wait_s = self._fold_rate.take(size_bytes, self._clock.monotonic_s())
-        if levels <= self._max_levels:
+        if self._newest_levels <= self._max_levels:
             time.sleep(wait_s)
 
     # --- what an arriving epoch needs of its store -----------------------------------------------
@@ -424,6 +424,7 @@ class EpochStore(StoreReader):
                 self._stale.append(self._seed.path)
                 self._seed = None
             record = self._record(self._levels, level.id)
+            self._newest_levels = record.levels
         log.info("store.committed", epoch=str(level.id), bytes=record.bytes_on_disk, levels=record.levels)
         return record
 
