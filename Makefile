@@ -3,10 +3,11 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench sim kill-series clean
+.PHONY: help setup demo check test bench sim kill-series torture clean
 
 SEEDS := 5000
 ROUNDS := 120
+SCALE := full
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +39,9 @@ sim: setup  ## simulated clusters, SEEDS of them (5000)
 
 kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120); JSON on stdout
 	@$(BIN)/python -m tests.campaigns.kill_series --rounds $(ROUNDS)
+
+torture: setup  ## crashes, power loss and errors of a store, restores, planted bugs; SCALE=short for seconds
+	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
 
 clean:  ## remove what setup and the tools made in this checkout
 	rm -rf .venv .criu .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

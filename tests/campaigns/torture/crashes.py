@@ -47,10 +47,20 @@ def cases(seed: int, scale: Scale) -> Iterator[Case]:
         yield from _cases_of(f"{seed}-{number}", scale)
 
 
+def stops(seed: int, scale: Scale) -> Iterator[Case]:
+    """Make only stops that lose by chance, at each operation: what finds an operation in the wrong place."""
+    for number in range(3):
+        history = f"{seed}-{number}"
+        steps = random_steps(chance_of(history), epochs=scale.of(6, 7, 8))
+        for n, op in enumerate(operations(steps)):
+            at = f"history {history}, operation {n} ({op})"
+            yield Case("stop, lost and torn by chance", at, _stop(steps, n, chance=f"{history}-{n}"))
+
+
 def _cases_of(history: str, scale: Scale) -> Iterator[Case]:
     steps = random_steps(chance_of(history), epochs=scale.of(5, 7, 8))
     ops = operations(steps)
-    every = range(0, len(ops), scale.of(7, 1, 1))
+    every = range(0, len(ops), scale.of(23, 1, 1))
     for n in every:
         at = f"history {history}, operation {n} ({ops[n]})"
         yield Case("stop, all unsynced lost", at, _stop(steps, n))
@@ -67,7 +77,7 @@ def _cases_of(history: str, scale: Scale) -> Iterator[Case]:
             label, chance = f"{at}, {times}", f"{history}-{n}-{times}"
             yield Case("stop in recovery from a stop", label, _stop_in_recovery(steps, n, chance))
             yield Case("error, then stop", label, _error_then_stop(steps, n, len(ops), chance))
-    for times in range(scale.of(40, 200, 500)):
+    for times in range(scale.of(30, 200, 500)):
         label = f"history {history}, damage {times}"
         yield Case("files damaged while off", label, _damage(steps, f"{history}-{times}"))
 

@@ -109,7 +109,7 @@ def _cases(
     recorded: Recorded, scale: Scale, name: str, seed: int, room: Path, place: Place
 ) -> Iterator[Case]:
     try:
-        places = recorded.places(scale.of(3, 10, 24), f"{seed}-{name}", room / "undisturbed")
+        places = recorded.places(scale.of(2, 10, 24), f"{seed}-{name}", room / "undisturbed")
     finally:
         shutil.rmtree(room / "undisturbed")
     for n in places:
