@@ -49,6 +49,7 @@ _CONNECTIONS_KNOWN: Final = 256
 """Connections remembered before those that have ended are looked for and forgotten."""
 _LISTEN_AGAIN_S: Final = 5.0
 _LISTEN_POLL_S: Final = 0.005
+_PARTING_POLLS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,11 @@ class Server:
                     raise ConfigError(f"cannot listen on {self._endpoint} again: {error.strerror}") from error
                 await asyncio.sleep(_LISTEN_POLL_S)
             else:
-                return
+                break
+        # libzmq ends connections while something is asked of their socket, and nobody may be receiving now.
+        for _ in range(_PARTING_POLLS):
+            self._socket.getsockopt(zmq.EVENTS)
+            await asyncio.sleep(_LISTEN_POLL_S)
 
     def _remember(self, connection: bytes, key: str, frame: zmq.Frame) -> None:
         if len(self._connections) >= _CONNECTIONS_KNOWN:
