@@ -258,7 +258,7 @@ class Server:
                 break
         # libzmq ends connections while something is asked of their socket, and nobody may be receiving now.
         for _ in range(_PARTING_POLLS):
-            self._socket.getsockopt(zmq.EVENTS)
+            self._socket.get(zmq.EVENTS)  # not `getsockopt`, which would swallow a wake-up
             await asyncio.sleep(_LISTEN_POLL_S)
 
     def _remember(self, connection: bytes, key: str, frame: zmq.Frame) -> None:
