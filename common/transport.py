@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 import socket as sockets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -41,8 +42,17 @@ ZAP_DOMAIN: Final = b"outlive"
 """Named exactly on both sides: a socket with a domain that nobody answers for lets every peer hang."""
 
 _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
-_QUEUE_MESSAGES: Final = 1000
-"""Messages that a socket holds a connection, each way. Bytes are bounded by credit, not by this."""
+_SEND_QUEUE_MESSAGES: Final = 64
+"""Messages that a socket holds for a connection whose other end does not read."""
+_RECEIVE_QUEUE_MESSAGES: Final = 0
+"""No bound. libzmq 4.3.5 ends the whole process when a ping is due on a connection that broke while its
+input was stopped for a full queue (zeromq/libzmq#3937, #4364). Input never stops: who floods is cut off."""
+_MOST_FRAMES: Final = 4
+"""Frames of a message that are kept; one more than any message has, to show that there were more."""
+_FLOOD_FRAMES: Final = 1000
+"""Frames of one message for which its connection is cut off."""
+_MOST_PER_S: Final = 1000
+_FORGOTTEN: Final = 1024
 _REFUSALS_REMEMBERED: Final = 1024
 _REFUSAL_LOG_INTERVAL_S: Final = 60.0
 _CONNECTIONS_KNOWN: Final = 256
@@ -139,9 +149,12 @@ class Server:
         port: int,
         keys: Keyring,
         timing: LinkTiming = DEFAULT_TIMING,
+        most_per_s: int = _MOST_PER_S,
         on_refused: Callable[[str, str], None] = lambda address, reason: None,
     ) -> None:
         """Listen at `address`; `keys` says who may come in; port 0 is any free one.
+
+        A connection that brings more than `most_per_s` messages in a second is cut off; 0 is no bound.
 
         `on_refused` is told from which address a key was refused, and which, as often as it is logged.
 
@@ -152,6 +165,10 @@ class Server:
         self._on_refused = on_refused
         self._logged_at: dict[tuple[str, str], float] = {}
         self._connections: dict[bytes, _Connection] = {}
+        self._most_per_s = most_per_s
+        self._came: Counter[bytes] = Counter()
+        self._second = 0
+        self._cut_off: set[bytes] = set()
         self.refused = 0
         """Connections refused since the start."""
         endpoint = tcp_endpoint(address, port)
@@ -202,16 +219,20 @@ class Server:
     async def receive(self) -> Incoming:
         """Wait for the next message of any peer. Frames are views of what libzmq holds: not copied."""
         while True:
-            frames = await self._socket.recv_multipart(copy=False)
+            frames, frames_came = await _next_message(self._socket)
             key = _key_of(frames[0])
-            if not key:
-                continue
             connection = frames[0].bytes
+            if not key or connection in self._cut_off:
+                continue
             if connection not in self._connections:
                 self._remember(connection, key, frames[0])
             node = self._keys.node_of(key)
             if not node:
                 self._cut(connection)
+            elif frames_came > _FLOOD_FRAMES or self._floods(connection):
+                self.cut(connection)
+                if self._to_be_logged(node, "flood"):
+                    log.warning("transport.cut node=%s reason=it floods this node", node)
             elif len(frames) > 1:
                 return Incoming(connection, node, key, tuple(frame.buffer for frame in frames[1:]))
 
@@ -227,6 +248,14 @@ class Server:
                 return False
             raise
         return True
+
+    def cut(self, connection: bytes) -> None:
+        """End a connection whose peer goes on and on, and read nothing of it any more."""
+        if len(self._cut_off) >= _FORGOTTEN:
+            self._cut_off.clear()
+        self._cut_off.add(connection)
+        if connection in self._connections:
+            self._cut(connection)
 
     def close(self) -> None:
         """Stop listening and drop all connections. Harmless when repeated."""
@@ -277,6 +306,14 @@ class Server:
         ]:
             self._cut(connection)
 
+    def _floods(self, connection: bytes) -> bool:
+        second = int(asyncio.get_running_loop().time())
+        if second != self._second:
+            self._second = second
+            self._came.clear()
+        self._came[connection] += 1
+        return 0 < self._most_per_s < self._came[connection]
+
     def _cut(self, connection: bytes) -> None:
         self._connections.pop(connection).cut()
 
@@ -286,15 +323,20 @@ class Server:
         if self._keys.node_of(key) and domain == ZAP_DOMAIN and mechanism == b"CURVE":
             return key
         self.refused += 1
-        now = asyncio.get_running_loop().time()
-        if len(self._logged_at) >= _REFUSALS_REMEMBERED:
-            self._logged_at.clear()
-        last = self._logged_at.get((address, key))
-        if last is None or now - last >= _REFUSAL_LOG_INTERVAL_S:
-            self._logged_at[(address, key)] = now
+        if self._to_be_logged(address, key):
             log.warning("transport.refused address=%s public_key=%s reason=not-a-peer", address, key)
             self._on_refused(address, f"the key {key} from {address} is no configured peer's")
         return ""
+
+    def _to_be_logged(self, who: str, what: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        if len(self._logged_at) >= _REFUSALS_REMEMBERED:
+            self._logged_at.clear()
+        last = self._logged_at.get((who, what))
+        if last is not None and now - last < _REFUSAL_LOG_INTERVAL_S:
+            return False
+        self._logged_at[(who, what)] = now
+        return True
 
 
 class Link:
@@ -332,8 +374,8 @@ class Link:
 
     async def receive(self) -> list[bytes]:
         """Wait for the peer's next message."""
-        frames: list[bytes] = await self._socket.recv_multipart()
-        return frames
+        frames, _ = await _next_message(self._socket)
+        return [frame.bytes for frame in frames]
 
     async def lost(self) -> str:
         """Wait until the connection ends and say how. Raises AuthError if keys do not match."""
@@ -420,7 +462,7 @@ def _configure(socket: zmq.asyncio.Socket, endpoint: str, keys: KeyPair, timing:
     """Set what both ends have in common; nothing that matters is left at libzmq's default."""
     socket.linger = 0
     socket.ipv6 = "[" in endpoint
-    socket.sndhwm = socket.rcvhwm = _QUEUE_MESSAGES
+    socket.sndhwm, socket.rcvhwm = _SEND_QUEUE_MESSAGES, _RECEIVE_QUEUE_MESSAGES
     socket.maxmsgsize = MESSAGE_BYTES
     socket.handshake_ivl = timing.handshake_ms
     socket.heartbeat_ivl = timing.ping_ms
@@ -433,6 +475,23 @@ def _configure(socket: zmq.asyncio.Socket, endpoint: str, keys: KeyPair, timing:
 def _identify(socket: zmq.asyncio.Socket, keys: KeyPair) -> None:
     socket.curve_secretkey = keys.secret.encode("ascii")
     socket.curve_publickey = keys.public.encode("ascii")
+
+
+async def _next_message(socket: zmq.asyncio.Socket) -> tuple[list[zmq.Frame], int]:
+    """Wait for the next message; of frames beyond any sound message's one is kept. And how many came.
+
+    What is there already would come without a pause: in a flood nothing else would have its turn.
+    """
+    await asyncio.sleep(0)
+    frames: list[zmq.Frame] = [await socket.recv(copy=False)]
+    more, came = frames[0].more, 1
+    while more:
+        # The rest of a message is there with its first frame: nothing to wait for.
+        frame = zmq.Socket.recv(socket, copy=False)
+        more, came = frame.more, came + 1
+        if len(frames) < _MOST_FRAMES:
+            frames.append(frame)
+    return frames, came
 
 
 def _key_of(frame: zmq.Frame) -> str:

@@ -37,6 +37,9 @@ class StreamTiming:
 
 DEFAULT_STREAM_TIMING: Final = StreamTiming()
 
+_MOST_PER_S: Final = 10_000
+"""Messages of a replica in a second: a sound one says little more than a word for each MiB that it gets."""
+
 
 class RefusedError(ProtocolError):
     """The receiver said no, and why."""
@@ -73,6 +76,7 @@ class Session:
         self._in_flight: EpochId | None = None
         self._asked = False
         self._told: tuple[HeldPages, Buffer] | None = None
+        self._second, self._heard = 0, 0
         self._changed = asyncio.Event()
 
     def begin(self, epoch: EpochId) -> None:
@@ -122,6 +126,11 @@ class Session:
         """Take in what the receiver says, until it says something that ends the session."""
         while True:
             message, bulk = decode(await self._link.receive())
+            if (second := int(asyncio.get_running_loop().time())) != self._second:
+                self._second, self._heard = second, 0
+            self._heard += 1
+            if self._heard > _MOST_PER_S:
+                raise ProtocolError(f"{self._peer} says more than {_MOST_PER_S} things in a second")
             if isinstance(message, Credit):
                 self._credit_bytes += message.bytes
                 if self._credit_bytes > self._window_bytes:

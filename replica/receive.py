@@ -66,6 +66,11 @@ Check = Callable[[str, EpochRecord], Awaitable[tuple[bool, tuple[str, ...]]]]
 """Whether a workload's epoch could be restored here, and why not."""
 
 _LOG_INTERVAL_S: Final = 60.0
+_MOST_REFUSALS: Final = 32
+"""How often a connection is refused before it is cut off: a sound sender ends it after the first time."""
+_TIMES_GRANTED: Final = 4
+"""How many times what was granted is read before the connection is cut off: it was told after the first."""
+_CONNECTIONS_KNOWN: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,9 @@ class _Session:
 
     def put(self, incoming: Incoming) -> None:
         """Queue a message. Past its window the session is over."""
+        self.unpaid_bytes += incoming.cost_bytes
         if self.over:
             return
-        self.unpaid_bytes += incoming.cost_bytes
         if self.unpaid_bytes > self.window_bytes:
             self.waiting.clear()
             self.end("more was sent than was granted", "nonsense")
@@ -180,6 +185,7 @@ class Receiver:
         self._sessions: dict[bytes, _Session] = {}
         self._active: dict[str, _Session] = {}
         self._turns: dict[str, asyncio.Lock] = {}
+        self._refused_of: Counter[bytes] = Counter()
         self._logged_s: dict[tuple[str, str], float] = {}
         self.listening = asyncio.Event()
         """Set while peers can connect."""
@@ -196,6 +202,7 @@ class Receiver:
             port=self._config.node.agent_port,
             keys=self._keys,
             timing=self._link_timing,
+            most_per_s=0,  # credit bounds them
             on_refused=self._on_refused,
         )
         self._server = server
@@ -238,6 +245,8 @@ class Receiver:
         session = self._sessions.get(incoming.connection)
         if session is not None:
             session.put(incoming)
+            if session.unpaid_bytes > _TIMES_GRANTED * session.window_bytes:
+                self._server.cut(session.connection)
             return
         try:
             hello, _ = decode(incoming.frames)
@@ -411,6 +420,12 @@ class Receiver:
         self.refusals[code] += 1
         if self._to_be_logged(to.node, code):
             log.warning("receive.refused", node=to.node, code=code, reason=reason)
+        if len(self._refused_of) >= _CONNECTIONS_KNOWN:
+            self._refused_of.clear()
+        self._refused_of[to.connection] += 1
+        if self._refused_of[to.connection] > _MOST_REFUSALS:
+            self._server.cut(to.connection)
+            return
         await self._server.send(to.connection, encode(Refused(code=code, reason=reason[:4096], term=term)))
 
     def _to_be_logged(self, who: str, what: str) -> bool:

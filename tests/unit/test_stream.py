@@ -603,11 +603,26 @@ async def test_an_epoch_that_trickles_in_is_given_up(pair: Pair, raw, tmp_path) 
 
 
 async def test_frames_without_content_cost_credit_too(pair: Pair, raw) -> None:
+    pair.store.delay_s = 1.0
+    raw.receiver._limits = ReceiverLimits(credit_bytes=MIN_CREDIT_BYTES)
     await raw.greet()
-    await raw.link.send([b""] * (raw.receiver._limits.credit_bytes // FRAME_COST_BYTES + 1))
+    for frames in frames_of(captured(1, memory_of(3)))[:-1]:
+        await raw.link.send(frames)
+    await asyncio.sleep(0.2)  # the store is busy now
+    for _ in range(raw.receiver._limits.credit_bytes // FRAME_COST_BYTES + 1):
+        await raw.link.send([b""])
     refused = await raw.hear(Credit)
     assert isinstance(refused, Refused)
     assert "granted" in refused.reason
+
+
+async def test_who_goes_on_after_being_refused_is_cut_off(pair: Pair, raw) -> None:
+    gone = asyncio.create_task(raw.link.lost())
+    for _ in range(100):
+        await raw.link.send([b"nonsense"])
+    async with asyncio.timeout(5):
+        assert await gone
+    assert 32 <= raw.receiver.refusals["nonsense"] < 100
 
 
 async def test_a_few_bytes_that_name_any_number_of_pages_are_not_believed(pair: Pair, raw) -> None:

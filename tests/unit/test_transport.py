@@ -145,6 +145,32 @@ async def test_a_message_larger_than_any_ends_the_connection(context) -> None:
                 assert "ended" in await link.lost()
 
 
+@pytest.mark.parametrize("frames", [1, 5000])
+async def test_who_floods_is_cut_off_and_nobody_else(context, frames: int, caplog) -> None:
+    """A peer that sends more than anybody can read must take neither memory nor anybody's turn."""
+    async with serving(context) as server:
+        with link_to(server, context, A) as a, link_to(server, context, B) as b:
+            gone = asyncio.create_task(a.lost())
+            await b.send([b"before"])
+            for _ in range(3000):
+                await a.send([b"x"] * frames)
+                if frames > 1:
+                    break
+            await b.send([b"after"])
+            heard = []
+            async with asyncio.timeout(5):
+                while b"after" not in heard:
+                    heard.append(bytes((await server.receive()).frames[0]))
+            assert heard.count(b"x") <= 1000
+            if frames > 1:
+                reading = asyncio.create_task(server.receive())
+                async with asyncio.timeout(5):
+                    assert await gone
+                reading.cancel()
+            gone.cancel()
+    assert caplog.text.count("floods") <= 1
+
+
 async def test_nothing_is_queued_while_there_is_no_connection(context) -> None:
     async with serving(context) as server:
         port = server.port

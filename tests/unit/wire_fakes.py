@@ -250,6 +250,9 @@ class Pair:
     not_committed: list[tuple[str, Nack]] = field(default_factory=list)
     """What the receiving node was told of epochs that it did not keep."""
 
+    def store_of(self, workload: str) -> StoreInMemory:
+        return self.store
+
     def config(self) -> NodeConfig:
         peers = (Peer(name="a", address="127.0.0.1", public_key=self.a.public), *self.peers)
         return NodeConfig(node=Node(name="b", address="127.0.0.1", agent_port=self.port), peers=peers)
@@ -267,7 +270,7 @@ class Pair:
             context,
             self.config(),
             Keyring(self.b, self.config().peers),
-            stores=lambda workload: self.store,
+            stores=self.store_of,
             guard=self.guard,
             accept=accept,
             readiness=ready,
@@ -305,13 +308,12 @@ class Pair:
             agent_port=port or self.port,
             max_mib_per_s=max_mib_per_s,
         )
-        options = {"timing": QUICK, "link_timing": QUICK_LINK, **options}
+        options = {"spec": SPEC, "timing": QUICK, "link_timing": QUICK_LINK, **options}
         stream = ReplicaStream(
             self.context_a,
             node=node,
             keys=Keyring(keys or self.a, [peer]),
             peer=peer,
-            spec=SPEC,
             term=term,
             incarnation="i",
             **options,
