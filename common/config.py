@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -60,6 +60,10 @@ class Store(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     directory: str = ""
     """Empty: `store` below `state_dir`."""
+    encryption: Literal["none", "fscrypt"] = "none"
+    """Whether the file system encrypts the directory."""
+    encryption_key_file: str = ""
+    """64 bytes as `outlive keys generate-store-key` makes them; mode 0600, not on the store's file system."""
     min_free_bytes: int = 512 * 1024 * 1024
     """An epoch that would leave less than this free is refused before it begins."""
     max_bytes: int = 0
@@ -221,6 +225,8 @@ def _problems(config: NodeConfig) -> list[str]:
         for peer in config.peers
         if peer.max_mib_per_s < 0
     ]
+    if (config.store.encryption == "none") == bool(config.store.encryption_key_file):
+        found.append('store.encryption_key_file: it belongs to store.encryption = "fscrypt", and that to it')
     known = set(node_names)
     for fence in config.fences:
         if fence.node not in known:
@@ -264,7 +270,11 @@ def _path_problems(config: NodeConfig) -> Iterator[str]:
         "node.cgroup_parent": node.cgroup_parent,
         "node.boot_id_file": node.boot_id_file,
     }
-    optional = {"node.criu": node.criu, "store.directory": config.store.directory}
+    optional = {
+        "node.criu": node.criu,
+        "store.directory": config.store.directory,
+        "store.encryption_key_file": config.store.encryption_key_file,
+    }
     for key, path in (paths | {key: path for key, path in optional.items() if path}).items():
         if not path.startswith("/"):
             yield f"{key} {path!r} must be an absolute path: {_RELATIVE}"

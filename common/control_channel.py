@@ -11,11 +11,9 @@ command line are one version of Outlive, so this format is not a promise.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket as sockets
-import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -26,6 +24,7 @@ import zmq.asyncio
 
 from common.control import KeeperAnswer, KeeperRequest, Refused
 from common.errors import ConfigError, OutliveError, ProtocolError, UnreachableError
+from common.private_directory import prepare_private_directory
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class ControlServer:
         made or is open to others.
         """
         path = _socket_path(endpoint)
-        prepare_run_directory(path.parent)
+        prepare_private_directory(path.parent, "node.run_dir")
         if _somebody_listens(path):
             raise ConfigError(f"another process answers at {path} already", hint="stop it first")
         self._handler = handler
@@ -132,23 +131,6 @@ async def ask(
         ) from error
     finally:
         socket.close(linger=0)
-
-
-def prepare_run_directory(path: Path) -> None:
-    """Make the directory (mode 0700) if it isn't there. Raises ConfigError if others may enter it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        status = path.stat()
-    except OSError as error:
-        raise ConfigError(f"cannot make the run directory {path}: {error.strerror}") from error
-    mode = stat.S_IMODE(status.st_mode)
-    if not stat.S_ISDIR(status.st_mode) or mode & 0o077 or status.st_uid != os.geteuid():
-        raise ConfigError(
-            f"the run directory {path} is open to others (mode {mode:04o}, owner {status.st_uid})",
-            hint=f"use one that is Outlive's alone, or: chmod 0700 {path}",
-        )
 
 
 def _socket_path(endpoint: str) -> Path:

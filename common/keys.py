@@ -1,4 +1,4 @@
-"""The key pair by which a node is known: made once, kept in a file that nobody else can read.
+"""A node's secrets, in files that nobody else can read: the key pair by which it is known, its store's key.
 
 In: a path. Out: a `KeyPair` in Z85 text, as peers' configuration names it. The secret file holds the secret
 key alone (the public one follows from it); `PATH.pub` beside it is for copying to the peers.
@@ -7,6 +7,7 @@ key alone (the public one follows from it); `PATH.pub` beside it is for copying 
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ import zmq
 from common.errors import AuthError
 
 _KEY_CHARACTERS = 40
+STORE_KEY_BYTES = 64
+"""What AES-256-XTS takes, and the most that the kernel's fscrypt does."""
 _FILE_BYTES = 4096
 """A key file is far smaller; more is not read."""
 
@@ -50,7 +53,7 @@ def generate(path: Path) -> KeyPair:
     """
     public, secret = (half.decode("ascii") for half in zmq.curve_keypair())
     try:
-        _write_new(path, 0o600, f"{secret}\n")
+        _write_new(path, 0o600, f"{secret}\n".encode("ascii"))
     except FileExistsError:
         raise AuthError(
             f"there is a key at {path} already",
@@ -61,7 +64,7 @@ def generate(path: Path) -> KeyPair:
     beside = public_key_path(path)
     try:
         beside.unlink(missing_ok=True)
-        _write_new(beside, 0o644, f"{public}\n")
+        _write_new(beside, 0o644, f"{public}\n".encode("ascii"))
     except OSError as error:
         raise AuthError(f"cannot write the public key to {beside}: {error.strerror}") from error
     return KeyPair(public, secret)
@@ -72,22 +75,7 @@ def load(path: Path) -> KeyPair:
 
     Raises AuthError: missing, readable by others, belonging to another user, or not a key.
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            content = file.read(_FILE_BYTES)
-    except FileNotFoundError:
-        raise AuthError(f"there is no key at {path}", hint="make one: outlive keys generate") from None
-    except OSError as error:
-        raise AuthError(f"cannot read the key at {path}: {error.strerror}") from error
-    mode = stat.S_IMODE(status.st_mode)
-    if not stat.S_ISREG(status.st_mode) or mode & 0o077:
-        raise AuthError(
-            f"the key at {path} can be read by others (mode {mode:04o})",
-            hint=f"chmod 0600 {path}; if others may have read it, make a new one",
-        )
-    if status.st_uid not in (0, os.geteuid()):
-        raise AuthError(f"the key at {path} belongs to user {status.st_uid}", hint=f"chown root {path}")
+    content = _read_secret(path, "outlive keys generate")
     secret = content.strip()
     if len(secret) != _KEY_CHARACTERS:
         raise AuthError(f"{path} does not hold a key: {_KEY_CHARACTERS} characters of Z85 are expected")
@@ -125,6 +113,48 @@ def activate_next(path: Path) -> KeyPair:
     return pair
 
 
+def generate_store_key(path: Path) -> None:
+    """Make the key of a store at `path`, mode 0600 from its first moment, durably. Raises AuthError."""
+    try:
+        _write_new(path, 0o600, secrets.token_bytes(STORE_KEY_BYTES))
+    except FileExistsError:
+        raise AuthError(
+            f"there is a key at {path} already",
+            hint="what is encrypted with it could never be read again; move it away first if nothing is",
+        ) from None
+    except OSError as error:
+        raise AuthError(f"cannot write a key to {path}: {error.strerror}") from error
+
+
+def load_store_key(path: Path) -> bytes:
+    """Read the key of a store. Raises AuthError: as `load` does."""
+    key = _read_secret(path, "outlive keys generate-store-key")
+    if len(key) != STORE_KEY_BYTES:
+        raise AuthError(f"{path} does not hold a store's key: {STORE_KEY_BYTES} bytes are expected")
+    return key
+
+
+def _read_secret(path: Path, maker: str) -> bytes:
+    """Read a file that must be for its owner alone; `maker` is the command that makes such."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read(_FILE_BYTES)
+    except FileNotFoundError:
+        raise AuthError(f"there is no key at {path}", hint=f"make one: {maker}") from None
+    except OSError as error:
+        raise AuthError(f"cannot read the key at {path}: {error.strerror}") from error
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISREG(status.st_mode) or mode & 0o077:
+        raise AuthError(
+            f"the key at {path} can be read by others (mode {mode:04o})",
+            hint=f"chmod 0600 {path}; if others may have read it, make a new one",
+        )
+    if status.st_uid not in (0, os.geteuid()):
+        raise AuthError(f"the key at {path} belongs to user {status.st_uid}", hint=f"chown root {path}")
+    return content
+
+
 def _sync_directory(path: Path) -> None:
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -133,13 +163,13 @@ def _sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def _write_new(path: Path, mode: int, text: str) -> None:
+def _write_new(path: Path, mode: int, content: bytes) -> None:
     """Write a file that does not exist yet; after a failure there is none."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask took away
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         _sync_directory(path.parent)

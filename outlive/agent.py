@@ -40,7 +40,7 @@ from common.control import (
     Resync,
     Resyncing,
 )
-from common.control_channel import ControlServer, ask, prepare_run_directory
+from common.control_channel import ControlServer, ask
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import (
@@ -57,6 +57,7 @@ from common.keyring import read_keyring
 from common.messages import Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
+from common.private_directory import prepare_private_directory
 from common.sd_notify import notify
 from common.terms import TermGuard
 from common.threads import in_thread
@@ -64,6 +65,7 @@ from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
 from outlive.key_reload import reload_on_hangup
 from outlive.leading import Leading, clear_images
+from outlive.store_room import prepare_store_room
 from outlive.workload_agent import WorkloadAgent
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
@@ -155,6 +157,7 @@ class Agent:
     def __init__(self, config: NodeConfig) -> None:
         """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
         self._config = config
+        prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
         self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
         self._keys = read_keyring(config)
         self._hasher = PageHasher()
@@ -189,8 +192,9 @@ class Agent:
         """Serve until cancelled."""
         # First of all the socket: a second agent by mistake ends here, before it touches the images.
         control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
+        await asyncio.to_thread(prepare_store_room, self._config)
         images = Path(self._config.node.image_dir)
-        prepare_run_directory(images)
+        prepare_private_directory(images, "node.image_dir")
         await asyncio.to_thread(clear_images, images)
         criu_version = str(await (await spawn(self._criu)).version())
         self._attachments = {ORIGIN_FILE: encode_origin(read_origin(criu_version))}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from common.control_channel import prepare_run_directory
 from common.errors import WorkloadError
+from common.private_directory import prepare_private_directory
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class FreezeRecords:
         """Make the directory. Raises ConfigError if it cannot be made or is open to others."""
         self._directory = run_dir / "freezes"
         self._boot_id = boot_id
-        prepare_run_directory(self._directory)
+        prepare_private_directory(self._directory, "node.run_dir")
 
     def keep(self, record: FreezeRecord) -> None:
         """Write it down. Raises WorkloadError if that fails: then nothing may be frozen."""

@@ -49,6 +49,7 @@ from common.heartbeat import BEAT_TIMING, Beater, BeatFilter, first_sequence, re
 from common.keyring import read_keyring
 from common.messages import Beat
 from common.model import WorkloadSpec
+from common.private_directory import prepare_private_directory
 from common.role_events import (
     Forget,
     OperatorFailover,
@@ -102,6 +103,7 @@ class Keeper:
         """Read the term files, listen on both sockets. Raises ConfigError, AuthError, StoreError."""
         self._config = config
         self._hands = hands
+        prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
         self._keys = read_keyring(config)
         self._boot_id = read_boot_id(config)
         self._timing = timing_of(config)

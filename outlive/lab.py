@@ -360,7 +360,7 @@ def _build_switch(lab: str) -> None:
 def _build_host(host: Host) -> None:
     """Make a host's directories and namespace, plug it in and boot it."""
     for directory in (host.etc_dir, host.state_dir, host.log_dir, host.run_dir):
-        directory.mkdir(parents=True)
+        directory.mkdir(mode=0o700, parents=True)
     _make_netns(host.netns)
     port = switch_port(host.name)
     run(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from common.config import Node, NodeConfig
-from common.errors import AuthError, UnsupportedError
+from common.errors import AuthError, ConfigError, StoreError, UnsupportedError
 from outlive.cli.call import Call, Verb, Verbs, examples
 from outlive.cli.output import Answer, Rows
 from outlive.cli.running import run_agent, run_keeper
@@ -46,6 +46,18 @@ class KeyAnswer(Answer, frozen=True, kw_only=True):
 
     path: str
     public_key: str
+
+
+class StoreKeyAnswer(Answer, frozen=True, kw_only=True):
+    """Where a new key of the store is."""
+
+    path: str
+
+
+class LockAnswer(Answer, frozen=True, kw_only=True):
+    """Which store is locked."""
+
+    directory: str
 
 
 class DoctorAnswer(Answer, frozen=True, kw_only=True):
@@ -150,6 +162,39 @@ def show_key(call: Call, path: Path | None) -> None:
     chosen = path or _key_path(call)
     public = key_files.load(chosen).public
     call.show(KeyAnswer(path=str(chosen), public_key=public), public)
+
+
+@keys.command("generate-store-key", epilog=examples("outlive keys generate-store-key"))
+@click.option(
+    "--path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The key's file; by default what store.encryption_key_file says.",
+)
+@click.pass_obj
+def generate_store_key(call: Call, path: Path | None) -> None:
+    """Make the key that this node's store is encrypted with. Keep a copy: nothing else opens the store."""
+    from common import keys as key_files
+
+    chosen = path or Path(call.config().store.encryption_key_file)
+    if chosen == Path():
+        raise ConfigError("no place for the key is known", hint="--path, or store.encryption_key_file")
+    key_files.generate_store_key(chosen)
+    call.show(StoreKeyAnswer(path=str(chosen)), f"the store's key is in {chosen}")
+
+
+@keys.command("lock-store", epilog=examples("outlive keys lock-store"))
+@click.pass_obj
+def lock_store(call: Call) -> None:
+    """Take the store's key from the kernel: nobody reads the store until the agent starts again."""
+    from common import fscrypt
+
+    directory = call.config().store_dir
+    if not fscrypt.lock(directory):
+        raise StoreError(
+            f"files in {directory} are in use: they can be read by who has them open, and nothing else can",
+            hint="stop the agent, then lock the store again",
+        )
+    call.show(LockAnswer(directory=str(directory)), f"{directory} is locked")
 
 
 @keys.group(cls=Verbs, epilog=examples("outlive keys rotate prepare", "outlive keys rotate activate"))
