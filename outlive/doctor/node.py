@@ -19,6 +19,7 @@ from common.container import workload_pids
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import OutliveError
+from outlive.doctor.at_rest import kept_at_rest
 from outlive.doctor.report import Check, node_check
 
 _OLDEST_CRIU = (4, 2, 0)
@@ -186,6 +187,9 @@ def _check_directories(config: NodeConfig) -> Iterator[Check]:
         low = free_bytes < config.store.min_free_bytes
         detail = f"{store}: {free_bytes >> 20} MiB free, {config.store.min_free_bytes >> 20} are kept free"
         yield node_check("store", "fail" if low else "ok", detail, "free space" if low else "")
+    protected, how = kept_at_rest(store)
+    advice = "" if protected else "docs/threat-model.md says how it can be encrypted"
+    yield node_check("store at rest", "ok" if protected else "warn", f"{store}: {how}", advice)
     run = Path(config.node.run_dir)
     if run.exists() and run.stat().st_mode & 0o077:
         detail = f"{run} can be entered by others (mode {run.stat().st_mode & 0o777:04o})"
