@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import re
 import signal
+import stat
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,12 @@ from outlive.cluster import Node, eventually
 from tests.system.clusters import NAME, Protected, protected_redis
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+OF_THE_WORKLOAD = ("rootfs", "shm", "files", "runc")
+"""Directories with the workload's own modes, and runc's; nobody else may enter what they lie in."""
+
+PIDS_AND_PIPES = {"conmon.pid", "init.pid", "ctl", "winsz", "stats-restore"}
+"""What conmon and runc's CRIU make under their own umask; none of it holds content."""
 
 
 def told(node: Node, *events: Event) -> list[str]:
@@ -117,3 +127,42 @@ async def test_both_nodes_get_new_keys_while_epochs_go_on_and_the_old_ones_are_r
             path = Path(cluster.nodes[name].config.node.key_file)
             assert await probe(cluster.nodes[name], former_key_path(path)) == {other: "refuses"}
             assert await probe(cluster.nodes[name], path) == {other: "accepts"}
+
+
+def readable_by_others(node: Node, allowed: Sequence[str]) -> dict[str, str]:
+    """Return what of a node's secrets somebody else may touch, by the mode of the thing itself."""
+    config = node.config
+    found: dict[str, str] = {}
+    for top in {config.node.state_dir, config.node.run_dir, config.node.image_dir, str(config.store_dir)}:
+        for directory, names, files in os.walk(top):
+            names[:] = [name for name in names if name not in allowed]
+            for path in (directory, *(os.path.join(directory, name) for name in {*files} - PIDS_AND_PIPES)):
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.lstat(path)
+                    if stat.S_IMODE(status.st_mode) & 0o077 and not stat.S_ISLNK(status.st_mode):
+                        found[re.sub(r"\d+", "N", path)] = stat.filemode(status.st_mode)
+    return found
+
+
+async def test_nothing_is_readable_by_others_at_any_moment_whatever_umask_is_inherited() -> None:
+    before = os.umask(0)
+    try:
+        async with protected_redis() as cluster:
+            found: dict[str, str] = {}
+            done = threading.Event()
+
+            def scan() -> None:
+                while not done.is_set():
+                    for node in cluster.nodes.values():
+                        found.update(readable_by_others(node, OF_THE_WORKLOAD))
+
+            scanner = asyncio.create_task(asyncio.to_thread(scan))
+            await cluster.wait_for_epochs(10)
+            await cluster.lab.power_off("a")
+            await cluster.nodes["b"].wait_for(NAME, lambda w: w.role == "primary" and w.running, what="led")
+            await eventually(cluster.answers, what="redis answers")
+            done.set()
+            await scanner
+            assert not found, "\n".join(f"{mode} {path}" for path, mode in sorted(found.items()))
+    finally:
+        os.umask(before)
