@@ -280,7 +280,7 @@ async def pair() -> AsyncIterator[tuple[NodeUnderTest, NodeUnderTest]]:
     with tempfile.TemporaryDirectory(prefix="ok-") as name:
         directory = Path(name)
         for node in ("a", "b"):
-            (directory / node / "state").mkdir(parents=True)
+            (directory / node / "state").mkdir(mode=0o700, parents=True)
             (directory / node / "run").mkdir(mode=0o700)
         keys = {node: generate(directory / node / "node.key") for node in ("a", "b")}
         ports = dict(zip(("a", "b"), free_ports(2), strict=True))
