@@ -1,4 +1,4 @@
-"""Torture of stores: `python -m tests.campaigns.torture [--scale short] [--seed N] [--only PART]`.
+"""Torture of stores and the wire: `python -m tests.campaigns.torture [--scale short] [--only PART] …`.
 
 Prints a table (or, with `--output json`, one JSON object); progress goes to stderr. Exits with 1 if a store
 held something else than it acknowledged or did not open, or if a planted bug was not found.
@@ -24,12 +24,15 @@ from tests.campaigns.torture.crashes import crashes
 from tests.campaigns.torture.disks import disks
 from tests.campaigns.torture.planted import planted
 from tests.campaigns.torture.restores import restores
+from tests.campaigns.torture.wire import planted_wire, wire
 
 PARTS: dict[str, Callable[[int, Scale], list[Part]]] = {
     "crashes": crashes,
     "disks": disks,
     "restores": restores,
     "planted": planted,
+    "wire": wire,
+    "planted-wire": planted_wire,
 }
 
 
