@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.config import load_config, parse_config
 from common.errors import ConfigError
@@ -201,3 +204,53 @@ def test_the_objective_is_five_epochs_and_at_least_5_s_unless_it_is_given(
         name="w", nodes=("a",), command=("true",), rpo_ms=rpo_ms, epoch_interval_ms=interval_ms
     )
     assert spec.objective_ms == objective_ms
+
+
+_WHOLE = (
+    NODE
+    + VIP
+    + "[store]\nmax_levels = 5\n"
+    + PEER
+    + OTHER
+    + FENCE.replace('"a"', '"b"').format('["/bin/true"]')
+    + WORKLOAD
+    + 'environment = { LANG = "C" }\nvip = "10.0.0.9/24"\nhealth = { tcp = 80 }\n'
+)
+_VALUES = (
+    "-1",
+    "0",
+    "1e400",
+    "nan",
+    "9" * 30,
+    '""',
+    '"\\u0000"',
+    '"../x"',
+    "[]",
+    "[[]]",
+    "{}",
+    "true",
+    "1979-05-27",
+)
+
+
+@st.composite
+def _altered(draw: st.DrawFn) -> str:
+    """The file of a whole node with lines left out, repeated, swapped, or with other values."""
+    lines = _WHOLE.splitlines()
+    for _ in range(draw(st.integers(1, 4))):
+        at, other = draw(st.integers(0, len(lines) - 1)), draw(st.integers(0, len(lines) - 1))
+        name, equals, _ = lines[at].partition(" = ")
+        value = draw(st.sampled_from(_VALUES) | st.text(max_size=8))
+        garbage = lines[at][: draw(st.integers(0, len(lines[at])))] + draw(st.text(max_size=4))
+        changes = [[], [lines[at]] * 2, [lines[other]], [name + equals + value], [garbage]]
+        lines[at : at + 1] = draw(st.sampled_from(changes))
+        if not lines:
+            return ""
+    return "\n".join(lines) + "\n"
+
+
+@given(_altered())
+@settings(max_examples=300, deadline=None)
+def test_an_altered_file_is_a_config_or_a_config_error(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        assert parse_config(text, origin="x").node.name

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -173,6 +174,22 @@ class TestFrames:
             if kind is ImageKind.PAGEMAP:
                 parse_pagemap(data, "x")
 
+    @given(entries(), st.integers(0, 2**32 - 1), st.data())
+    def test_a_damaged_pagemap_is_a_store_error_or_another_pagemap(
+        self, made: tuple[PagemapEntry, ...], pages_id: int, draw: st.DataObject
+    ) -> None:
+        data = bytearray(serialize_pagemap(Pagemap(pages_id, made)))
+        for _ in range(draw.draw(st.integers(1, 3))):
+            at = draw.draw(st.integers(0, len(data) - 1))
+            if draw.draw(st.booleans()):
+                data[at] ^= 1 << draw.draw(st.integers(0, 7))
+            else:
+                data[at : at + draw.draw(st.integers(0, 4))] = draw.draw(st.binary(min_size=1, max_size=4))
+        with contextlib.suppress(StoreError):
+            found = parse_pagemap(bytes(data), "x")
+            assert sum(entry.nr_pages for entry in found.entries) <= MAX_PAGES
+            assert parse_pagemap(serialize_pagemap(found), "x") == found
+
     @given(st.binary(max_size=100))
     def test_arbitrary_bytes_raise_nothing_but_store_error(self, data: bytes) -> None:
         with contextlib.suppress(StoreError):
@@ -290,6 +307,37 @@ class TestReaders:
         assert [vma.start for vma in memory.vmas] == [4096, 8192]
         assert memory.vmas[0].shmid == 4
         assert memory.aio_rings == 1
+
+    @given(st.data())
+    def test_damaged_images_are_store_errors_or_other_images(self, draw: st.DataObject) -> None:
+        mm = mm_pb2.mm_entry()
+        for name in list(mm.DESCRIPTOR.fields_by_name)[:12]:
+            setattr(mm, name, 0)
+        mm.vmas.add(start=4096, end=8192, pgoff=0, shmid=4, prot=3, flags=34, status=513, fd=-1)
+        pipe = fdinfo_pb2.file_entry(type=fdinfo_pb2.PIPE, id=4)
+        remap = remap_file_path_pb2.remap_file_path_entry(
+            orig_id=1, remap_id=2, remap_type=remap_file_path_pb2.GHOST
+        )
+        stats = stats_pb2.stats_entry()
+        for name in stats.dump.DESCRIPTOR.fields_by_name:
+            setattr(stats.dump, name, 7)
+        readers = {
+            "mm-1.img": (ImageKind.MM, mm, lambda path: read_memory_map(path / "mm-1.img")),
+            "files.img": (ImageKind.FILES, pipe, lambda path: read_open_files(path / "files.img")),
+            "remap-fpath.img": (ImageKind.REMAP_PATHS, remap, read_remaps),
+            "stats-dump": (ImageKind.STATS, stats, read_dump_stats),
+        }
+        name = draw.draw(st.sampled_from(sorted(readers)))
+        kind, entry, read = readers[name]
+        data = bytearray(serialize_image(Image(kind, (entry,))))
+        for _ in range(draw.draw(st.integers(1, 3))):
+            at = draw.draw(st.integers(0, len(data) - 1))
+            data[at : at + draw.draw(st.integers(0, 3))] = draw.draw(st.binary(min_size=1, max_size=3))
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory)
+            (path / name).write_bytes(data)
+            with contextlib.suppress(StoreError):
+                read(path)
 
     def test_private_huge_pages_alone_are_without_a_parent(self) -> None:
         private, shared, huge = 0x22, 0x21, 0x40000
