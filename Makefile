@@ -40,7 +40,7 @@ sim: setup  ## simulated clusters, SEEDS of them (5000)
 kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120); JSON on stdout
 	@$(BIN)/python -m tests.campaigns.kill_series --rounds $(ROUNDS)
 
-torture: setup  ## crashes, power loss and errors of a store, restores, planted bugs; SCALE=short for seconds
+torture: setup  ## crashes, power loss and errors of a store, restores, hostile wires, planted bugs; SCALE=short for seconds
 	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
 
 clean:  ## remove what setup and the tools made in this checkout
