@@ -28,8 +28,11 @@ log = structlog.get_logger(__name__)
 def make_root(layout: Layout, disk: Disk) -> None:
     """Make the directory that the lock lies in, and those above it."""
     for directory in (*reversed(layout.root.parents), layout.root):
-        if not directory.exists():
+        there = directory.exists()
+        if not there:
             disk.make_dir(directory, op="open.make")
+        # The store's own name each time: an earlier attempt may have ended before it was synced.
+        if not there or directory == layout.root:
             disk.sync_dir(directory.parent, op="open.sync")
 
 
@@ -39,6 +42,8 @@ def prepare(layout: Layout, disk: Disk) -> None:
     check_format(layout, disk, new=layout.epochs.name not in there)
     if layout.format.name not in there:
         atomic_write(layout.format, FORMAT, op="open.format", disk=disk)
+    elif layout.epochs.name not in there:
+        disk.sync_dir(layout.root, op="open.format")  # rooms without a format are no store
     for room in layout.rooms:
         if room.name not in there:
             disk.make_dir(room, op="open.make")

@@ -105,6 +105,19 @@ def test_a_failed_operation_costs_at_most_the_epoch_that_it_belongs_to(tmp_path:
         check_recovered(directory, run)
 
 
+def test_what_failed_when_a_store_was_made_is_made_good_by_the_next_attempt(tmp_path: Path) -> None:
+    first_open = OPERATIONS.index("commit.make")
+    for failed in range(first_open):
+        for stop in {failed + first_open // 2, first_open + 8, len(OPERATIONS) - 1}:
+            directory = tmp_path / f"{failed}-{stop}" / "there"
+            directory.mkdir(parents=True)
+            disk, run = FaultyDisk({failed: errno.EIO, stop: STOP}), Run(HISTORY)
+            with contextlib.suppress(PowerLossError):
+                run.go(directory, disk)
+            disk.lose_power()
+            check_recovered(directory, run)
+
+
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=os.strerror)
 def test_a_failed_operation_of_recovery_loses_nothing(tmp_path: Path, fault: int) -> None:
     directory = tmp_path / "store"

@@ -43,7 +43,7 @@ def crashes(seed: int, scale: Scale) -> list[Part]:
 
 def cases(seed: int, scale: Scale) -> Iterator[Case]:
     """Make the cases of all histories."""
-    for number in range(scale.of(1, 1, 3)):
+    for number in range(scale.of(1, 1, 2)):
         yield from _cases_of(f"{seed}-{number}", scale)
 
 
