@@ -110,6 +110,11 @@ def _patched(*patches: tuple[object, str, object]) -> Callable[[], AbstractConte
     return plant
 
 
+def _altered(kind: str) -> Callable[[int, Scale], list[Case]]:
+    """Enough of the alterations that show it, at every scale: a bug must not be missed by chance."""
+    return lambda seed, scale: wire_primary.altered(seed, Scale.MIDDLE, kind)
+
+
 def _only(cases: Callable[[int, Scale], Sequence[Case]], *labels: str) -> Callable[[int, Scale], list[Case]]:
     """Only the cases that are about it: the others have nothing to find."""
     return lambda seed, scale: [case for case in cases(seed, scale) if case.label.startswith(labels)]
@@ -119,7 +124,7 @@ BUGS = (
     Planted(
         "the digest is not looked at",
         _patched((replica.assembly, "EpochDigest", _NoDigest)),
-        wire_primary.altered,
+        _altered("bits of a page"),
     ),
     Planted(
         "the term is not looked at before the commit",
@@ -129,7 +134,7 @@ BUGS = (
     Planted(
         "an epoch is acknowledged before it is committed",
         _patched((Assembly, "take", _acknowledge_first), (Assembly, "_commit", _commit_later)),
-        wire_primary.altered,
+        _altered("a message repeated"),
     ),
     Planted(
         "page flags that nobody knows are taken",
@@ -137,7 +142,7 @@ BUGS = (
             (common.bulk, "_KNOWN_FLAGS", np.arange(256, dtype=np.uint32)),
             (replica.level_writer, "_KNOWN_FLAGS", 255),
         ),
-        wire_primary.altered,
+        _altered("other runs of pages"),
     ),
     Planted(
         "a stream counts on a base that its replica denies",
@@ -157,6 +162,6 @@ BUGS = (
     Planted(
         "every refusal is logged",
         _patched((replica.receive, "_LOG_INTERVAL_S", -1.0)),
-        wire_primary.altered,
+        _altered("a message left out"),
     ),
 )

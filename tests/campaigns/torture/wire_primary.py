@@ -160,7 +160,7 @@ def _flags(chance: random.Random, messages: Messages) -> Messages:
         values = {
             "start": (0, 1, 1 << 52, (1 << 64) - 1),
             "count": (0, 1, 2, (1 << 32) - 1),
-            "flags": (0, 1, 3, 4, 5, 0x10, 0x20, 0x40, 0x44, 0x84, 0xC4, 0x104, 0xFFFFFFFF),
+            "flags": (0, 1, 3, 4, 5, 0x10, 0x21, 0x24, 0x29, 0x40, 0x44, 0x84, 0xC4, 0x104, 0xFFFFFFFF),
         }[field]
         runs[field][run] = chance.choice(values)
     return [*messages[:at], encode(message, [pack(runs.tobytes())]), *messages[at + 1 :]]
@@ -210,8 +210,8 @@ def cases(seed: int, scale: Scale) -> list[Case]:
     return [*altered(seed, scale), *peers(seed, scale)]
 
 
-def altered(seed: int, scale: Scale) -> list[Case]:
-    """Alterations, a dozen to a case."""
+def altered(seed: int, scale: Scale, only: str = "") -> list[Case]:
+    """Alterations, a dozen to a case: all kinds, or `only` one."""
     found = []
     for number in range(scale.of(6, 60, 400)):
         name = f"{seed}-{number}"
@@ -219,7 +219,7 @@ def altered(seed: int, scale: Scale) -> list[Case]:
             Case(
                 "altered messages under a valid key",
                 f"peer {name}",
-                lambda directory, name=name: asyncio.run(_altered_sessions(directory, name, scale)),
+                lambda directory, name=name: asyncio.run(_altered_sessions(directory, name, scale, only)),
             )
         )
     return found
@@ -241,7 +241,7 @@ def peers(seed: int, scale: Scale) -> list[Case]:
     return found
 
 
-async def _altered_sessions(directory: Path, name: str, scale: Scale) -> None:
+async def _altered_sessions(directory: Path, name: str, scale: Scale, only: str) -> None:
     chance = chance_of("altered", name)
     with Ends(directory, chance) as ends, ends.log.counting():
         async with ends.living() as receiver, ends.leading("web") as web:
@@ -250,7 +250,7 @@ async def _altered_sessions(directory: Path, name: str, scale: Scale) -> None:
                 base = ends.epoch()
                 await speaker.sends_whole(ends.messages(base, None))
             for _ in range(scale.of(8, 12, 12)):
-                label = chance.choice(sorted(ALTERATIONS))
+                label = only or chance.choice(sorted(ALTERATIONS))
                 before = receiver.refusals.total()
                 with ends.speaking() as speaker:
                     await speaker.greet()
