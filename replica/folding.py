@@ -158,16 +158,17 @@ def _fold_space(
 def read_pages(
     chain: Sequence[Level], disk: Disk, key: SpaceKey, origin: Origin, buffer: memoryview
 ) -> Iterator[memoryview]:
-    """Read the bytes of pages in the order of `origin`, as many at once as lie in a row and fit in `buffer`.
+    """Read the bytes of pages in the order of `origin`, as many at once as fit in `buffer` (whole pages).
 
-    What is yielded is a part of `buffer`, overwritten by the next. All pages must have their bytes in the
-    chain. Raises StoreError if they cannot be read.
+    What is yielded is `buffer` or, at the end, a part of it, overwritten by the next. All pages must have
+    their bytes in the chain. Raises StoreError if they cannot be read.
     """
     levels, rows = origin.level, origin.row
     breaks = np.flatnonzero((np.diff(levels) != 0) | (np.diff(rows) != 1)) + 1
     starts = np.concatenate(([0], breaks)) if levels.size else np.empty(0, dtype=np.int64)
     counts = np.diff(starts, append=levels.size)
     files: dict[int, int] = {}
+    filled = 0
     try:
         for depth, row, count in zip(
             levels[starts].tolist(), rows[starts].tolist(), counts.tolist(), strict=True
@@ -176,12 +177,17 @@ def read_pages(
                 files[depth] = _open_pages(chain[depth], disk, key)
             offset, left = row * PAGE_BYTES, count * PAGE_BYTES
             while left:
-                part = buffer[: min(left, len(buffer))]
+                part = buffer[filled : filled + left]
                 if os.preadv(files[depth], [part], offset) != len(part):
                     raise StoreError(f"{chain[depth].path}: pages of {key} are cut short", hint=DAMAGE_HINT)
-                yield part
                 offset += len(part)
                 left -= len(part)
+                filled += len(part)
+                if filled == len(buffer):
+                    yield buffer
+                    filled = 0
+        if filled:
+            yield buffer[:filled]
     except OSError as error:
         raise StoreError(f"pages of {key} cannot be read: {error.strerror}", hint=DAMAGE_HINT) from error
     finally:
