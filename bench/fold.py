@@ -1,6 +1,6 @@
 """What folding costs the epochs that commit meanwhile: the same epochs with and without it.
 
-    python -m bench.fold [--mib 256] [--changed-pages 2000] [--epochs 60] [--rounds 3] [--interval-ms 100]
+    python -m bench.fold [--mib 256] [--changed-pages 2000] [--epochs 60] [--rounds 3] [--interval-ms 200]
                          [--fold-mib-per-s 256] [--directory DIR] [--output json|table]
 
 A store on a real disk gets a base and then deltas. Rounds alternate between one in which nobody folds and one
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--changed-pages", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--interval-ms", type=int, default=100)
+    parser.add_argument("--interval-ms", type=int, default=200)
     parser.add_argument("--fold-mib-per-s", type=float, default=256)
     parser.add_argument("--directory", default=".")
     parser.add_argument("--output", choices=("json", "table"), default="table")
