@@ -23,6 +23,7 @@ from tests.campaigns.torture.cases import Part, Scale, say
 from tests.campaigns.torture.crashes import crashes
 from tests.campaigns.torture.disks import disks
 from tests.campaigns.torture.planted import planted
+from tests.campaigns.torture.replicas import replicas
 from tests.campaigns.torture.restores import restores
 from tests.campaigns.torture.wire import planted_wire, wire
 
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[[int, Scale], list[Part]]] = {
     "disks": disks,
     "restores": restores,
     "planted": planted,
+    "replicas": replicas,
     "wire": wire,
     "planted-wire": planted_wire,
 }

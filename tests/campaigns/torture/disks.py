@@ -51,6 +51,10 @@ class Place(Protocol):
         """Start the machine again, in the parent."""
         ...
 
+    def clear(self) -> None:
+        """Remove the store, for good."""
+        ...
+
 
 class Killed:
     """The process ends, the machine lives on."""
@@ -63,6 +67,9 @@ class Killed:
 
     def come_back(self) -> None:
         pass
+
+    def clear(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)  # it may have ended before it was made
 
 
 class Mounted:
@@ -102,6 +109,11 @@ class Mounted:
     def come_back(self) -> None:
         self.unmount()
         self.mount()
+
+    def clear(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)  # it may have ended before it was made
+        # Else the next loss of power brings this store back.
+        RealDisk().sync_dir(self._point, op="clear")
 
 
 @contextmanager
@@ -160,7 +172,7 @@ def power_cases(seed: int, scale: Scale, place: Place, name: str) -> Iterator[Ca
             try:
                 _check(place, steps, n)
             finally:
-                shutil.rmtree(place.directory, ignore_errors=True)
+                place.clear()
 
         return run
 

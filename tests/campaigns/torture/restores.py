@@ -122,7 +122,7 @@ def _case(recorded: Recorded, place: Place, n: int) -> Callable[[Path], None]:
             _check(recorded, cut_off(place, recorded.run(), n), place, directory / "work")
         finally:
             recorded.target.kill()
-            shutil.rmtree(place.directory, ignore_errors=True)
+            place.clear()
 
     return run
 
