@@ -14,6 +14,7 @@ Why the bundle looks as it does (each found out on a real CRIU):
 
 from __future__ import annotations
 
+import resource
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ _CAPABILITIES = [
 """What container engines grant by default; a workload that needs more is not served yet."""
 
 _CPU_PERIOD_US = 100_000
+_OPEN_FILES = 1024
+"""What systemd gives services too: programs that use select(2) go wrong beyond. The agent may open more."""
 
 CRIU_RESTORE_SETTINGS = "tcp-close\nnetwork-lock skip\nmanage-cgroups=ignore\n"
 """What runc cannot be told by flags; it hands this file to criu (annotation `org.criu.config`)."""
@@ -146,9 +149,9 @@ def process_environment(spec: WorkloadSpec) -> dict[str, str]:
 def runtime_config(spec: WorkloadSpec, paths: WorkloadPaths) -> dict[str, Any]:
     """Return the content of the bundle's config.json (OCI runtime specification 1.0.2)."""
     uid, _, gid = spec.user.partition(":")
-    limits = []
-    if spec.open_files_limit is not None:
-        limits.append({"type": "RLIMIT_NOFILE", "hard": spec.open_files_limit, "soft": spec.open_files_limit})
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (spec.open_files_limit or min(_OPEN_FILES, most)), (spec.open_files_limit or most)
+    limits = [{"type": "RLIMIT_NOFILE", "hard": hard, "soft": soft}]
     resources: dict[str, Any] = {"devices": [{"allow": True, "access": "rwm"}]}
     if spec.memory_limit_bytes is not None:
         resources["memory"] = {"limit": spec.memory_limit_bytes}

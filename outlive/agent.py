@@ -61,6 +61,7 @@ from common.private_directory import prepare_private_directory
 from common.sd_notify import notify
 from common.terms import TermGuard
 from common.threads import in_thread
+from outlive.descriptors import raise_limit
 from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
 from outlive.key_reload import reload_on_hangup
@@ -92,6 +93,7 @@ async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> Non
     Workloads are left running, whatever ends it.
     """
     _keep_heap_small()
+    raise_limit()
     agent = Agent(config)
     agent.reload_keys_on_hangup(reread)
     stop = asyncio.Event()

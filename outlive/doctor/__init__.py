@@ -17,6 +17,7 @@ from common.errors import ConfigError
 from common.inspection import inspect_tree
 from common.model import WorkloadSpec
 from common.terms_file import known_workloads
+from outlive.doctor.descriptors import check_descriptors
 from outlive.doctor.named import check_named
 from outlive.doctor.node import check_machine
 from outlive.doctor.program import check_program
@@ -45,6 +46,7 @@ async def run_doctor(config: NodeConfig, workload: str | None) -> DoctorReport:
             hint=f"this node knows: {', '.join(known) or 'none'}",
         )
     checks = [*await check_machine(config), *await check_named(config)]
+    checks.append(await check_descriptors(config, known.values()))
     for spec in chosen:
         checks += await _check_workload(config, spec)
         checks += [*await asyncio.to_thread(check_program, config, spec), *judge_fencing(config, spec)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shlex
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def test_what_is_not_declared_has_harmless_defaults() -> None:
     (path,) = config["process"]["env"]
     assert path.startswith("PATH=/")
     assert config["process"]["user"] == {"uid": 0, "gid": 0}
-    assert config["process"]["rlimits"] == []
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert config["process"]["rlimits"] == [{"type": "RLIMIT_NOFILE", "hard": hard, "soft": min(1024, hard)}]
     assert "memory" not in config["linux"]["resources"]
     assert "cpu" not in config["linux"]["resources"]
 
