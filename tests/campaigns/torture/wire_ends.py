@@ -202,19 +202,23 @@ class Ends(Pair):
     def check(self) -> None:
         """All that the stores hold is what was captured, and nothing that was acknowledged is missing."""
         for workload, store in self.stores.items():
-            newest = store.newest
-            acknowledged = self.acknowledged.get(workload)
-            if acknowledged and (newest is None or newest.id < acknowledged):
-                raise WrongCommitError(f"{workload} {acknowledged} was acknowledged and is not held")
-            for record in store.records():
-                memory, files = _content_of(record.path)
-                if problems := store.verify(record.id):
-                    raise WrongCommitError(f"verify says: {problems}")
-                if record.id in self.forged and workload == "redis":
-                    continue
-                sent = self.captured[workload].get(record.id)
-                if sent is None or memory != sent.memory or files.get(f"{workload}-{_FILE}") != sent.file:
-                    raise WrongCommitError(f"{workload} {record.id} is not what was captured")
+            # Folding goes on beside this: nothing must go while it is read.
+            with store.hold():
+                self._check_store(workload, store)
+
+    def _check_store(self, workload: str, store: EpochStore) -> None:
+        newest, acknowledged = store.newest, self.acknowledged.get(workload)
+        if acknowledged and (newest is None or newest.id < acknowledged):
+            raise WrongCommitError(f"{workload} {acknowledged} was acknowledged and is not held")
+        for record in store.records():
+            memory, files = _content_of(record.path)
+            if problems := store.verify(record.id):
+                raise WrongCommitError(f"verify says: {problems}")
+            if record.id in self.forged and workload == "redis":
+                continue
+            sent = self.captured[workload].get(record.id)
+            if sent is None or memory != sent.memory or files.get(f"{workload}-{_FILE}") != sent.file:
+                raise WrongCommitError(f"{workload} {record.id} is not what was captured")
 
 
 class Speaker:
