@@ -616,6 +616,17 @@ async def test_frames_without_content_cost_credit_too(pair: Pair, raw) -> None:
     assert "granted" in refused.reason
 
 
+async def test_a_node_has_no_more_sessions_than_it_may(pair: Pair, raw) -> None:
+    raw.receiver._limits = ReceiverLimits(sessions_per_node=1)
+    assert isinstance(await raw.greet(), Welcome)
+    b = Peer(name="b", address="127.0.0.1", public_key=pair.b.public)
+    keys = Keyring(pair.a, [b])
+    with open_link(pair.context_a, peer=b, port=pair.port, keys=keys, timing=QUICK_LINK) as link:
+        refused = await RawPeer(link).greet()
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.reason) == ("busy", "a has too many sessions")
+
+
 async def test_who_goes_on_after_being_refused_is_cut_off(pair: Pair, raw) -> None:
     gone = asyncio.create_task(raw.link.lost())
     for _ in range(100):
