@@ -175,10 +175,16 @@ class _Demo:
         self._screen.step(f"Filling redis with {self._options.fill_mib} MiB of random values")
         fill = ("fill", "--bytes", str(self._options.fill_mib << 20))
         await self._client.run(self._probe(*fill), timeout_s=120.0)
-        return await self._client.spawn(
+        writer = await self._client.spawn(
             self._probe("write", "--rate", str(_WRITES_PER_S), "--log", str(self._log)),
             log=self._client.log_dir / "probe.log",
         )
+        # Without any write before the loss there would be nothing to miss after it.
+        await eventually(self._has_written, what="the client's first write is acknowledged")
+        return writer
+
+    async def _has_written(self) -> bool:
+        return self._log.exists() and len(read_log(self._log)) > 0
 
     async def _stream(self) -> WorkloadMetrics:
         """Wait until the standby is ready and enough epochs are committed; return what A measured."""
