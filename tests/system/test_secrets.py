@@ -24,7 +24,7 @@ from tests.system.clusters import NAME, Protected, protected_redis
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 OF_THE_WORKLOAD = ("rootfs", "shm", "files", "runc", "exit")
-"""Directories with the modes of the workload, of runc, and of conmon (an exit code); nobody may enter above."""
+"""Directories with modes of the workload, of runc, and of conmon (an exit code); nobody may enter above."""
 
 PIDS_AND_PIPES = {"conmon.pid", "init.pid", "ctl", "winsz", "stats-restore"}
 """What conmon and runc's CRIU make under their own umask; none of it holds content."""
