@@ -108,6 +108,8 @@ class _Session:
         """Why it ends, once it does."""
         self.refusal: RefusalCode | None = None
         """What its peer is told then; None: nothing, because it is gone or speaks elsewhere."""
+        self.welcomed = False
+        """Until then nothing is granted, so that only the active session of a workload takes memory."""
         self._changed = asyncio.Event()
 
     def put(self, incoming: Incoming) -> None:
@@ -118,6 +120,9 @@ class _Session:
         if self.unpaid_bytes > self.window_bytes:
             self.waiting.clear()
             self.end("more was sent than was granted", "nonsense")
+            return
+        if not self.welcomed:
+            self.end("it went on before it was welcomed", "nonsense")
             return
         self.waiting.append(incoming)
         self._changed.set()
@@ -309,6 +314,7 @@ class Receiver:
             return
         store = await in_thread(self._stores, hello.workload)
         newest = await in_thread(lambda: store.newest)
+        session.welcomed = True
         await self._tell(
             session,
             Welcome(

@@ -627,6 +627,20 @@ async def test_a_node_has_no_more_sessions_than_it_may(pair: Pair, raw) -> None:
     assert (refused.code, refused.reason) == ("busy", "a has too many sessions")
 
 
+async def test_who_goes_on_before_it_is_welcomed_is_refused(pair: Pair, raw) -> None:
+    """So that only welcomed sessions take memory."""
+    hello = Hello(
+        protocol=PROTOCOL, software="x", node="a", workload="redis", term=1, incarnation="i", spec=SPEC
+    )
+    await raw.link.send(encode(hello))
+    await raw.link.send(encode(Commit(digest=bytes(32))))
+    said = []
+    async with asyncio.timeout(5):
+        while not said or not isinstance(said[-1], Refused):
+            said.append(decode(await raw.link.receive())[0])
+    assert said[-1].code == "nonsense"
+
+
 async def test_who_goes_on_after_being_refused_is_cut_off(pair: Pair, raw) -> None:
     gone = asyncio.create_task(raw.link.lost())
     for _ in range(100):
