@@ -41,6 +41,7 @@ PROGRAMS = {
     "sysctl": "procps",
     "nsenter": "util-linux",
     "rsync": "rsync",
+    "mkfs.xfs": "xfsprogs",
     "sshd": "openssh-server",
 }
 
