@@ -25,6 +25,7 @@ from common.role_steps import following_step, how_it_ended, unanswered
 from common.roles import Instant, Role
 from common.succession import (
     contender,
+    disowned,
     has_heir,
     has_listened,
     holder,
@@ -152,14 +153,15 @@ def leader_audible(role: Role, event: Event, now: Instant) -> str:
         return ""
     if mark in ("stopped", "failed"):
         return f"{leader} said that it was stopped"
-    if not leader or leader == role.me or is_silent(role, leader, now):
+    if not leader or leader == role.me or is_silent(role, leader, now) or disowned(role, now):
         return ""
     return f"{leader} is heard again"
 
 
 def may_not_lead(role: Role, event: Event, now: Instant) -> str:
     """There is an obstacle, and it is not shown yet."""
-    if role.wanted is not None or (role.name == "following" and not _heir_of_yield(role)):
+    unfollowed = _heir_of_yield(role) or disowned(role, now)
+    if role.wanted is not None or (role.name == "following" and not unfollowed):
         return ""
     reason = obstacle(role, now)
     return "" if role.name == "waiting" and reason == role.reason else reason
@@ -225,7 +227,9 @@ def recorded(mark: str) -> Guard:
         if event.record != record or record.leader != role.me or record.mark != mark or role.wanted:
             return ""
         return (
-            f"term {record.term}: {record.cause}" if mark != "yielded" else f"term {record.term} is given up"
+            f"term {record.term}: {record.cause}"
+            if mark != "yielded"
+            else f"term {record.term} is given up: outlive status on {successor(role.spec, role.me)}"
         )
 
     return guard
@@ -434,8 +438,15 @@ def heir_not_heard(role: Role, event: Event, now: Instant) -> str:
     node = _unheard(role, now)
     if role.wanted is not None or not has_listened(role, now) or not node:
         return ""
-    reason = (
-        f"this host booted anew, and {node} does not say that it follows: it may lead by now; "
-        f"if it is off: outlive start {role.spec.name} --off {node}"
-    )
+    start = f"outlive start {role.spec.name}"
+    if keeper_speaks(role, node, now) and role.peers[node].claim is None:
+        reason = (
+            f"this host booted anew, and {node} knows nothing of it: declare it in {node}'s file and restart "
+            f"{node}'s keeper, which restores what is stored there; or: {start} (memory content is lost)"
+        )
+    else:
+        reason = (
+            f"this host booted anew, and {node} does not say that it follows: it may lead by now; "
+            f"if it is off: {start} --off {node} (memory content is lost)"
+        )
     return "" if reason == role.reason else reason

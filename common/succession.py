@@ -97,6 +97,18 @@ def supersedes(role: Role, event: Heard) -> bool:
     return newest.leader == "" or event.node < newest.leader
 
 
+def disowned(role: Role, now: Instant) -> bool:
+    """Tell whether the leader is heard, runs nothing and does not claim its term: it lost its state.
+
+    A leader that is about to follow a newer term looks like that too, for as long as recording it takes.
+    """
+    leader = role.record.leader
+    view = role.peers.get(leader, _UNHEARD)
+    if role.record.mark in ("stopped", "failed", "yielded") or not keeper_speaks(role, leader, now):
+        return False
+    return view.claim in (None, "following") and view.term <= role.record.term and not view.alive
+
+
 def unready(role: Role, now: Instant) -> str:
     """Return why nothing could be restored here; empty if something could."""
     if not agent_alive(role, now):
@@ -116,8 +128,9 @@ def obstacle(role: Role, now: Instant) -> str:
         return f"nobody here knows who led term {record.term}: outlive status on the other nodes"
     if successor(role.spec, record.leader) != role.me:
         return f"{successor(role.spec, record.leader)} is the successor of {record.leader}, not this node"
+    rival = contender(role, now)
     if problem := unready(role, now):
-        return problem
+        return f"{problem}{_empty_start(role, rival, now)}"
     assert role.report is not None  # noqa: S101 - unready() looked
     stored = role.report.stored
     if stored is not None and stored.term < record.term:
@@ -125,7 +138,17 @@ def obstacle(role: Role, now: Instant) -> str:
             f"the newest epoch here, {stored}, is older than term {record.term}: "
             f"outlive failover {name} --accept-data-loss"
         )
-    rival = contender(role, now)
+    if disowned(role, now):
+        failover = f"outlive failover {name} --accept-data-loss"
+        if rival not in role.fenceable:
+            failover = (
+                f"systemctl stop outlive-keeper outlive-agent on {rival}, "
+                f"then: {failover} --old-primary-is-off {rival}"
+            )
+        return (
+            f"{rival} is heard, but does not know that it leads term {record.term}, "
+            f"and runs nothing: {failover}"
+        )
     confirmed = not rival
     if role.spec.right_to_lead == "manual" and not (confirmed and role.spec.on_exit == "failover"):
         return f"right_to_lead is manual: outlive failover {name} --accept-data-loss"
@@ -137,6 +160,16 @@ def obstacle(role: Role, now: Instant) -> str:
             f"outlive failover {name} --accept-data-loss --old-primary-is-off {rival}"
         )
     return too_far_behind(role)
+
+
+def _empty_start(role: Role, rival: str, now: Instant) -> str:
+    """Say how to begin with empty memory, if nothing at all is stored here."""
+    if not agent_alive(role, now) or (role.report is not None and role.report.stored is not None):
+        return ""
+    where = ""
+    if rival:
+        where = f" --off {rival}" if is_silent(role, rival, now) else f" on {rival}"
+    return f": outlive start {role.spec.name}{where} (memory content is lost)"
 
 
 def lag_s(role: Role) -> float | None:
@@ -288,7 +321,9 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
                 "it was never started, and the first start is for the first of its nodes",
                 f"outlive start {spec.name} on {spec.nodes[0]}",
             )
-        return None if has_listened(role, now) else _refused("peers were not heard yet", "ask again")
+        if not has_listened(role, now):
+            return _refused("peers were not heard yet", "ask again")
+        return _unaccounted(role, event, "", now)  # this node may have lost its state, and a peer may lead
     owner = holder(role)
     if owner == me and record.boot_id == role.boot_id:
         return None
@@ -310,6 +345,12 @@ def _unaccounted(role: Role, event: OperatorStart, owner: str, now: Instant) -> 
         vouched = node in event.peers_are_off and is_silent(role, node, now)
         spoke = node != owner and has_listened(role, now) and keeper_speaks(role, node, now)
         if not (vouched or spoke):
+            if not owner:
+                return _refused(
+                    f"{node} was not heard and may lead it: this node knows of no term, or lost its state",
+                    f"start {node}'s keeper (outlive status says whether keys match); "
+                    f"if {node} is off: outlive start {event.spec.name} --off {node}",
+                )
             why = "holds the right to it" if node == owner else "was not heard and may lead it by now"
             return _refused(
                 f"{node} {why}",

@@ -565,12 +565,35 @@ def test_what_runs_where_another_node_leads_is_killed_at_the_keepers_start() -> 
 
 def test_the_first_start_is_for_the_first_node_alone() -> None:
     first, second = Driver("a"), Driver("b")
-    for driver in (first, second):
+    for driver, peer in ((first, "b"), (second, "a")):
         driver.after(2.1)
+        driver.hear("stopped", term=0, node=peer)
         driver.feed(OperatorStart(request=1, spec=SPEC))
     assert _answer(second, 1, Refused).error == "NoRightToLeadError"
     first.persisted()
     assert (first.state, first.role.record.term) == ("launching", 1)
+
+
+def test_a_node_without_a_term_starts_nothing_that_an_unheard_peer_may_lead() -> None:
+    driver = Driver("a")
+    driver.after(2.1)
+    driver.feed(OperatorStart(request=1, spec=SPEC))
+    assert "--off b" in _answer(driver, 1, Refused).hint
+    driver.feed(OperatorStart(request=2, spec=SPEC, peers_are_off=("b",)))
+    driver.persisted()
+    assert (driver.state, driver.role.record.term) == ("launching", 100)
+
+
+def test_a_leader_that_forgot_its_term_is_not_followed_in_silence() -> None:
+    driver = follower()
+    driver.feed(Heard(node="a", origin="keeper", boot_id="boot-2", wall_s=0.0, term=1, claim="following"))
+    driver.after(0.05)
+    assert driver.state == "waiting"
+    assert "does not know that it leads term 1" in driver.role.reason
+    assert driver.role.reason.endswith("outlive failover w --accept-data-loss")
+    assert not any(isinstance(effect, RunFence) for effect in driver.effects)
+    driver.hear("leading")
+    assert driver.state == "following"
 
 
 def test_a_start_on_a_replica_is_refused_whatever_its_leader_says() -> None:
