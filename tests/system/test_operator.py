@@ -95,8 +95,10 @@ async def test_a_workload_from_protect_to_unprotect_and_a_node_that_nobody_knows
         assert started["outcome"]["state"] == "leading"
         assert first.config_path.read_text().startswith(comment)
         assert (await ask(first, "config", "check"))["workloads"] == [NAME]
-        intruder = ("protect", "intruder", "--node", "x", "--node", "b")
+        intruder = ("protect", "intruder", "--no-start", "--node", "x", "--node", "b")
         await ask(stranger, *intruder, command=("sleep", "1000"))
+        assert "--off b" in await refused(stranger, "start", "intruder", code=10)
+        await ask(stranger, "start", "intruder", "--off", "b")
 
         await second.wait_for(NAME, lambda w: w.role == "replica" and w.restorable, what="restorable")
         await first.wait_for(NAME, lambda w: w.restorable, what="restorable elsewhere")
