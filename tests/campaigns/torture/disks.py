@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from common.durable import RealDisk
 from tests.campaigns.torture.cases import Case, Part, Scale, chance_of, rows, skipped
+from tests.campaigns.torture.own_mounts import with_own_mounts
 from tests.unit.store_disks import STOP, FaultyDisk
 from tests.unit.store_histories import Run, check_recovered, check_unopened, operations, random_steps
 
@@ -137,6 +138,7 @@ def mounted(kind: str) -> Iterator[Mounted]:
         shutil.rmtree(room)
 
 
+@with_own_mounts
 def disks(seed: int, scale: Scale) -> list[Part]:
     """Run this part."""
     parts = rows(killed_cases(seed, scale))

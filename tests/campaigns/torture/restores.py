@@ -29,6 +29,7 @@ from tests.campaigns.torture.disks import (
     cut_off,
     mounted,
 )
+from tests.campaigns.torture.own_mounts import with_own_mounts
 from tests.system.store_target import Target, commit_dump, pages_of, restore, running_target
 from tests.unit.store_disks import FaultyDisk
 from tests.unit.store_histories import (
@@ -81,6 +82,7 @@ class Recorded:
         return sorted(chance_of("restores", seed).sample(range(first, len(disk.ops)), how_many))
 
 
+@with_own_mounts
 def restores(seed: int, scale: Scale) -> list[Part]:
     """Run this part."""
     name = "restored by CRIU after SIGKILL"
