@@ -155,6 +155,8 @@ def unprotect(call: Call, name: str) -> None:
 def start(call: Call, name: str, peers_are_off: tuple[str, ...]) -> None:
     """Start a workload here, afresh. Refused where it may run elsewhere (exit code 10).
 
+    A first start needs the other nodes to be heard, or --off for those that are not set up yet.
+
     If it runs here already, that is said and nothing is changed (exit code 0).
     """
     config = call.config()
