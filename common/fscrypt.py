@@ -33,7 +33,6 @@ _VERSION_2, _AES_256_XTS, _AES_256_CTS, _PAD_32 = 2, 1, 4, 3
 _KEY_SPEC: Final = struct.Struct("=I4x32s")
 """`fscrypt_key_specifier`: type, identifier with padding."""
 _BY_IDENTIFIER, _IDENTIFIER_BYTES = 2, 16
-_FILES_BUSY: Final = 1
 _KEY_PRESENT: Final = 2
 
 
@@ -143,7 +142,7 @@ def _remove_key(directory: Path, identifier: bytes) -> bool:
             return True
         raise StoreError(f"the kernel keeps the key of {directory}: {error.strerror}") from error
     (flags,) = struct.unpack_from("=I", asked, 40)
-    return not flags & _FILES_BUSY
+    return bool(flags == 0)  # else files are in use, or another user added the key too
 
 
 def _ioctl(directory: Path, request: int, argument: bytearray) -> None:

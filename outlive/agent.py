@@ -360,7 +360,7 @@ class Agent:
             low.add(name)
             reason = f"{self._config.store_dir} has less than twice store.min_free_bytes free"
             self._events.append(Event.STORE_LOW_SPACE, workload=name, reason=reason)
-        if not store.fold_due():
+        if not await in_thread(store.fold_due):
             return
         try:
             await in_thread(store.fold)

@@ -55,6 +55,11 @@ class PageTable:
     def __init__(self, spaces: Sequence[SpacePages]) -> None:
         self.spaces = {space.key: space for space in spaces}
 
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return sum(len(space.numbers) for space in self.spaces.values())
+
     def changed_rows(self, space: SpacePages) -> NDArray[np.bool_]:
         """Mark the rows of `space` that this holder lacks or has with another content; shape (n,).
 

@@ -35,6 +35,9 @@ class StreamTiming:
     retry_max_s: float = 3.0
 
 
+_SLOWEST_COPY_BYTES_PER_S: Final = 32 << 20
+"""A disk that copies more slowly than this is not waited for."""
+
 DEFAULT_STREAM_TIMING: Final = StreamTiming()
 
 _MOST_PER_S: Final = 10_000
@@ -74,14 +77,19 @@ class Session:
         self._on_sent = on_sent
         self._on_readiness = on_readiness
         self._in_flight: EpochId | None = None
+        self._copying_s = 0.0
         self._asked = False
         self._told: tuple[HeldPages, Buffer] | None = None
         self._second, self._heard = 0, 0
         self._changed = asyncio.Event()
 
-    def begin(self, epoch: EpochId) -> None:
-        """Expect an outcome for this epoch from now on."""
+    def begin(self, epoch: EpochId, *, lent_bytes: int = 0) -> None:
+        """Expect an outcome for this epoch from now on.
+
+        The replica may be silent for as long as it takes to copy `lent_bytes` from what it holds.
+        """
         self.outcome, self._in_flight = None, epoch
+        self._copying_s = lent_bytes / _SLOWEST_COPY_BYTES_PER_S
 
     def end(self) -> None:
         """Expect no outcome any more."""
@@ -92,7 +100,7 @@ class Session:
         size_bytes, cost = sum(len(frame) for frame in frames), cost_bytes(frames)
         await self._until(
             lambda: self._credit_bytes >= cost or self.outcome is not None,
-            self._timing.credit_s,
+            self._timing.credit_s + self._copying_s,
             "has granted no credit",
         )
         if self.outcome is None:
@@ -104,7 +112,9 @@ class Session:
     async def acknowledged(self) -> Ack | Nack:
         """Wait for the outcome of the epoch in flight."""
         await self._until(
-            lambda: self.outcome is not None, self._timing.acknowledge_s, "has not acknowledged"
+            lambda: self.outcome is not None,
+            self._timing.acknowledge_s + self._copying_s,
+            "has not acknowledged",
         )
         if self.outcome is None:
             raise ProtocolError("an epoch ended without an answer")

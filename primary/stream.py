@@ -44,7 +44,7 @@ from common.messages import (
     decode,
     encode,
 )
-from common.model import EpochId, WorkloadSpec
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.rate import RateLimit
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Link, LinkTiming, open_link
@@ -125,6 +125,7 @@ class ReplicaStream:
         self._buffer = bytearray()
         self._rate = RateLimit(peer.max_mib_per_s * (1 << 20))
         self._held: Held | None = None
+        self._newest: EpochId | None = None
         self._base: EpochId | None = None
         self._seed = 0
         self._resync: Literal["", "ask", "full"] = ""
@@ -151,7 +152,8 @@ class ReplicaStream:
 
         Holds from the next epoch on; one in flight is not disturbed.
         """
-        self._resync = "full" if full else "ask"
+        if self._resync != "full":
+            self._resync = "full" if full else "ask"
 
     @property
     def wants_epoch(self) -> bool:
@@ -253,7 +255,7 @@ class ReplicaStream:
 
         An epoch that was in flight when the connection broke may have been committed after all.
         """
-        newest = welcome.newest
+        newest = self._newest = welcome.newest
         self._base, self._seed = None, welcome.seed
         unconfirmed, self._unconfirmed = self._unconfirmed, None
         if unconfirmed is not None and unconfirmed[0].id == newest:
@@ -267,7 +269,7 @@ class ReplicaStream:
 
     def _remember(self, held: Held, frozen_wall_s: float) -> None:
         self._held = held
-        self._acknowledged = held.id
+        self._acknowledged = self._newest = held.id
         self._acknowledged_wall_s = frozen_wall_s
         self._epochs_acknowledged += 1
         self._on_acknowledged(held.id)
@@ -310,7 +312,7 @@ class ReplicaStream:
         self._seed = 0
         if not self._buffer:
             self._buffer = bytearray(BULK_BYTES)
-        session.begin(epoch.id)
+        session.begin(epoch.id, lent_bytes=seed.table.pages * PAGE_BYTES if seed else 0)
         self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
         try:
             await self._send_messages(
@@ -327,18 +329,19 @@ class ReplicaStream:
         self._unconfirmed = None
         if isinstance(outcome, Ack):
             self._acknowledge(offer, outcome)
+            if base is None and self._resync == "full":
+                self._resync = ""
             return False
-        return self._not_acknowledged(outcome)
+        return self._not_acknowledged(outcome, whole=base is None)
 
     def _forget_if_told(self) -> None:
-        """Carry out `resync`."""
+        """Carry out `resync`; a full one holds until an epoch without a base is acknowledged."""
         if self._resync == "full":
-            self._base, self._seed = None, 0
-        elif self._resync and self._held is not None:
-            self._base = self._held.id
-        if self._resync:
+            self._held, self._base, self._seed = None, None, 0
+        elif self._resync:
+            self._base = self._held.id if self._held else self._base
             self._held = None
-        self._resync = ""
+            self._resync = ""
 
     async def _send_messages(self, session: Session, messages: Iterator[Frames]) -> None:
         """Send as credit allows, drawing about a block at a time in a thread; a `Nack` ends it early."""
@@ -358,12 +361,15 @@ class ReplicaStream:
         self._note_progress()
         self._log.debug("stream.acknowledged", epoch=str(epoch.id), latency_ms=round(latency_ms, 1))
 
-    def _not_acknowledged(self, nack: Nack) -> bool:
-        """Take in a `Nack`; True if the epoch is worth sending again, whole."""
+    def _not_acknowledged(self, nack: Nack, *, whole: bool) -> bool:
+        """Take in a `Nack`; True if the epoch is worth sending again."""
         self._failures += 1
         self._note_problem("stream.not_acknowledged", nack.reason, epoch=str(nack.epoch), code=nack.code)
         if nack.retry_with_base:
             self._held = None
+        if nack.code == "no-space" and whole:
+            # There may be room for what differs, whatever was the matter with the base.
+            self._base, self._resync = self._newest, ""
         return nack.code != "not-newer"
 
     def _note_sent(self, size_bytes: int) -> None:

@@ -28,7 +28,7 @@ from common.identity import PageHasher
 from common.messages import AskHeld, Begin, Buffer, Commit, HeldPages, Message, Metadata, Nack, Pages, Space
 from common.model import PAGE_BYTES
 from common.terms import TermGuard
-from replica.levels import CRIU_RESTORE
+from replica.levels import CRIU_RESTORE, BaseError
 from replica.store import EpochHeader, EpochRecord, EpochStore, IncomingEpoch
 
 log = structlog.get_logger(__name__)
@@ -317,17 +317,17 @@ class Assembly:
 
     def _give_up(self, begin: Begin, error: StoreError | NoSpaceError) -> Nack:
         """The store refused: nothing of the epoch stays, and the rest of it will be ignored."""
-        committing = self._epoch is not None and self._phase is Phase.COMPLETE
-        at_begin = self._epoch is None
         self._drop()
         self._phase = Phase.DISCARDING
         if isinstance(error, NoSpaceError):
             return Nack(epoch=begin.epoch, reason=str(error), code="no-space", retry_with_base=False)
+        # Another failure of the disk is no reason to send a base again, for which there may be no room.
+        at_fault = isinstance(error, BaseError)
         return Nack(
             epoch=begin.epoch,
             reason=str(error),
-            code="base" if at_begin and begin.base is not None else "store",
-            retry_with_base=begin.base is not None and not committing,
+            code="base" if at_fault else "store",
+            retry_with_base=at_fault,
         )
 
 

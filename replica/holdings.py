@@ -20,7 +20,7 @@ from common.errors import StoreError
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from replica.folding import Origin, origin_of, read_pages
-from replica.levels import Level, Numbers, rows_in
+from replica.levels import BaseError, Level, Numbers, rows_in
 
 _BUFFER_BYTES = 1 << 20
 
@@ -82,3 +82,42 @@ class Holdings:
             self._known = key, numbers[held], Origin(origin.level[held], origin.row[held])
         _, numbers, origin = self._known
         return numbers, origin
+
+
+class Lender(Holdings):
+    """A seed. It lends pages only while they are what was told of them.
+
+    A seed is not synced, and read twice: to be told, and to be copied into an epoch. What the disk lost or
+    altered in between would else be committed, with a hash of its own.
+    """
+
+    def __init__(self, chain: Sequence[Level], disk: Disk) -> None:
+        super().__init__(chain, disk)
+        self._hasher: PageHasher | None = None
+        self._told: dict[SpaceKey, dict[int, HeldPart]] = {}
+
+    def identify(self, key: SpaceKey, first_row: int, most: int, hasher: PageHasher) -> HeldPart:
+        """See `Holdings.identify`; what is told is remembered, 24 bytes a page."""
+        part = super().identify(key, first_row, most, hasher)
+        if self._hasher is None or self._hasher.secret != hasher.secret:
+            self._hasher = hasher
+            self._told.clear()
+        self._told.setdefault(key, {})[first_row] = part
+        return part
+
+    def read(self, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
+        """See `Holdings.read`. Raises BaseError for pages that were not told, or are not that any more."""
+        told = [part for _, part in sorted(self._told.get(key, {}).items())]
+        if self._hasher is None or not told:
+            raise BaseError(f"nobody was told what is kept of {key.pagemap_name}")
+        rows = rows_in(np.concatenate([part.numbers for part in told]), numbers)
+        if (rows < 0).any():
+            raise BaseError(f"{int((rows < 0).sum())} pages of {key.pagemap_name} were not told to be kept")
+        identity = np.concatenate([part.identity for part in told])[rows]
+        at = 0
+        for block in super().read(key, numbers):
+            pages = len(block) // PAGE_BYTES
+            if not np.array_equal(self._hasher.identify(block), identity[at : at + pages]):
+                raise BaseError(f"what is kept of {key.pagemap_name} is not what was told of it")
+            yield block
+            at += pages

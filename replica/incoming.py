@@ -18,9 +18,9 @@ from common.criu.images import PE_PARENT, SpaceKey
 from common.durable import Disk
 from common.errors import NoSpaceError, StoreError
 from common.model import EpochId
-from replica.holdings import Holdings
+from replica.holdings import Lender
 from replica.level_writer import LevelWriter, restore_text
-from replica.levels import EpochHeader, Flags, Layout, Level, Numbers, rows_in
+from replica.levels import BaseError, EpochHeader, Flags, Layout, Level, Numbers, rows_in, tells_damage
 from replica.store_reader import EpochRecord
 
 _DESCRIPTORS = "descriptors.json"
@@ -69,7 +69,7 @@ class IncomingEpoch:
         header: EpochHeader,
         restore_command: tuple[str, ...],
         writer: LevelWriter,
-        lender: Holdings | None,
+        lender: Lender | None,
     ) -> None:
         """`lender` is where `COPIED` pages come from."""
         self.header = header
@@ -108,18 +108,29 @@ class IncomingEpoch:
 
         PE_PARENT: unchanged, the base has it. PE_PRESENT: its bytes follow. `ZERO`: changed, and all zeros
         now, so that none follow. `COPIED`: changed, but the seed has it as it is now. PE_LAZY is kept.
-        Raises StoreError for what cannot be, and for pages that the base or the seed does not have: CRIU
-        would fail at restore.
+        Raises StoreError for what cannot be, and BaseError for pages that the base or the seed does not have:
+        CRIU would fail at restore.
         """
         with self._step():
             self._writer.space(key, numbers, flags, self._lender)
             inherited = numbers[(flags & PE_PARENT) != 0]
             if inherited.size:
-                base = self.header.base
-                held = self._home.pages_held(base, key) if base is not None else None
+                held = self._pages_of_base(key)
                 if held is None or (rows_in(held, inherited) < 0).any():
-                    raise StoreError(f"{key.pagemap_name} has unchanged pages that {base} does not have")
+                    raise BaseError(
+                        f"{key.pagemap_name} has unchanged pages that {self.header.base} does not have"
+                    )
             self._numbers[key] = numbers.copy()
+
+    def _pages_of_base(self, key: SpaceKey) -> Numbers | None:
+        if self.header.base is None:
+            return None
+        try:
+            return self._home.pages_held(self.header.base, key)
+        except StoreError as error:
+            if tells_damage(error):
+                raise BaseError(f"{self.header.base} is damaged: {error.message}") from error
+            raise
 
     def pages(self, key: SpaceKey, data: bytes | bytearray | memoryview) -> None:
         """Add bytes of the pages that follow `space`, in ascending order of pages, cut anywhere.
@@ -165,9 +176,11 @@ class IncomingEpoch:
         if self._over in ("was committed", "was aborted"):
             return
         self._over = "was aborted"
-        self._writer.close()
         self._home.forget(self)
-        self._disk.remove_tree(self._writer.directory, op="abort.remove")
+        try:
+            self._writer.close()
+        finally:
+            self._disk.remove_tree(self._writer.directory, op="abort.remove")
 
     @contextmanager
     def _step(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from replica.levels import (
     PARENT_NAME,
     REASON_NAME,
     RESTORE_NAME,
+    BaseError,
     EpochHeader,
     FileEntry,
     Flags,
@@ -151,7 +152,7 @@ class _PagesFile:
                 self._open().skip(size_bytes)
                 self._go_on(size_bytes)
             elif self._held is None:
-                raise StoreError("pages are said to be held already, but nothing is")
+                raise BaseError("pages are said to be held already, but nothing is")
             else:
                 for block in self._held.read(self._key, self._numbers[self._at_bytes // PAGE_BYTES : end]):
                     self._open().write(block)
@@ -320,10 +321,12 @@ class LevelWriter:
 
     def close(self) -> None:
         """Close what is open; the directory stays. Harmless when repeated."""
-        if self._open_metadata:
-            self._open_metadata.close()
-        if self._open_pages:
-            self._open_pages[1].close()
+        try:
+            if self._open_metadata:
+                self._open_metadata.close()
+        finally:
+            if self._open_pages:
+                self._open_pages[1].close()
 
     def _write_pagemap(self, key: SpaceKey, pages_id: int, numbers: Numbers, stored: Flags) -> None:
         path = self.directory / key.pagemap_name

@@ -58,6 +58,10 @@ class DamagedLevelError(StoreError):
     """A directory is no whole level: what it lacks or what is wrong with it was seen, not just unreadable."""
 
 
+class BaseError(StoreError):
+    """What an epoch stands on, or takes pages of, is not as its sender believes: it has to be sent whole."""
+
+
 class EpochHeader(msgspec.Struct, frozen=True, kw_only=True):
     """Which epoch a level is, and what it stands on (None: a full base)."""
 

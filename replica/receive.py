@@ -228,7 +228,7 @@ class Receiver:
 
     def _end_revoked(self) -> None:
         for session in self._sessions.values():
-            if not self._keys.node_of(session.key):
+            if self._keys.node_of(session.key) != session.node:
                 session.end(f"the key that {session.node} greeted with was revoked")
 
     async def readiness_changed(self, workload: str, restorable: bool, reasons: tuple[str, ...]) -> None:
@@ -277,6 +277,8 @@ class Receiver:
         try:
             self._guard.check(hello.workload, hello.term, session.node)
             await self._accept(hello)
+            if session.over:  # its key was revoked meanwhile: it must not end the one that is active
+                return
             self._replace(session)
             async with self._turns.setdefault(hello.workload, asyncio.Lock()):
                 await self._converse(session)
@@ -313,7 +315,7 @@ class Receiver:
         if session.over:
             return
         store = await in_thread(self._stores, hello.workload)
-        newest = await in_thread(lambda: store.newest)
+        newest, seed = await in_thread(lambda: (store.newest, store.seed))
         session.welcomed = True
         await self._tell(
             session,
@@ -322,7 +324,7 @@ class Receiver:
                 node=self._config.node.name,
                 newest=newest.id if newest else None,
                 newest_frozen_wall_s=newest.frozen_wall_s if newest else None,
-                seed=store.seed,
+                seed=seed,
                 credit_bytes=session.window_bytes,
             ),
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -21,6 +23,8 @@ from replica.levels import FORMAT, REASON_NAME, DamagedLevelError, Layout, Level
 
 READ_ATTEMPTS = 3
 """How often a level is read that the disk fails to read (EIO) before it counts as damaged."""
+
+_NEVER = EpochId(0, 0)
 
 log = structlog.get_logger(__name__)
 
@@ -108,19 +112,21 @@ def recover(layout: Layout, disk: Disk) -> dict[EpochId, Level]:
     return whole
 
 
-def recover_seed(layout: Layout, disk: Disk) -> Level | None:
-    """Return what is kept of an interrupted epoch, if it can be used; what cannot is removed."""
-    seed: Level | None = None
+def recover_seed(layout: Layout, disk: Disk, levels: Mapping[EpochId, Level]) -> Level | None:
+    """Return what is kept of an interrupted epoch, if it can be used; all others are removed.
+
+    It is the newest; one that is older than a committed epoch has no use any more.
+    """
+    seeds: list[Level] = []
     for path in _paths(layout.seeds, disk):
-        try:
-            level = _read_level(path, disk, named=False)
-        except DamagedLevelError:
-            level = None
-        if level and seed is None and path.name.isdecimal():
-            seed = level
-        else:
+        with suppress(DamagedLevelError):
+            seeds.append(_read_level(path, disk, named=False))
+    useful = [seed for seed in seeds if seed.path.name.isdecimal() and seed.id > max(levels, default=_NEVER)]
+    best = max(useful, key=lambda seed: (seed.id, seed.manifest.page_bytes), default=None)
+    for path in _paths(layout.seeds, disk):
+        if best is None or path != best.path:
             disk.remove_tree(path, op="recover.seed")
-    return seed
+    return best
 
 
 def set_aside(layout: Layout, disk: Disk, level: Level | Path, reason: str) -> None:

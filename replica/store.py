@@ -36,12 +36,13 @@ from common.model import EpochId
 from common.rate import RateLimit
 from replica.ceiling import Ceiling
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
-from replica.holdings import HeldPart, Holdings
+from replica.holdings import HeldPart, Holdings, Lender
 from replica.incoming import IncomingEpoch
 from replica.level_writer import COPIED, ZERO, LevelWriter
 from replica.levels import (
     CRIU_RESTORE,
     RESTORE_NAME,
+    BaseError,
     EpochHeader,
     Layout,
     Level,
@@ -122,6 +123,7 @@ class EpochStore(StoreReader):
         self._holds = 0
         self._known: tuple[EpochId, dict[SpaceKey, Numbers]] | None = None  # pages of the newest epoch
         self._seed = seed
+        self._lending: tuple[int, Lender] | None = None
         self._unswept = False
         self._newest_levels = self.newest.levels if self.newest else 0
         self._fold_rate = RateLimit(fold_bytes_per_s)
@@ -155,7 +157,7 @@ class EpochStore(StoreReader):
         try:
             prepare(layout, disk)
             levels = recover(layout, disk)
-            seed = recover_seed(layout, disk)
+            seed = recover_seed(layout, disk, levels)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -463,12 +465,14 @@ class EpochStore(StoreReader):
             return known[1].get(key)
         return level.pages_of(key, self._disk)[0] if level.space(key) else None
 
-    def _lender(self, seed: int) -> Holdings:
+    def _lender(self, seed: int) -> Lender:
         """Open a seed for reading. It fails to read, and never reads another one, once it is dropped."""
         with self._mutex:
             if self._seed is None or seed != self.seed:
-                raise StoreError("what was kept of an interrupted epoch is not here any more")
-            return Holdings((self._seed,), self._disk)
+                raise BaseError("what was kept of an interrupted epoch is not here any more")
+            if self._lending is None or self._lending[0] != seed:
+                self._lending = seed, Lender((self._seed,), self._disk)
+            return self._lending[1]
 
     def _drop_seed(self) -> None:
         """Throw the seed away; what an arriving epoch still reads of it stays readable or fails it."""
@@ -489,7 +493,7 @@ class EpochStore(StoreReader):
         if self._levels and header.id <= max(self._levels):
             raise StoreError(f"epoch {header.id} is not newer than {max(self._levels)}, which is committed")
         if header.base is not None and header.base not in self._levels:
-            raise StoreError(
+            raise BaseError(
                 f"epoch {header.id} stands on {header.base}, which is not here", hint="send a full epoch"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from common.criu.images import PE_PARENT, PE_PRESENT, SpaceKey
 from common.errors import StoreError
 from common.identity import PageHasher
 from common.model import EpochId
+from replica.levels import BaseError
 from replica.store import COPIED, ZERO, EpochStore, IncomingEpoch
 
 TASK, OTHER = SpaceKey("task", 1), SpaceKey("task", 2)
@@ -108,6 +110,37 @@ def test_what_was_torn_in_a_seed_has_another_identity(tmp_path: Path) -> None:
         assert identity[1].tolist() != identity_of(2)
 
 
+def test_what_goes_wrong_between_telling_and_copying_is_not_committed(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 300)
+        assert pages_kept(store) == 333
+        (seed,) = (tmp_path / "web" / "seeds").iterdir()
+        with (seed / "pages-1.img").open("r+b") as file:
+            file.write(bytes(4096))  # as after a write that never reached the disk
+        arriving = store.begin(header(EpochId(1, 2), None), seed=store.seed)
+        announce(arriving, TASK, {0: COPIED, 2: COPIED})
+        with pytest.raises(BaseError, match="is not what was told"):
+            arriving.commit()
+        arriving.abort()
+        assert store.newest is None
+
+
+def test_of_several_seeds_the_newest_survives_a_restart_and_none_that_is_outdated(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 300)
+        (old,) = (tmp_path / "web" / "seeds").iterdir()
+        shutil.copytree(old, tmp_path / "kept")
+        interrupted(store, EpochId(1, 3), 1000, 400)
+        shutil.copytree(tmp_path / "kept", tmp_path / "web" / "seeds" / "1")
+        newest = store.seed
+    with opened(tmp_path) as store:
+        assert store.seed == newest
+        assert len(list((tmp_path / "web" / "seeds").iterdir())) == 1
+        commit(store, EpochId(1, 4), {TASK: {1: 1}})
+    with opened(tmp_path) as store:
+        assert store.seed == 0
+
+
 def test_the_larger_of_two_seeds_stays(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         interrupted(store, EpochId(1, 1), 1000, 400)
@@ -154,8 +187,14 @@ def test_pages_that_the_seed_does_not_have_are_refused(tmp_path: Path) -> None:
         arriving.abort()
         interrupted(store, EpochId(1, 1), 1000, 300)
         arriving = store.begin(header(EpochId(1, 2), None), seed=store.seed)
+        announce(arriving, TASK, {0: COPIED})
+        with pytest.raises(BaseError, match="nobody was told"):
+            arriving.commit()
+        arriving.abort()
+        assert pages_kept(store) == 333
+        arriving = store.begin(header(EpochId(1, 2), None), seed=store.seed)
         announce(arriving, TASK, {0: COPIED, 999: COPIED})
-        with pytest.raises(StoreError, match="are not held"):
+        with pytest.raises(BaseError, match="not told to be kept"):
             arriving.commit()
         arriving.abort()
         assert store.newest is None

@@ -17,7 +17,7 @@ import zmq.asyncio
 from common.bulk import SEEDED, ZERO
 from common.config import Node, NodeConfig, Peer
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
-from common.errors import CaptureError, StoreError
+from common.errors import CaptureError
 from common.keyring import Keyring
 from common.keys import KeyPair
 from common.messages import Hello, Nack
@@ -29,6 +29,7 @@ from primary.capture import CapturedEpoch, FreezeTimes, MetadataFile, SpacePages
 from primary.session import StreamTiming
 from primary.stream import ReplicaStream
 from replica.holdings import HeldPart
+from replica.levels import BaseError
 from replica.receive import Receiver, ReceiverLimits
 
 Memory = dict[SpaceKey, dict[int, bytes]]
@@ -173,7 +174,7 @@ class StoreInMemory:
         if self.fail_begin:
             raise self.fail_begin
         if header.base is not None and header.base not in self.epochs:
-            raise StoreError(f"{header.base} is not held")
+            raise BaseError(f"{header.base} is not held")
         return _IncomingInMemory(self, header, self.seeds[seed] if seed else {})
 
 
