@@ -78,6 +78,10 @@ class Problem:
     what: str
 
 
+class ReplacedError(StoreError):
+    """A level went while it was read, because a newer one took its place: nothing is wrong with the store."""
+
+
 class StoreReader:
     """The epochs of one workload as they were when the store was opened."""
 
@@ -207,7 +211,7 @@ def verify_chain(chain: Sequence[Level], disk: Disk) -> list[Problem]:
             if what:
                 problems.append(Problem(level.id, path, what))
         if problems and not level.path.exists():
-            raise StoreError(f"{level.path} was replaced while it was read", hint="run the command again")
+            raise ReplacedError(f"{level.path} was replaced while it was read", hint="run the command again")
     return problems
 
 

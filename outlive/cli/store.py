@@ -15,7 +15,9 @@ from outlive.cli.output import Answer, Rows, wall_time, yes_no
 from outlive.cli.running import configure_logs
 
 if TYPE_CHECKING:  # the store needs numpy: loaded by the verbs that need it, not by every call
-    from replica.store_reader import EpochRecord, StoreReader
+    from replica.store_reader import EpochRecord, Problem, StoreReader
+
+_VERIFY_ATTEMPTS = 10
 
 
 class StoredEpoch(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,12 +173,8 @@ def verify(context: click.Context, workload: str, epoch: EpochId | None) -> None
     Exits with 7 if something is wrong.
     """
     call = context.ensure_object(Call)
-    reader = _open(call.config(), workload)
-    chosen = epoch or _newest(reader, workload)
-    problems = tuple(
-        FoundProblem(epoch=found.epoch, path=str(found.path), what=found.what)
-        for found in reader.verify(chosen)
-    )
+    chosen, found = _verified(call.config(), workload, epoch)
+    problems = tuple(FoundProblem(epoch=each.epoch, path=str(each.path), what=each.what) for each in found)
     answer = StoreVerifyAnswer(workload=workload, epoch=chosen, sound=not problems, problems=problems)
     if problems:
         rows = [(str(found.epoch), found.path, found.what) for found in problems]
@@ -224,6 +222,22 @@ def _open(config: NodeConfig, workload: str) -> StoreReader:
             hint=f"stored: {', '.join(held) or 'nothing'}",
         )
     return StoreReader.inspect(config.store_dir, workload)
+
+
+def _verified(config: NodeConfig, workload: str, epoch: EpochId | None) -> tuple[EpochId, list[Problem]]:
+    """Check an epoch; again if newer ones replaced what was being read, as they do while the agent runs."""
+    from replica.store_reader import ReplacedError
+
+    attempt = 1
+    while True:
+        reader = _open(config, workload)
+        chosen = epoch or _newest(reader, workload)
+        try:
+            return chosen, reader.verify(chosen)
+        except ReplacedError:
+            if attempt == _VERIFY_ATTEMPTS:
+                raise
+        attempt += 1
 
 
 def _newest(reader: StoreReader, workload: str) -> EpochId:
