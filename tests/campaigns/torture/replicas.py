@@ -20,6 +20,7 @@ from common.criu.images import SpaceKey
 from common.errors import StoreError
 from common.identity import PageHasher
 from common.model import EpochId
+from common.threads import in_thread
 from primary.backlog import SharedEpoch
 from primary.capture import CapturedEpoch
 from primary.stream import ReplicaStream
@@ -73,7 +74,7 @@ class _Replica:
         while True:
             await asyncio.sleep(self._dice.uniform(0.01, 0.1))
             with contextlib.suppress(StoreError):  # closed meanwhile
-                await asyncio.to_thread(self.store.fold)
+                await in_thread(self.store.fold)  # which does not go on when this ends
 
     async def flap(self, until: asyncio.Event) -> None:
         """Listen and be gone in turn; now and then as if the agent had been killed."""
