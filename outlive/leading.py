@@ -172,7 +172,9 @@ class Leading:
                 counters = stream.counters
                 if counters.bytes_sent and node not in begun:
                     begun.add(node)
-                    reason = f"{node} has nothing of this run yet and is sent all of it"
+                    reason = (
+                        f"{node} has nothing of this run yet and is sent all that it does not hold already"
+                    )
                     self._events.append(Event.BASE_STARTED, workload=name, reason=reason, peer=node)
                 if counters.epochs_acknowledged and node not in based:
                     based.add(node)

@@ -38,7 +38,7 @@ async def ask_held(
 async def _ask_space(
     session: Session, space: SpacePages, secret: int, held: EpochId | None, seed: int
 ) -> SpacePages:
-    """Ask part by part: the replica has to remember nothing, and one message is in memory at a time."""
+    """Ask part by part: one message is in memory at a time, on either side."""
     numbers: list[NDArray[np.uint64]] = []
     identities: list[NDArray[np.uint64]] = []
     row, last, more = 0, -1, True

@@ -292,7 +292,8 @@ class LevelWriter:
     def finish_seed(self, header: EpochHeader) -> Level:
         """End early, with the pages that are here, as a level that only lends them; not synced.
 
-        Not synced because nobody relies on it: whoever takes pages of it reads them first.
+        Not synced because nobody relies on it: pages are compared with what was told of them when they are
+        taken (`holdings.Lender`).
         """
         if self._open_pages:
             key, file = self._open_pages

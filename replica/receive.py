@@ -277,11 +277,10 @@ class Receiver:
         try:
             self._guard.check(hello.workload, hello.term, session.node)
             await self._accept(hello)
-            if session.over:  # its key was revoked meanwhile: it must not end the one that is active
-                return
-            self._replace(session)
-            async with self._turns.setdefault(hello.workload, asyncio.Lock()):
-                await self._converse(session)
+            if not session.over:  # else, with its key revoked meanwhile, it must not end the active one
+                self._replace(session)
+                async with self._turns.setdefault(hello.workload, asyncio.Lock()):
+                    await self._converse(session)
             if session.refusal:
                 await self._refuse(session, session.refusal, session.over)
         except StaleTermError as error:

@@ -425,6 +425,7 @@ class EpochStore(StoreReader):
             if self._seed is not None:
                 self._stale.append(self._seed.path)
                 self._seed = None
+            self._lending = self._holdings = None  # the tables of what was asked take memory
             record = self._record(self._levels, level.id)
             self._newest_levels = record.levels
         log.info("store.committed", epoch=str(level.id), bytes=record.bytes_on_disk, levels=record.levels)
@@ -437,12 +438,15 @@ class EpochStore(StoreReader):
                 self._arriving.remove(epoch)
 
     def keep_seed(self, made: Level) -> bool:
-        """Keep what came of an interrupted epoch for the next attempt, if it is more than what is kept.
+        """Keep what came of an interrupted epoch for the next attempt, if it is more than the last one left.
 
         False if it is not, or if the store was closed: then it is to be removed.
         """
         with self._mutex:
-            kept_bytes = self._seed.manifest.page_bytes if self._seed else 0
+            kept = self._seed.manifest if self._seed else None
+            # What is left of another run of the workload says nothing about how far this one has come.
+            same_run = kept is not None and kept.header.incarnation == made.manifest.header.incarnation
+            kept_bytes = kept.page_bytes if kept is not None and same_run else 0
             if self._lock_fd < 0 or made.manifest.page_bytes < max(SEED_MIN_BYTES, kept_bytes + 1):
                 return False
             self._drop_seed()

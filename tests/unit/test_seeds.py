@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from store_disks import UnsyncedDisk, commit, composed, header
@@ -39,9 +40,11 @@ def announce(arriving: IncomingEpoch, key: SpaceKey, flags: dict[int, int]) -> N
     arriving.space(key, numbers, np.array([flags[n] for n in sorted(flags)], dtype=np.uint8))
 
 
-def interrupted(store: EpochStore, epoch: EpochId, pages: int, came: int, first: int = 0) -> None:
+def interrupted(
+    store: EpochStore, epoch: EpochId, pages: int, came: int, first: int = 0, incarnation: str = "one"
+) -> None:
     """Begin a full epoch of `pages` pages, of which `came` come; every tenth one is all zeros."""
-    arriving = store.begin(header(epoch, None))
+    arriving = store.begin(msgspec.structs.replace(header(epoch, None), incarnation=incarnation))
     arriving.metadata("inventory.img", b"inventory")
     announce(arriving, TASK, {first + n: ZERO if n % 10 == 9 else PE_PRESENT for n in range(pages)})
     for n in [n for n in range(pages) if n % 10 != 9][:came]:
@@ -239,3 +242,29 @@ def test_pages_of_one_seed_are_never_taken_for_those_of_another(tmp_path: Path) 
             announce(arriving, TASK, {0: COPIED})
             arriving.commit()
         arriving.abort()
+
+
+def test_a_seed_of_another_run_stands_in_nobodys_way(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        interrupted(store, EpochId(1, 1), 1000, 600)
+        interrupted(store, EpochId(1, 2), 1000, 300, first=5000, incarnation="two")
+        assert store.identify(store.seed, TASK, 0, 1, HASHER).numbers.tolist() == [5000]
+
+
+def test_an_abort_that_meets_a_broken_disk_leaves_neither_a_directory_nor_a_claim_on_its_base(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path) as store:
+        commit(store, EpochId(1, 1), {TASK: {n: 1 for n in range(8)}})
+        arriving = store.begin(header(EpochId(1, 2), EpochId(1, 1)))
+        announce(arriving, TASK, {n: PE_PRESENT for n in range(4)})
+        arriving.pages(TASK, page(1))
+
+        def broken() -> None:
+            raise StoreError("commit.pages: quota")
+
+        arriving._writer.close = broken  # type: ignore[method-assign]
+        with pytest.raises(StoreError, match="quota"):
+            arriving.abort()
+        assert list((tmp_path / "web" / "incoming").iterdir()) == []
+        assert store._arriving == []

@@ -690,6 +690,17 @@ async def test_who_goes_on_before_it_is_welcomed_is_refused(pair: Pair, raw) -> 
     assert said[-1].code == "nonsense"
 
 
+async def test_a_key_that_becomes_another_peers_ends_the_session_of_its_former_owner(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
+        await acknowledged(stream, offer(stream, captured(1, memory_of(50))))
+        other = Peer(name="c", address="127.0.0.1", public_key=pair.a.public)
+        pair.ring.replace(pair.b, [other])
+        two = offer(stream, captured(2, memory_of(50, p16=77)))
+        await until(lambda: not stream.progress.connected or "another" in stream.problem)
+        await asyncio.sleep(0.3)
+        assert two.id not in pair.store.epochs
+
+
 async def test_who_goes_on_after_being_refused_is_cut_off(pair: Pair, raw) -> None:
     gone = asyncio.create_task(raw.link.lost())
     for _ in range(100):

@@ -245,6 +245,8 @@ class Pair:
     guard: TermGuard = field(default_factory=lambda: TermGuard(lambda workload, leadership: None))
     limits: ReceiverLimits = field(default_factory=ReceiverLimits)
     port: int = 0
+    ring: Keyring | None = None
+    """That of b, while it receives."""
     peers: tuple[Peer, ...] = ()
     readiness: Callable[[], tuple[bool, tuple[str, ...]]] = lambda: (True, ())
     hellos: list[Hello] = field(default_factory=list)
@@ -266,11 +268,12 @@ class Pair:
         async def ready(workload: str, record: object) -> tuple[bool, tuple[str, ...]]:
             return self.readiness()
 
+        self.ring = Keyring(self.b, self.config().peers)
         context = zmq.asyncio.Context()  # its end frees the port at once, like a process's
         receiver = Receiver(
             context,
             self.config(),
-            Keyring(self.b, self.config().peers),
+            self.ring,
             stores=self.store_of,
             guard=self.guard,
             accept=accept,
