@@ -40,8 +40,12 @@ _SLOWEST_COPY_BYTES_PER_S: Final = 32 << 20
 
 DEFAULT_STREAM_TIMING: Final = StreamTiming()
 
-_MOST_PER_S: Final = 10_000
-"""Messages of a replica in a second: a sound one says little more than a word for each MiB that it gets."""
+_UNASKED: Final = 200
+_UNASKED_PER_S: Final = 20
+"""Messages of a replica beyond those that it owes: a sound one tells its readiness now and then. Counted from
+the beginning, not by the second: in a flood this node may be too slow to hear many in a second."""
+_ANSWERS: Final = 2
+"""Most that a replica has to say of a message that it got: credit for it, and what came of it."""
 
 
 class RefusedError(ProtocolError):
@@ -80,7 +84,7 @@ class Session:
         self._copying_s = 0.0
         self._asked = False
         self._told: tuple[HeldPages, Buffer] | None = None
-        self._second, self._heard = 0, 0
+        self._sent, self._heard = 0, 0
         self._changed = asyncio.Event()
 
     def begin(self, epoch: EpochId, *, lent_bytes: int = 0) -> None:
@@ -106,6 +110,7 @@ class Session:
         if self.outcome is None:
             self._credit_bytes -= cost
             self._on_sent(size_bytes)
+            self._sent += 1
             await self._link.send(frames)
             await asyncio.sleep(self._rate.take(size_bytes, asyncio.get_running_loop().time()))
 
@@ -134,13 +139,14 @@ class Session:
 
     async def listen(self) -> None:
         """Take in what the receiver says, until it says something that ends the session."""
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
         while True:
             message, bulk = decode(await self._link.receive())
-            if (second := int(asyncio.get_running_loop().time())) != self._second:
-                self._second, self._heard = second, 0
             self._heard += 1
-            if self._heard > _MOST_PER_S:
-                raise ProtocolError(f"{self._peer} says more than {_MOST_PER_S} things in a second")
+            unasked = self._heard - _ANSWERS * self._sent
+            if unasked > _UNASKED + _UNASKED_PER_S * (loop.time() - begun_s):
+                raise ProtocolError(f"{self._peer} goes on talking: {unasked} messages without a cause")
             if isinstance(message, Credit):
                 self._credit_bytes += message.bytes
                 if self._credit_bytes > self._window_bytes:
