@@ -605,14 +605,17 @@ async def test_an_epoch_that_trickles_in_is_given_up(pair: Pair, raw, tmp_path) 
 
 
 async def test_frames_without_content_cost_credit_too(pair: Pair, raw) -> None:
-    pair.store.delay_s = 1.0
+    pair.store.open.clear()
     raw.receiver._limits = ReceiverLimits(credit_bytes=MIN_CREDIT_BYTES)
     await raw.greet()
     for frames in frames_of(captured(1, memory_of(3)))[:-1]:
         await raw.link.send(frames)
-    await asyncio.sleep(0.2)  # the store is busy now
+    await until(lambda: pair.store.busy)
+    session = raw.receiver._active["redis"]
     for _ in range(raw.receiver._limits.credit_bytes // FRAME_COST_BYTES + 1):
         await raw.link.send([b""])
+    await until(lambda: session.over)
+    pair.store.open.set()
     refused = await raw.hear(Credit)
     assert isinstance(refused, Refused)
     assert "granted" in refused.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -144,6 +145,10 @@ class StoreInMemory:
         self.fail_commit: Exception | None = None
         self.delay_s = 0.0
         """How long each block of pages takes."""
+        self.open = threading.Event()
+        """While it is not set, the store is busy with the block that came last."""
+        self.open.set()
+        self.busy = False
         self.seeds: dict[int, Memory] = {}
         self.seed_name = 0
         self.asked: list[EpochId | int] = []
@@ -210,6 +215,8 @@ class _IncomingInMemory:
     def pages(self, key: SpaceKey, data: bytes) -> None:
         assert key == self._key
         time.sleep(self._store.delay_s)
+        self._store.busy = not self._store.open.is_set()
+        assert self._store.open.wait(60)
         for at in range(0, len(data), PAGE_BYTES):
             self.epoch.memory[key][self._pending.pop()] = bytes(data[at : at + PAGE_BYTES])
 
