@@ -44,5 +44,5 @@ torture: setup  ## crashes, power loss and errors of a store, restores, hostile 
 	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
 
 clean:  ## remove what setup and the tools made in this checkout
-	rm -rf .venv .criu .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .criu native/build .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -74,6 +74,13 @@ class Store(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How fast chains are shortened in the background at most; 0: as fast as it goes."""
 
 
+class Capture(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[capture]`: how this node takes epochs of the workloads that it runs."""
+
+    backend: Literal["auto", "stock"] = "stock"
+    """`auto`: memory is copied while the workload runs, where kernel and CRIU allow it."""
+
+
 class Heartbeat(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[heartbeat]`: how often keepers speak and how long silence may last."""
 
@@ -122,6 +129,7 @@ class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     node: Node
     store: Store = Store()
+    capture: Capture = Capture()
     heartbeat: Heartbeat = Heartbeat()
     peers: tuple[Peer, ...] = ()
     fences: tuple[Fence, ...] = ()

@@ -54,6 +54,7 @@ class Event(StrEnum):
 
     CAPTURE_FAILED = "capture.failed"
     CAPTURE_RECOVERED = "capture.recovered"
+    CAPTURE_BACKEND = "capture.backend"
     FREEZE_RELEASED_BY_FORCE = "freeze.released-by-force"
 
     REPLICA_CONNECTED = "replica.connected"

@@ -68,6 +68,9 @@ from outlive.key_reload import reload_on_hangup
 from outlive.leading import Leading, clear_images
 from outlive.store_room import prepare_store_room
 from outlive.workload_agent import WorkloadAgent
+from primary.backend import ChosenBackend, fast_problem
+from primary.dumping import Dumper
+from primary.fast import FastBackend
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
 from primary.stream import ReplicaStream
@@ -134,7 +137,7 @@ class _KeeperGuard:
         self._workload = workload
 
     async def announce(self, criu_pid: int, deadline_ms: int) -> None:
-        """See `primary.stock.FreezeGuard`."""
+        """See `primary.dumping.FreezeGuard`."""
         request = AnnounceFreeze(workload=self._workload, criu_pid=criu_pid, deadline_ms=deadline_ms)
         try:
             answer = await ask(self._endpoint, request, _KEEPER_DEADLINE_S)
@@ -147,7 +150,7 @@ class _KeeperGuard:
             raise CaptureError(f"the keeper refuses to watch the freeze: {answer}")
 
     async def end(self, criu_pid: int) -> None:
-        """See `primary.stock.FreezeGuard`."""
+        """See `primary.dumping.FreezeGuard`."""
         request = EndFreeze(workload=self._workload, criu_pid=criu_pid)
         with contextlib.suppress(OutliveError):
             await ask(self._endpoint, request, _KEEPER_DEADLINE_S)
@@ -169,6 +172,8 @@ class Agent:
         self._heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
         self._guard = TermGuard(self._heard.record, self._heard.read_all())
         self._attachments: dict[str, bytes] = {}
+        self._not_fast = ""
+        """Why the fast backend is not used; empty if it is."""
         self._keeper_lost = False
         self._context = zmq.asyncio.Context()
         self._receiver = Receiver(
@@ -198,7 +203,13 @@ class Agent:
         images = Path(self._config.node.image_dir)
         prepare_private_directory(images, "node.image_dir")
         await asyncio.to_thread(clear_images, images)
-        criu_version = str(await (await spawn(self._criu)).version())
+        version = await (await spawn(self._criu)).version()
+        criu_version = str(version)
+        if self._config.capture.backend == "stock":
+            self._not_fast = 'the configuration says capture.backend = "stock"'
+        else:
+            # A criu without the shim comes first: what it finds out about the kernel is kept for all others.
+            self._not_fast = await asyncio.to_thread(fast_problem, version)
         self._attachments = {ORIGIN_FILE: encode_origin(read_origin(criu_version))}
         self._events.append(Event.AGENT_STARTED, reason=f"CRIU {criu_version}, PID {os.getpid()}")
         log.info("agent.started", node=self._config.node.name, criu=criu_version)
@@ -301,16 +312,7 @@ class Agent:
         run = incarnation(self._config, spec.name)
         paths = WorkloadPaths(self._config, spec.name)
         newest = workload.store.newest
-        backend = StockBackend(
-            self._config,
-            spec,
-            incarnation=run.id if run is not None else "unknown",
-            init_pid=init_pid,
-            criu=self._criu,
-            hasher=self._hasher,
-            guard=_KeeperGuard(self._config, spec.name),
-            attachments=self._attachments,
-        )
+        backend = self._make_backend(spec, run.id if run is not None else "unknown", init_pid)
         return Leading(
             self._config,
             spec,
@@ -320,6 +322,39 @@ class Agent:
             numbers=EpochNumbers(paths.state / "epoch-mark", at_least=newest.id.epoch if newest else 0),
             make_stream=partial(self._make_stream, spec, term, run.id if run is not None else "unknown"),
             events=self._events,
+        )
+
+    def _make_backend(self, spec: WorkloadSpec, run: str, init_pid: int) -> ChosenBackend:
+        def dumper(*, with_shim: bool) -> Dumper:
+            return Dumper(
+                self._config,
+                spec,
+                init_pid=init_pid,
+                criu=self._criu,
+                guard=_KeeperGuard(self._config, spec.name),
+                attachments=self._attachments,
+                with_shim=with_shim,
+            )
+
+        def fast() -> FastBackend:
+            return FastBackend(
+                self._config,
+                dumper(with_shim=True),
+                workload=spec.name,
+                incarnation=run,
+                hasher=self._hasher,
+            )
+
+        stock = StockBackend(
+            dumper(with_shim=False), workload=spec.name, incarnation=run, hasher=self._hasher
+        )
+        return ChosenBackend(
+            None if self._not_fast else fast,
+            stock,
+            self._not_fast or "this kernel and CRIU can do it",
+            on_change=lambda name, reason: self._events.append(
+                Event.CAPTURE_BACKEND, workload=spec.name, reason=f"{name}: {reason}"
+            ),
         )
 
     def _make_stream(

@@ -201,7 +201,7 @@ class Leading:
     async def _capture_one(self) -> None:
         started_s = time.monotonic()
         number = await asyncio.to_thread(self._numbers.next)
-        epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number))
+        epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number), self._held_by_all())
         self._frozen_at[number] = started_s
         self.captured = epoch.id
         self._epochs_captured += 1
@@ -214,6 +214,12 @@ class Leading:
                 stream.offer(shared)
         finally:
             shared.drop()
+
+    def _held_by_all(self) -> EpochId | None:
+        """Return the oldest epoch that a connected replica stands on; None if of one that is not known."""
+        held = [stream.held for stream in self._streams.values() if stream.progress.connected]
+        known = [each for each in held if each is not None]
+        return min(known) if known and len(known) == len(held) else None
 
     def _note_failure(self, error: OutliveError) -> None:
         self.failures += 1

@@ -97,6 +97,8 @@ class FreezeTimes:
     """From then until all tasks run again, hooks included."""
     wall_ms: float
     """From the request to criu until its answer: what an epoch takes, not what it freezes."""
+    hook_ms: float = 0.0
+    """The part of `frozen_ms` that is ours: reading what is dirty, while criu waits."""
 
     @property
     def total_ms(self) -> float:
@@ -175,8 +177,12 @@ class CaptureBackend(Protocol):
     name: str
     """`stock` or `fast`, for status and benchmarks."""
 
-    async def capture(self, epoch: EpochId) -> CapturedEpoch:
+    async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         """Freeze, take the instant, thaw. The workload runs again when this returns or raises.
+
+        All replicas that are there hold epoch `since` or a newer one; None: one of them holds nothing that
+        is known, so the content of every page is wanted. That may take several epochs: `stands_on` of what
+        is returned says from which epoch on content can be read.
 
         Raises CaptureError: it was abandoned, nothing of it remains, the workload runs on.
         """

@@ -90,7 +90,6 @@ class ReplicaStream:
         secret: int = 0,
         on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
         on_refused: Callable[[Refused], None] = lambda refusal: None,
-        need_full: Callable[[], None] = lambda: None,
         software: str = "outlive",
         timing: StreamTiming = DEFAULT_STREAM_TIMING,
         link_timing: LinkTiming = DEFAULT_TIMING,
@@ -98,7 +97,7 @@ class ReplicaStream:
     ) -> None:
         """`secret` is that under which the epochs' pages are identified.
 
-        `need_full` asks for an epoch of which every page can be read; callbacks must not block.
+        Callbacks must not block.
         """
         self._context = context
         self._node = node
@@ -116,7 +115,6 @@ class ReplicaStream:
         self._secret = secret
         self._on_acknowledged = on_acknowledged
         self._on_refused = on_refused
-        self._need_full = need_full
         self._timing = timing
         self._link_timing = link_timing
         self._clock = clock or SystemClock()
@@ -159,6 +157,11 @@ class ReplicaStream:
     def wants_epoch(self) -> bool:
         """Whether the replica is there and nothing waits for it: an offer now would not replace another."""
         return self._connected and self._backlog.empty
+
+    @property
+    def held(self) -> EpochId | None:
+        """The epoch that the replica is known to stand on; None: it has none, or must be asked."""
+        return self._held.id if self._held is not None and self._resync != "full" else None
 
     @property
     def progress(self) -> ReplicaProgress:
@@ -296,9 +299,11 @@ class ReplicaStream:
             return False
         self._forget_if_told()
         base = self._held
-        if epoch.stands_on is not None and (base is None or base.id != epoch.stands_on):
+        if epoch.stands_on is not None and (base is None or base.id < epoch.stands_on):
+            # The next captures take in what is missing: `held` tells them that it is wanted.
             self._log.info("stream.needs_full", epoch=str(epoch.id), stands_on=str(epoch.stands_on))
-            self._need_full()
+            if base is not None:
+                self._held, self._base = None, base.id
             return False
         if base is None and self._base is not None:
             base = self._held = Held(
@@ -323,6 +328,8 @@ class ReplicaStream:
             self._unconfirmed = None
             # The receiver drops what it has of it as soon as the next epoch begins.
             self._note_problem("stream.epoch_unreadable", error.message)
+            if (held := self._held) is not None:  # with all content at hand, what it lacks can be sent
+                self._held, self._base = None, held.id
             return False
         finally:
             session.end()

@@ -1,8 +1,8 @@
 """`python3 -m setup.install`: makes a checkout ready to run, as root, again and again.
 
 In: this machine and the checkout. Out: the system's packages that were missing, `.venv` with the project
-and its tools, `.criu/bin/criu`, a CRIU that passed a trial on this kernel. What is done already is only
-looked at, which takes well under a second. Progress goes to stderr.
+and its tools, the parts in C in `native/build`, `.criu/bin/criu`, a CRIU that passed a trial on this kernel.
+What is done already is only looked at, which takes well under a second. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup import private_criu, sources
+from setup import native, private_criu, sources
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -43,7 +43,11 @@ PROGRAMS = {
     "rsync": "rsync",
     "mkfs.xfs": "xfsprogs",
     "sshd": "openssh-server",
+    "cc": "gcc",
 }
+
+# Files that no program shows, and the package that brings them.
+FILES = {"/usr/include/stdio.h": "libc6-dev"}
 
 # Of those, the ones that would run a service from the next boot on: only the program is wanted.
 SERVICES = {"redis-server": ("redis-server",), "openssh-server": ("ssh.socket", "ssh.service")}
@@ -72,7 +76,7 @@ class Candidate:
 
 
 def say(step: str, message: str) -> None:
-    """Print one line of progress; `step` is like "1/3"."""
+    """Print one line of progress; `step` is like "1/4"."""
     print(f"[{step}] {message}", file=sys.stderr, flush=True)
 
 
@@ -82,7 +86,7 @@ def install_packages() -> None:
     Raises:
         SetupError: they cannot be had from the machine's package sources.
     """
-    step = "1/3"
+    step = "1/4"
     missing = _missing_packages()
     if not missing:
         say(step, f"system packages: {', '.join(dict.fromkeys(PROGRAMS.values()))} are here")
@@ -110,7 +114,7 @@ def make_venv() -> None:
     Raises:
         SetupError: pip failed.
     """
-    step = "2/3"
+    step = "2/4"
     stamp = VENV / ".setup-stamp"
     content = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
     wanted = f"{ROOT}\n{hashlib.sha256(content).hexdigest()}\n"
@@ -132,13 +136,26 @@ def make_venv() -> None:
     say(step, f"Python environment: installed in {time.monotonic() - started:.0f} s")
 
 
+def build_native() -> None:
+    """Build the parts in C. Without them the stock memory backend captures, so a failure is told, no more."""
+    step = "3/4"
+    if native.is_built():
+        say(step, "native parts: up to date")
+        return
+    try:
+        native.build()
+        say(step, "native parts: built")
+    except native.BuildError as error:
+        say(step, f"native parts: not built, so only the stock memory backend works: {error}")
+
+
 def find_criu() -> None:
     """Make `.criu/bin/criu` a CRIU that passed its trial on this kernel.
 
     Raises:
         SetupError: none of those that can be had here passes.
     """
-    step = "3/3"
+    step = "4/4"
     kernel = platform.release()
     if (version := _accepted_version(kernel)) is not None:
         say(step, f"CRIU: {version} passed its trial on kernel {kernel}")
@@ -261,7 +278,8 @@ def _try(criu: Path) -> tuple[bool, str, float]:
 
 
 def _missing_packages() -> list[str]:
-    return [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
+    missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
+    return missing + [package for file, package in FILES.items() if not Path(file).exists()]
 
 
 @contextlib.contextmanager
@@ -312,6 +330,7 @@ def main() -> int:
     try:
         install_packages()
         make_venv()
+        build_native()
         find_criu()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)

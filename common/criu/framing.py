@@ -23,6 +23,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError, EncodeError, Message
 
 from common.criu.proto import (
+    core_pb2,
     cpuinfo_pb2,
     fdinfo_pb2,
     ghost_file_pb2,
@@ -55,6 +56,7 @@ class ImageKind(Enum):
     PSTREE = (0x50273030, _IMAGE_MAGIC, pstree_pb2.pstree_entry, False, False)
     PAGEMAP = (0x56084025, _IMAGE_MAGIC, pagemap_pb2.pagemap_entry, False, False)
     MM = (0x57492820, _IMAGE_MAGIC, mm_pb2.mm_entry, True, False)
+    CORE = (0x55053847, _IMAGE_MAGIC, core_pb2.core_entry, True, False)
     FILES = (0x56303138, _IMAGE_MAGIC, fdinfo_pb2.file_entry, False, False)
     FDINFO = (0x56213732, _IMAGE_MAGIC, fdinfo_pb2.fdinfo_entry, False, False)
     REMAP_PATHS = (0x59133954, _IMAGE_MAGIC, remap_file_path_pb2.remap_file_path_entry, False, False)

@@ -39,7 +39,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -115,10 +115,13 @@ class Features:
     pidfd_store: bool
 
 
-async def spawn(criu: Path) -> Swrk:
+async def spawn(
+    criu: Path, *, environment: Mapping[str, str] | None = None, descriptors: Sequence[int] = ()
+) -> Swrk:
     """Start a criu that waits for one request.
 
-    It is a session leader, so that a terminal's signals don't reach it, and it ends by itself if we do.
+    It is a session leader, so that a terminal's signals don't reach it, and it ends by itself if we do. It
+    gets `environment` beside ours, and inherits `descriptors`.
     Raises `UnsupportedError` if it cannot be started.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -127,7 +130,8 @@ async def spawn(criu: Path) -> Swrk:
         process = await asyncio.to_thread(
             subprocess.Popen,
             [str(criu), "swrk", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *descriptors],
+            env={**os.environ, **environment} if environment else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,

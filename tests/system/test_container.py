@@ -30,6 +30,7 @@ from common.criu.locate import locate_criu
 from common.errors import RestoreError, WorkloadError
 from common.identity import PageHasher
 from common.model import EpochId, FilePath, WorkloadSpec
+from primary.dumping import Dumper
 from primary.stock import StockBackend
 
 pytestmark = [
@@ -408,13 +409,10 @@ async def test_a_captured_tree_goes_on_elsewhere_with_its_threads_its_child_and_
     assert run is not None
     assert first.pid is not None
     backend = StockBackend(
-        first.config,
-        spec,
+        Dumper(first.config, spec, init_pid=first.pid, criu=locate_criu(None), guard=_Unwatched()),
+        workload=NAME,
         incarnation=run.id,
-        init_pid=first.pid,
-        criu=locate_criu(None),
         hasher=PageHasher(),
-        guard=_Unwatched(),
     )
     epoch = await backend.capture(EpochId(1, 1))
     try:

@@ -23,6 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 SECTIONS: dict[str, type[msgspec.Struct]] = {
     "[node]": config.Node,
     "[store]": config.Store,
+    "[capture]": config.Capture,
     "[heartbeat]": config.Heartbeat,
     "[[peers]]": config.Peer,
     "[[fences]]": config.Fence,

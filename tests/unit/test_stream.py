@@ -305,17 +305,36 @@ async def test_a_base_that_went_while_connected_is_made_good_by_sending_the_epoc
         assert pair.store.epochs[two.id].memory == memory_of(20)
 
 
-async def test_an_epoch_that_needs_another_base_asks_for_a_full_one(pair: Pair) -> None:
-    asked: list[bool] = []
-    async with pair.receiving(), pair.streaming(need_full=lambda: asked.append(True)) as stream:
+async def test_an_epoch_that_stands_on_what_the_replica_lacks_is_passed_over(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
         delta = offer(stream, captured(5, memory_of(5), stands_on=EpochId(1, 4)))
-        await until(lambda: asked)
-        assert delta.pages.released == 1
+        await until(lambda: delta.pages.released)
+        assert stream.held is None
         full = offer(stream, captured(6, memory_of(5)))
         await acknowledged(stream, full)
+        assert stream.held == full.id
         after = offer(stream, captured(7, memory_of(5), stands_on=full.id))
         await acknowledged(stream, after)
-        assert asked == [True]
+        later = offer(stream, captured(8, memory_of(5), stands_on=full.id))  # it has more than that: no harm
+        await acknowledged(stream, later)
+        assert stream.held == later.id
+        beyond = offer(stream, captured(10, memory_of(5), stands_on=EpochId(1, 9)))
+        await until(lambda: beyond.pages.released)
+        assert stream.held is None  # so that everything is captured, of which it gets what differs
+        await acknowledged(stream, offer(stream, captured(11, memory_of(5))))
+        assert pair.store.asked
+
+
+async def test_an_epoch_that_cannot_be_read_has_the_next_one_captured_whole(pair: Pair) -> None:
+    async with pair.receiving(), pair.streaming() as stream:
+        await acknowledged(stream, offer(stream, captured(1, memory_of(5))))
+        unreadable = captured(2, memory_of(5, p2=77))
+        unreadable.pages.unreadable = True
+        offer(stream, unreadable)
+        await until(lambda: unreadable.pages.released)
+        assert stream.held is None
+        await acknowledged(stream, offer(stream, captured(3, memory_of(5, p2=78))))
+        assert pair.store.asked
 
 
 async def test_no_space_is_told_and_retried_until_there_is(pair: Pair) -> None:

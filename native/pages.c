@@ -1,0 +1,459 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The page reader: finds out which pages a process has and which were written, and copies them. A library for
+ * primary/pages.py, because a freeze has no room for Python: the whole of what is done inside it is one call.
+ *
+ *   running   outlive_scan        what was written since the last protection, and protect it anew
+ *             outlive_read        copy pages; says of each whether it could be read
+ *   frozen    outlive_capture     of all processes of the tree: which pages there are, which of them are dirty,
+ *                                 and the content of the dirty ones
+ *
+ * A page counts as dirty unless all of this is so: it can be tracked (WPALLOWED), it was not written since it was
+ * protected, it is no marker in a file mapping, and the caller knows its content (`known`). Whatever is in doubt
+ * is dirty.
+ *
+ * No call keeps state between calls, none allocates memory while frozen but in what the caller gave.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "maps.h"
+#include "pagemap_scan.h"
+
+#define PAGE 4096u
+#define REGIONS 512u /* of one ioctl */
+#define PIECES 1024u /* iovecs of one call: IOV_MAX */
+
+enum {
+	RUN_DIRTY = 1,
+	RUN_UNREADABLE = 2, /* in a mapping without read permission */
+};
+
+/* Neighbouring pages that are treated alike. */
+struct run {
+	uint64_t start, end;
+	uint32_t flags;
+	uint32_t unused;
+};
+
+enum {
+	SPACE_PROTECT = 1, /* protect what is found written: for who may be read into by devices while it runs */
+};
+
+struct space {
+	int32_t pid;
+	int32_t error;          /* out: an errno; the space is worth nothing then */
+	uint32_t options;
+	uint32_t unused;
+	const uint64_t *known;  /* start, end, start, end ... ascending, of pages whose content is known */
+	uint64_t known_pairs;
+	struct run *runs;       /* out: all present pages, ascending; neighbours differ in flags */
+	uint64_t runs_room;
+	uint64_t runs_count;
+	uint64_t dirty_pages;   /* out */
+	uint64_t present_pages; /* out */
+	uint64_t content_at;    /* out: page in the buffer from which the dirty ones stand, in order */
+	char *text;             /* room for its maps */
+	uint64_t text_room;
+	struct vma *vmas;
+	uint64_t vmas_room;
+	uint64_t vmas_count;    /* out */
+};
+
+static int open_of(int pid, const char *name, int flags)
+{
+	char path[64];
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
+	return open(path, flags | O_CLOEXEC);
+}
+
+static int read_maps(struct space *space)
+{
+	const int fd = open_of(space->pid, "maps", O_RDONLY);
+	uint64_t size = 0;
+	ssize_t got = -1;
+
+	if (fd < 0)
+		return errno;
+	while (size < space->text_room && (got = read(fd, space->text + size, space->text_room - size)) > 0)
+		size += (uint64_t)got;
+	const int failure = got < 0 ? errno : got ? ENOBUFS : 0;
+	close(fd);
+	if (failure)
+		return failure;
+	const long count = maps_parse(space->text, size, space->vmas, space->vmas_room);
+	if (count < 0)
+		return ENOBUFS;
+	space->vmas_count = (uint64_t)count;
+	return 0;
+}
+
+/* Append to the runs, or lengthen the last one. */
+static int append(struct space *space, uint64_t start, uint64_t end, uint32_t flags)
+{
+	struct run *last = space->runs_count ? &space->runs[space->runs_count - 1] : NULL;
+
+	if (last && last->end == start && last->flags == flags) {
+		last->end = end;
+	} else {
+		if (space->runs_count == space->runs_room)
+			return ENOBUFS;
+		space->runs[space->runs_count++] = (struct run){ start, end, flags, 0 };
+	}
+	space->present_pages += (end - start) / PAGE;
+	if (flags & RUN_DIRTY)
+		space->dirty_pages += (end - start) / PAGE;
+	return 0;
+}
+
+/* Append present pages that are clean as far as the kernel knows: dirty where their content is not known. */
+static int append_clean(struct space *space, uint64_t *pair, uint64_t start, uint64_t end, uint32_t flags)
+{
+	while (start < end) {
+		while (*pair < space->known_pairs && space->known[2 * *pair + 1] <= start)
+			++*pair;
+		const bool any = *pair < space->known_pairs;
+		const uint64_t from = any ? space->known[2 * *pair] : UINT64_MAX;
+		const uint64_t to = any ? space->known[2 * *pair + 1] : UINT64_MAX;
+		const bool known = from <= start;
+		const uint64_t edge = known ? to : from;
+		const uint64_t stop = edge < end ? edge : end;
+		const int failure = append(space, start, stop, known ? flags : flags | RUN_DIRTY);
+
+		if (failure)
+			return failure;
+		start = stop;
+	}
+	return 0;
+}
+
+static uint64_t guard_category = PAGE_IS_GUARD; /* zero on kernels that do not know it */
+
+/* One scan of [start, end) for pages that there are; regions found, or -errno. */
+static long scan_present(int fd, uint64_t start, uint64_t end, struct page_region *regions, uint64_t *walk_end)
+{
+	for (;;) {
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.start = start,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = REGIONS,
+			.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_mask = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED |
+				       guard_category,
+		};
+		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+
+		if (got >= 0) {
+			*walk_end = ask.walk_end;
+			return got;
+		}
+		if (errno != EINVAL || !guard_category)
+			return -errno;
+		guard_category = 0;
+	}
+}
+
+/* Protect again what is written in [start, end). */
+static int protect(int fd, uint64_t start, uint64_t end)
+{
+	while (start < end) {
+		struct page_region regions[64];
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.flags = PM_SCAN_WP_MATCHING,
+			.start = start,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = 64,
+			.category_mask = PAGE_IS_WRITTEN,
+			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.return_mask = PAGE_IS_WRITTEN,
+		};
+		if (ioctl(fd, PAGEMAP_SCAN, &ask) < 0)
+			return errno;
+		if (ask.walk_end <= start)
+			return EIO;
+		start = ask.walk_end;
+	}
+	return 0;
+}
+
+static int scan_vma(struct space *space, int fd, const struct vma *vma, uint64_t *pair)
+{
+	struct page_region regions[REGIONS];
+	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
+	uint64_t at = vma->start;
+
+	while (at < vma->end) {
+		uint64_t walk_end = at;
+		const long count = scan_present(fd, at, vma->end, regions, &walk_end);
+
+		if (count < 0)
+			return (int)-count;
+		for (long each = 0; each < count; each++) {
+			const uint64_t is = regions[each].categories;
+			int failure;
+
+			if (is & PAGE_IS_GUARD)
+				continue;
+			const bool marker = vma->flags & VMA_FILE && !(is & PAGE_IS_PRESENT);
+			if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN || marker)
+				failure = append(space, regions[each].start, regions[each].end, base | RUN_DIRTY);
+			else
+				failure = append_clean(space, pair, regions[each].start, regions[each].end, base);
+			if (failure)
+				return failure;
+		}
+		if (walk_end <= at)
+			return EIO;
+		at = walk_end;
+	}
+	return space->options & SPACE_PROTECT ? protect(fd, vma->start, vma->end) : 0;
+}
+
+static int scan_space(struct space *space)
+{
+	uint64_t pair = 0;
+	int failure = read_maps(space);
+
+	space->runs_count = space->dirty_pages = space->present_pages = 0;
+	if (failure)
+		return failure;
+	const int fd = open_of(space->pid, "pagemap", O_RDWR);
+	if (fd < 0)
+		return errno;
+	for (uint64_t at = 0; at < space->vmas_count && !failure; at++)
+		if (space->vmas[at].flags & VMA_OWNED)
+			failure = scan_vma(space, fd, &space->vmas[at], &pair);
+	close(fd);
+	return failure;
+}
+
+/* Copy one run by the file that needs no read permission. */
+static int read_unreadable(int pid, uint64_t start, uint64_t bytes, uint8_t *into)
+{
+	const int fd = open_of(pid, "mem", O_RDONLY);
+
+	if (fd < 0)
+		return errno;
+	for (uint64_t done = 0; done < bytes;) {
+		const ssize_t got = pread(fd, into + done, bytes - done, (off_t)(start + done));
+		if (got <= 0) {
+			const int failure = got ? errno : EIO;
+			close(fd);
+			return failure;
+		}
+		done += (uint64_t)got;
+	}
+	close(fd);
+	return 0;
+}
+
+/* Copy the pieces gathered so far, all of them or nothing. */
+static int flush(int pid, struct iovec *pieces, unsigned *count, uint64_t *bytes, uint8_t **into)
+{
+	struct iovec target = { *into, *bytes };
+
+	if (*count && process_vm_readv(pid, &target, 1, pieces, *count, 0) != (ssize_t)*bytes)
+		return errno ? errno : EIO;
+	*into += *bytes;
+	*count = 0;
+	*bytes = 0;
+	return 0;
+}
+
+/* Copy the runs that have `flag`; an errno, and nothing is to be believed then. */
+static int read_runs(int pid, const struct run *runs, uint64_t count, uint32_t flag, uint8_t *into)
+{
+	struct iovec pieces[PIECES];
+	unsigned gathered = 0;
+	uint64_t bytes = 0;
+	int failure = 0;
+
+	errno = 0;
+	for (uint64_t at = 0; at < count && !failure; at++) {
+		const struct run *run = &runs[at];
+
+		if ((run->flags & flag) != flag)
+			continue;
+		if (run->flags & RUN_UNREADABLE) {
+			failure = flush(pid, pieces, &gathered, &bytes, &into);
+			if (!failure)
+				failure = read_unreadable(pid, run->start, run->end - run->start, into);
+			into += run->end - run->start;
+			continue;
+		}
+		for (uint64_t from = run->start; from < run->end && !failure;) {
+			/* One call moves at most 2 GiB less a page. */
+			const uint64_t most = (64u << 20) - bytes;
+			const uint64_t size = run->end - from < most ? run->end - from : most;
+			pieces[gathered++] = (struct iovec){ (void *)(uintptr_t)from, size };
+			bytes += size;
+			from += size;
+			if (gathered == PIECES || bytes == 64u << 20)
+				failure = flush(pid, pieces, &gathered, &bytes, &into);
+		}
+	}
+	return failure ? failure : flush(pid, pieces, &gathered, &bytes, &into);
+}
+
+/* Frozen: take all spaces. Returns the dirty pages of all, which stand in `buffer` unless they are more than
+ * `buffer_pages`: then nothing was copied. A space that failed says so itself, and counts for nothing. */
+int64_t outlive_capture(struct space *spaces, uint64_t count, uint8_t *buffer, uint64_t buffer_pages)
+{
+	uint64_t dirty = 0;
+
+	for (uint64_t at = 0; at < count; at++) {
+		spaces[at].error = scan_space(&spaces[at]);
+		if (spaces[at].error)
+			continue;
+		spaces[at].content_at = dirty;
+		dirty += spaces[at].dirty_pages;
+	}
+	if (dirty > buffer_pages)
+		return (int64_t)dirty;
+	for (uint64_t at = 0; at < count; at++)
+		if (!spaces[at].error && spaces[at].dirty_pages)
+			spaces[at].error = read_runs(spaces[at].pid, spaces[at].runs, spaces[at].runs_count,
+						     RUN_DIRTY, buffer + spaces[at].content_at * PAGE);
+	return (int64_t)dirty;
+}
+
+/* Running: list the mappings of a process; how many, or -errno. */
+int64_t outlive_maps(struct space *space)
+{
+	const int failure = read_maps(space);
+	return failure ? -failure : (int64_t)space->vmas_count;
+}
+
+/* Running: find what was written in [start, end) and protect it, both in one step of the kernel's. Fills `runs`
+ * from where `runs_count` stands. Mappings that are not registered are passed over. An errno; ENOBUFS with
+ * `*reached` behind the last page that was protected: go on from there. */
+int outlive_protect(int fd, uint64_t start, uint64_t end, uint32_t flags, struct run *runs, uint64_t room,
+		    uint64_t *count, uint64_t *reached)
+{
+	*reached = start;
+	while (*reached < end) {
+		struct page_region regions[REGIONS];
+		const uint64_t left = room - *count;
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.flags = PM_SCAN_WP_MATCHING,
+			.start = *reached,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = left < REGIONS ? left : REGIONS,
+			.category_mask = PAGE_IS_WRITTEN,
+			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.return_mask = PAGE_IS_WRITTEN,
+		};
+		if (!left)
+			return ENOBUFS;
+		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+		if (got < 0)
+			return errno;
+		if (ask.walk_end <= *reached)
+			return EIO;
+		for (long at = 0; at < got; at++)
+			runs[(*count)++] = (struct run){ regions[at].start, regions[at].end, flags, 0 };
+		*reached = ask.walk_end;
+	}
+	return 0;
+}
+
+/* Running: whether the process has a descriptor through which a device may write into its memory beside the
+ * kernel's page tables (O_DIRECT): 1, 0, or -errno. */
+int outlive_reads_directly(int pid)
+{
+	char path[64];
+	int found = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/fdinfo", pid);
+	DIR *directory = opendir(path);
+	if (!directory)
+		return -errno;
+	for (struct dirent *entry; !found && (entry = readdir(directory));) {
+		char text[128];
+		if (entry->d_name[0] == '.')
+			continue;
+		const int fd = openat(dirfd(directory), entry->d_name, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue; /* closed since */
+		const ssize_t size = read(fd, text, sizeof(text) - 1);
+		close(fd);
+		if (size <= 0)
+			continue;
+		text[size] = 0;
+		const char *flags = strstr(text, "flags:");
+		found = flags && strtoul(flags + 6, NULL, 8) & O_DIRECT;
+	}
+	closedir(directory);
+	return found;
+}
+
+/* Running: whether all of [start, end) that has pages can be tracked: 1, 0, or -errno. */
+int outlive_tracked(int fd, uint64_t start, uint64_t end)
+{
+	struct page_region region;
+	struct pm_scan_arg ask = {
+		.size = sizeof(ask),
+		.start = start,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)&region,
+		.vec_len = 1,
+		.max_pages = 1,
+		.category_inverted = PAGE_IS_WPALLOWED,
+		.category_mask = PAGE_IS_WPALLOWED,
+		.return_mask = PAGE_IS_WPALLOWED | PAGE_IS_PRESENT,
+	};
+	const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+	return got < 0 ? -errno : got == 0;
+}
+
+/* Running: copy pages one run after the other; `good[i]` tells of each page whether it could be read. Pages that
+ * vanish meanwhile are no failure. Returns how many were read, or -errno if the process is gone. */
+int64_t outlive_read(int pid, const struct run *runs, uint64_t count, uint8_t *into, uint8_t *good)
+{
+	int64_t read = 0;
+
+	for (uint64_t at = 0; at < count;) {
+		/* As many runs as one call takes, and page by page only if that fails. */
+		uint64_t last = at;
+		uint64_t pages = 0;
+		while (last < count && last - at < PIECES)
+			pages += (runs[last].end - runs[last].start) / PAGE, last++;
+		int failure = read_runs(pid, &runs[at], last - at, 0, into);
+		if (failure == ESRCH)
+			return -failure;
+		for (uint64_t page = 0; page < pages; page++)
+			good[page] = !failure;
+		if (failure) {
+			uint64_t page = 0;
+			for (uint64_t each = at; each < last; each++)
+				for (uint64_t from = runs[each].start; from < runs[each].end; from += PAGE, page++) {
+					const struct run one = { from, from + PAGE, runs[each].flags, 0 };
+					failure = read_runs(pid, &one, 1, 0, into + page * PAGE);
+					if (failure == ESRCH)
+						return -failure;
+					good[page] = !failure;
+				}
+		}
+		for (uint64_t page = 0; page < pages; page++)
+			read += good[page];
+		into += pages * PAGE;
+		good += pages;
+		at = last;
+	}
+	return read;
+}

@@ -1,0 +1,139 @@
+"""Pages that CRIU captured itself in a fast epoch, and what its images say of all pages.
+
+In: the images of one dump. Out: page numbers with CRIU's flags, their content added to the epoch's layer.
+That is shared memory, the vDSO, and nothing else: what the workload owns privately is hidden from CRIU.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.criu.framing import ImageKind, read_image
+from common.criu.images import (
+    MAP_HUGETLB,
+    PE_LAZY,
+    PE_PRESENT,
+    MemoryMap,
+    PageImage,
+    expand,
+    read_pagemap,
+)
+from common.criu.proto import core_pb2
+from common.errors import CaptureError
+from common.identity import PageHasher, fresh_identity
+from common.model import PAGE_BYTES
+from primary.book import PageBook
+from primary.layers import LayerChain, LayerWriter
+
+Marks = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]
+"""Marks some of the pages that it is given; shapes (n,)."""
+
+_BLOCK_PAGES = 512
+_MAP_LOCKED, _MAP_DROPPABLE = 0x2000, 0x08
+"""As in <linux/mman.h>."""
+_VDSO, _VSYSCALL, _VVAR, _GUARD = 1 << 3, 1 << 2, 1 << 12, 1 << 16
+"""Bits of `Vma.status` (CRIU 4.2, `criu/include/image.h`)."""
+
+
+def take_criu_pages(
+    hasher: PageHasher,
+    writer: LayerWriter,
+    book: PageBook,
+    directory: Path,
+    image: PageImage,
+    *,
+    missing: LayerChain | None,
+    always: Marks | None = None,
+) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Note in `book` what CRIU dumped of a space, and keep what changed; return its pages and their flags.
+
+    With `missing`, pages that are not in that chain are kept too. Those that `always` marks are kept in any
+    case, and get an identity that no page had. Raises CaptureError if an entry says its page is elsewhere.
+    """
+    numbers, flags = expand(read_pagemap(directory / image.key.pagemap_name).entries)
+    if not np.all(flags & PE_PRESENT):
+        raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
+    if not len(numbers):
+        return numbers, flags
+    book.expect(numbers)
+    file = os.open(directory / image.pages_name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        buffer = memoryview(bytearray(min(len(numbers), _BLOCK_PAGES) * PAGE_BYTES))
+        for at in range(0, len(numbers), _BLOCK_PAGES):
+            block = numbers[at : at + _BLOCK_PAGES]
+            content = buffer[: len(block) * PAGE_BYTES]
+            if os.preadv(file, [content], at * PAGE_BYTES) != len(content):
+                raise CaptureError(f"{image.pages_name} ends too early")
+            keep(hasher, writer, book, block, content)
+            if missing is not None and (marks := ~missing.covered(image.key, block)).any():
+                writer.add(book.key, block[marks], content, np.flatnonzero(marks))
+            if always is not None and (marks := always(block)).any():
+                writer.add(book.key, block[marks], content, np.flatnonzero(marks))
+                book.put(block[marks], np.tile(fresh_identity(), (int(marks.sum()), 1)))
+    finally:
+        os.close(file)
+    return numbers, flags
+
+
+def keep(
+    hasher: PageHasher,
+    writer: LayerWriter,
+    book: PageBook,
+    numbers: NDArray[np.uint64],
+    content: memoryview,
+    good: NDArray[np.bool_] | None = None,
+) -> None:
+    """Note what pages (ascending) hold, those that are `good`; write down what changed and is not zeros."""
+    identity = hasher.identify(content)
+    rows = np.arange(len(numbers)) if good is None else np.flatnonzero(good)
+    numbers, identity = numbers[rows], identity[rows]
+    changed = book.differs(numbers, identity) & (identity != 0).any(axis=1)
+    writer.add(book.key, numbers[changed], content, rows[changed])
+    book.put(numbers, identity)
+
+
+def page_flags(
+    numbers: NDArray[np.uint64], memory_map: MemoryMap, stacks: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return CRIU's flags for private pages (ascending), and which of them CRIU would restore; shapes (n,).
+
+    Pages may come lazily by the rule of CRIU's `vma_entry_can_be_lazy` (criu/include/vma.h), but for those
+    that a stack pointer points into.
+    """
+    vmas = [vma for vma in memory_map.vmas if not vma.status & _GUARD]
+    starts = np.array([vma.start for vma in vmas], dtype=np.uint64) // np.uint64(PAGE_BYTES)
+    ends = np.array([vma.end for vma in vmas], dtype=np.uint64) // np.uint64(PAGE_BYTES)
+    private = np.array(
+        [bool(vma.flags & mmap.MAP_PRIVATE and not vma.flags & _MAP_DROPPABLE) for vma in vmas]
+    )
+    lazy = np.array(
+        [
+            bool(vma.flags & mmap.MAP_PRIVATE)
+            and bool(vma.flags & mmap.MAP_ANONYMOUS)
+            and not vma.flags & (_MAP_LOCKED | MAP_HUGETLB)
+            and not vma.status & (_VDSO | _VSYSCALL | _VVAR)
+            for vma in vmas
+        ]
+    )
+    at = np.searchsorted(starts, numbers, side="right").astype(np.intp) - 1
+    within = (at >= 0) & (numbers < ends[at]) & private[at]
+    flags = np.where(lazy[at] & ~np.isin(numbers, stacks), PE_PRESENT | PE_LAZY, PE_PRESENT)
+    return flags.astype(np.uint8), within
+
+
+def stack_pages(directory: Path) -> NDArray[np.uint64]:
+    """Return the pages that any thread's stack pointer points into."""
+    pointers = []
+    for path in directory.glob("core-*.img"):
+        (core,) = cast("tuple[core_pb2.core_entry]", read_image(path, ImageKind.CORE).messages)
+        for info in ("thread_info", "ti_aarch64"):
+            if core.HasField(info):
+                pointers.append(getattr(core, info).gpregs.sp)
+    return np.unique(np.array(pointers, dtype=np.uint64) // np.uint64(PAGE_BYTES))

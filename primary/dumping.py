@@ -1,0 +1,208 @@
+"""One dump of a running workload by criu, watched by the keeper: what both memory backends have in common.
+
+In: where the images go, and what is to be done at criu's hooks. Out: the images on the tmpfs, criu's
+statistics, and how long it took. The workload runs again when `Dumper.dump` returns or raises.
+
+    spawn ahead ··· make room ─▶ announce to the keeper ─▶ criu: freeze, write, thaw ─▶ end of freeze
+
+The next criu is spawned ahead, so its start-up is never on an epoch's path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from common.bundle import WorkloadPaths, bind_mounts
+from common.config import NodeConfig
+from common.container import standard_streams
+from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
+from common.errors import CaptureError, NoSpaceError, OutliveError
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from primary.capture import FreezeTimes, MetadataFile
+from primary.shim import ShimChannel
+
+_ROOM_FACTOR = 1.1
+"""Room for the images' pages, and a tenth for everything else."""
+
+
+class FreezeGuard(Protocol):
+    """Who watches that a freeze ends: the keeper, reached by the agent."""
+
+    async def announce(self, criu_pid: int, deadline_ms: int) -> None:
+        """Return once the keeper watches. Raises CaptureError if it does not: then nothing is frozen."""
+        ...
+
+    async def end(self, criu_pid: int) -> None:
+        """Tell the keeper that the workload runs. Never raises: its deadline ends the watch as well."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dumped:
+    """What a dump was like."""
+
+    result: DumpResult
+    frozen_wall_s: float
+    """Wall clock at the freeze."""
+    wall_ms: float
+    hook_ms: float
+    """What was done at `post-dump`, while frozen, took that long."""
+
+    @property
+    def times(self) -> FreezeTimes:
+        """As an epoch tells them."""
+        return FreezeTimes(
+            freezing_ms=self.result.stats.freezing_us / 1000,
+            frozen_ms=self.result.stats.frozen_us / 1000,
+            wall_ms=self.wall_ms,
+            hook_ms=self.hook_ms,
+        )
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """A criu that waits for its request, and its line to the shim, if it was started with one."""
+
+    criu: Swrk
+    channel: ShimChannel | None
+
+
+class Dumper:
+    """Dumps one incarnation of one workload, again and again; one dump at a time."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        spec: WorkloadSpec,
+        *,
+        init_pid: int,
+        criu: Path,
+        guard: FreezeGuard,
+        attachments: Mapping[str, bytes] | None = None,
+        with_shim: bool = False,
+    ) -> None:
+        """Say what to dump. `attachments` are files that go with every epoch's metadata."""
+        self._config = config
+        self._spec = spec
+        self._init_pid = init_pid
+        self._criu = criu
+        self._guard = guard
+        self._attachments = dict(attachments or {})
+        self._with_shim = with_shim
+        self._paths = WorkloadPaths(config, spec.name)
+        self._ahead: _Ahead | None = None
+        self.directory = Path(config.node.image_dir) / spec.name
+        """Where the images of all its epochs are."""
+
+    def make_room(self, epoch: EpochId, pages_bytes: int) -> Path:
+        """Make an empty directory for an epoch's images; refuse if its pages would not fit. Blocking."""
+        directory = self.directory / str(epoch)
+        directory.mkdir(mode=0o700, parents=True)
+        usage = os.statvfs(directory)
+        free_bytes = usage.f_bavail * usage.f_frsize
+        wanted_bytes = int(max(pages_bytes, PAGE_BYTES) * _ROOM_FACTOR)
+        if free_bytes < wanted_bytes:
+            raise NoSpaceError(
+                f"{directory.parent} has {free_bytes >> 20} MiB free, an epoch of {self._spec.name} "
+                f"needs {wanted_bytes >> 20} MiB",
+                hint="enlarge the tmpfs, or point node.image_dir at a larger one",
+            )
+        streams = json.dumps(standard_streams(self._init_pid))
+        (directory / "descriptors.json").write_text(streams)
+        for name, content in self._attachments.items():
+            (directory / name).write_bytes(content)
+        return directory
+
+    async def spawned(self) -> ShimChannel | None:
+        """See that a criu waits; return its line to the shim, None without one."""
+        if self._ahead is None:
+            channel = ShimChannel() if self._with_shim else None
+            try:
+                criu = await spawn(
+                    self._criu,
+                    environment=channel.environment if channel else None,
+                    descriptors=[channel.descriptor] if channel else [],
+                )
+            except BaseException:
+                if channel:
+                    channel.close()
+                raise
+            self._ahead = _Ahead(criu, channel)
+        return self._ahead.channel
+
+    async def dump(
+        self, directory: Path, at_post_dump: Callable[[ShimChannel | None], None] | None = None
+    ) -> Dumped:
+        """Freeze, dump, thaw. `at_post_dump` is called while everything stands still, in the event loop.
+
+        Raises what it raises, and CaptureError; the workload runs then as well.
+        """
+        await self.spawned()
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            raise CaptureError("criu could not be started")
+        frozen_wall_s, hook_ms = time.time(), 0.0
+
+        async def on_notify(script: str, pid: int | None) -> bool:
+            nonlocal frozen_wall_s, hook_ms
+            if script == "pre-dump":
+                frozen_wall_s = time.time()
+            elif script == "post-dump" and at_post_dump is not None:
+                begun_s = time.monotonic()
+                at_post_dump(ahead.channel)
+                hook_ms = (time.monotonic() - begun_s) * 1000
+            return True
+
+        options = DumpOptions(
+            pid=self._init_pid,
+            images_dir=directory,
+            work_dir=self._paths.bundle,  # its log stays there after a failure, until the next dump
+            root=self._paths.rootfs,
+            external=tuple(mount.external for mount in bind_mounts(self._spec, self._paths)),
+            log_level=1,
+            deadline_s=self._spec.freeze_deadline_ms / 1000,
+        )
+        try:
+            await self._guard.announce(ahead.criu.pid, self._spec.thaw_deadline_ms)
+        except BaseException:
+            await _abandon(ahead)
+            raise
+        started_s = time.monotonic()
+        try:
+            result = await ahead.criu.dump(options, on_notify)
+        finally:
+            wall_ms = (time.monotonic() - started_s) * 1000
+            await self._guard.end(ahead.criu.pid)
+            if ahead.channel:
+                ahead.channel.close()
+        with contextlib.suppress(OutliveError):  # the next dump tries again, and says so
+            await self.spawned()
+        return Dumped(result, frozen_wall_s, wall_ms, hook_ms)
+
+    async def close(self) -> None:
+        """End the criu that waits for the next epoch. Idempotent."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            await _abandon(ahead)
+
+
+def metadata_in(directory: Path) -> tuple[MetadataFile, ...]:
+    """List what is sent whole: everything but pagemaps and pages."""
+    return tuple(
+        MetadataFile(path.name, path, path.stat().st_size)
+        for path in sorted(directory.iterdir())
+        if not path.name.startswith(("pagemap-", "pages-"))
+    )
+
+
+async def _abandon(ahead: _Ahead) -> None:
+    await ahead.criu.abandon()
+    if ahead.channel:
+        ahead.channel.close()

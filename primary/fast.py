@@ -1,0 +1,343 @@
+"""The fast memory backend: pages are copied while the workload runs; frozen, only what was written since.
+
+    running   find the processes, track them, copy what was written (pre-copy)     primary.process
+              criu is asked to dump, and hides the pages that are ours              native/shim.c
+    frozen    criu writes everything but memory; at its `post-dump` hook the pages
+              that are dirty still are copied, in one call                          native/pages.c
+    running   identify them, put CRIU's pages and ours together: CapturedEpoch
+
+An epoch that would freeze for long, because much is dirty at the freeze, is abandoned at the hook, copied
+while it runs, and tried again. After `_ATTEMPTS` of them the freeze is accepted: slower, never wrong.
+
+Nothing that was copied is lost with an epoch that fails: a page that was read after it was protected is known
+until the kernel reports it written (`primary.book`), whichever epoch takes it in.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from common.config import NodeConfig
+from common.container import workload_pids
+from common.criu.images import PageImage, SpaceKey, page_images, read_memory_map
+from common.errors import CaptureError
+from common.identity import PageHasher
+from common.model import EpochId
+from common.threads import in_thread
+from primary.book import PageBook
+from primary.capture import CapturedEpoch, SpacePages
+from primary.criu_pages import stack_pages, take_criu_pages
+from primary.dumping import Dumped, Dumper, metadata_in
+from primary.layers import LayerChain, LayeredPages, LayerWriter
+from primary.pages import FrozenBuffer, FrozenCall
+from primary.process import TrackedProcess
+from primary.shim import ShimChannel
+
+log = structlog.get_logger(__name__)
+
+_ATTEMPTS = 4
+_FIRST_BUFFER_PAGES = 2048
+_MOST_FROZEN_PAGES = 8192
+"""Dirty pages that are copied within a freeze without a second thought: about 25 ms."""
+_BACKFILL_S = 0.1
+"""How long an epoch may wait for pages that only a new replica needs."""
+_ROUNDS = 3
+_FEW_PAGES = 512
+"""No further round of pre-copy for so few: copying them frozen takes less than 2 ms."""
+_REMOVER = ThreadPoolExecutor(1, "images")
+
+
+class TooDirtyError(CaptureError):
+    """More pages were dirty at the freeze than may be copied within it; the workload runs on."""
+
+    def __init__(self, pages: int) -> None:
+        super().__init__(f"{pages} pages were dirty at the freeze: it was abandoned, and is tried again")
+        self.pages = pages
+
+
+class FastBackend:
+    """Takes epochs of one incarnation of one workload; one at a time."""
+
+    name = "fast"
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        dumper: Dumper,
+        *,
+        workload: str,
+        incarnation: str,
+        hasher: PageHasher,
+    ) -> None:
+        """`dumper` says what to capture, with the shim."""
+        self._config = config
+        self._dumper = dumper
+        self._workload = workload
+        self._incarnation = incarnation
+        self._hasher = hasher
+        self._processes: dict[int, TrackedProcess] = {}
+        self._shared: dict[SpaceKey, PageBook] = {}
+        self._metadata_bytes = 0
+        self._buffer = FrozenBuffer(_FIRST_BUFFER_PAGES)
+        self._call = FrozenCall(self._buffer)
+        self._chain: LayerChain | None = None
+        self._writer: LayerWriter | None = None
+        self._taken: list[TrackedProcess] = []
+        self._wants_all = False
+        """A replica lacks pages that no layer has."""
+
+    async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
+        """See `CaptureBackend.capture`."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await self._attempt(epoch, since)
+            except TooDirtyError as error:
+                log.info("capture.too_dirty", workload=self._workload, epoch=str(epoch), pages=error.pages)
+                if attempt == _ATTEMPTS - 1:
+                    self._grow_buffer(error.pages * 2)
+                elif error.pages <= _MOST_FROZEN_PAGES:
+                    self._grow_buffer(error.pages * 5 // 4)
+        raise CaptureError(f"epoch {epoch} of {self._workload}: its freeze would be too long")
+
+    async def close(self) -> None:
+        """Stop tracking, and let go of everything; the workload is not touched. Idempotent."""
+        await self._dumper.close()
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()
+        if self._writer is not None:
+            self._writer.drop()
+            self._writer = None
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
+
+    # --- one attempt --------------------------------------------------------------------------------
+
+    async def _attempt(self, epoch: EpochId, since: EpochId | None) -> CapturedEpoch:
+        directory = self._dumper.directory / str(epoch)
+        try:
+            directory = await in_thread(self._dumper.make_room, epoch, self._metadata_bytes)
+            await self._find_processes()
+            await in_thread(self._copy_ahead, since)
+            channel = await self._dumper.spawned()
+            if channel is None:
+                raise CaptureError("criu was started without the shim")
+            await in_thread(self._plan, channel)
+            self._taken = []
+            try:
+                dumped = await self._dumper.dump(directory, self._take_frozen)
+            except BaseException:
+                await in_thread(self._after_failure)
+                raise
+            spaces = await in_thread(self._assemble, epoch, directory)
+            stands_on = await in_thread(self._stands_on, spaces)
+            return self._captured(epoch, dumped, directory, spaces, stands_on)
+        except BaseException as error:
+            _REMOVER.submit(shutil.rmtree, directory, ignore_errors=True).result()
+            if isinstance(error, OSError):
+                raise CaptureError(f"epoch {epoch} of {self._workload}: {error}") from error
+            raise
+
+    def _captured(
+        self,
+        epoch: EpochId,
+        dumped: Dumped,
+        directory: Path,
+        spaces: tuple[SpacePages, ...],
+        stands_on: EpochId | None,
+    ) -> CapturedEpoch:
+        chain = self._chain_of(directory.parent)
+        metadata = metadata_in(directory)
+        self._metadata_bytes = sum(file.size_bytes for file in metadata)
+        return CapturedEpoch(
+            workload=self._workload,
+            id=epoch,
+            incarnation=self._incarnation,
+            stands_on=stands_on,
+            frozen_wall_s=dumped.frozen_wall_s,
+            freeze=dumped.times,
+            spaces=spaces,
+            metadata=metadata,
+            pages=_EpochPages(
+                directory, LayeredPages(chain.layers, {space.key: space.numbers for space in spaces})
+            ),
+        )
+
+    # --- while it runs ------------------------------------------------------------------------------
+
+    async def _find_processes(self) -> None:
+        """Take up processes that came, let go of those that went, and see that all are tracked."""
+        pids = await in_thread(workload_pids, self._config, self._workload)
+        for pid in self._processes.keys() - set(pids):
+            self._processes.pop(pid).close()
+        for pid in pids:
+            process = self._processes.get(pid)
+            if process is None or not process.is_same:
+                if process is not None:
+                    process.close()
+                try:
+                    process = self._processes[pid] = TrackedProcess(pid)
+                except CaptureError:  # it has ended since
+                    self._processes.pop(pid, None)
+                    continue
+            await process.track()
+
+    def _copy_ahead(self, since: EpochId | None) -> None:
+        """Copy what was written, a few times over if it is much; and what only a new replica needs."""
+        chain, writer = self._chain_of(self._dumper.directory), self._writer_of()
+        if since is not None:
+            chain.drop_through(since)
+        chain.merge(self._present())
+        for process in list(self._processes.values()):
+            try:
+                before = None
+                for _ in range(_ROUNDS):
+                    copied = process.copy_written(self._hasher, writer)
+                    if copied <= _FEW_PAGES or (before is not None and copied > before // 2):
+                        break
+                    before = copied
+            except CaptureError as error:
+                if process.is_same:
+                    raise
+                log.debug("capture.process_ended", pid=process.pid, error=str(error))
+        self._wants_all = chain.stands_on is not None and (since is None or since < chain.stands_on)
+        if self._wants_all:
+            until_s = time.monotonic() + _BACKFILL_S
+            for process in self._processes.values():
+                process.copy_uncovered(self._hasher, writer, chain, until_s)
+
+    def _plan(self, channel: ShimChannel) -> None:
+        """Last of all before the freeze: what the shim may say of each process's mappings."""
+        texts = {}
+        for process in self._processes.values():
+            process.prepare()
+            if (smaps := process.smaps()) is not None:
+                texts[process.pid] = smaps
+        channel.plan(texts)
+
+    # --- while it is frozen -------------------------------------------------------------------------
+
+    def _take_frozen(self, channel: ShimChannel | None) -> None:
+        """Copy what is dirty; raise if it is too much, or anything is in doubt: criu then gives up."""
+        if channel is None:
+            raise CaptureError("criu was started without the shim")
+        for report in channel.reports():
+            if not report.hides:
+                raise CaptureError(f"the mappings of process {report.pid} could not be read while frozen")
+            process = self._processes.get(report.pid)
+            if process is None or not process.is_same:  # it has come since
+                process = self._processes[report.pid] = TrackedProcess(report.pid)
+            self._taken.append(process)
+        spaces = [process.space for process in self._taken]
+        dirty = self._call.run(spaces)
+        for space in spaces:
+            if space.error == errno.ENOBUFS:
+                raise TooDirtyError(0)
+            if space.error:
+                raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")
+        if dirty > self._buffer.pages:
+            raise TooDirtyError(dirty)
+
+    def _after_failure(self) -> None:
+        """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""
+        for process in self._taken:
+            process.not_taken()
+
+    def _grow_buffer(self, pages: int) -> None:
+        self._buffer.grow(pages)
+        self._call = FrozenCall(self._buffer)
+
+    # --- when it runs again -------------------------------------------------------------------------
+
+    def _assemble(self, epoch: EpochId, directory: Path) -> tuple[SpacePages, ...]:
+        """Put criu's pages and ours together; what changed becomes the epoch's layer."""
+        writer = self._writer_of()
+        processes = {process.key: process for process in self._taken}
+        spaces: list[SpacePages] = []
+        stacks = stack_pages(directory)
+        images = page_images(directory)
+        missing = self._chain if self._wants_all else None
+        for image in images:
+            if image.key.kind == "task":
+                process = processes.pop(image.key, None)
+                if process is None:
+                    raise CaptureError(f"criu dumped {image.key.pagemap_name}, which the shim does not know")
+                memory_map = read_memory_map(directory / f"mm-{image.key.ident}.img")
+                spaces.append(
+                    process.assemble(
+                        self._hasher, writer, self._buffer, directory, image, memory_map, stacks, missing
+                    )
+                )
+            else:
+                spaces.append(self._assemble_shared(writer, directory, image, missing))
+        if processes:
+            raise CaptureError(f"criu did not dump {', '.join(key.pagemap_name for key in processes)}")
+        for image in images:
+            (directory / image.pages_name).unlink(missing_ok=True)
+        self._shared = {key: book for key, book in self._shared.items() if key in {s.key for s in spaces}}
+        self._chain_of(self._dumper.directory).append(writer.seal(epoch))
+        self._writer = None
+        return tuple(spaces)
+
+    def _stands_on(self, spaces: tuple[SpacePages, ...]) -> EpochId | None:
+        """Return the epoch without which the layers cannot do; None if they hold everything."""
+        chain = self._chain_of(self._dumper.directory)
+        if not self._wants_all:
+            return chain.stands_on
+        for space in spaces:
+            zero = (space.identity == 0).all(axis=1)
+            if not (chain.covered(space.key, space.numbers) | zero).all():
+                return chain.stands_on
+        return None
+
+    def _assemble_shared(
+        self, writer: LayerWriter, directory: Path, image: PageImage, missing: LayerChain | None
+    ) -> SpacePages:
+        """Take over a shared segment as CRIU dumped it: whole, with what changed told by content."""
+        book = self._shared.setdefault(image.key, PageBook(image.key))
+        numbers, flags = take_criu_pages(self._hasher, writer, book, directory, image, missing=missing)
+        book.restrict(numbers)
+        return book.table(flags)
+
+    # --- what is kept -------------------------------------------------------------------------------
+
+    def _chain_of(self, directory: Path) -> LayerChain:
+        if self._chain is None:
+            self._chain = LayerChain(directory)
+        return self._chain
+
+    def _writer_of(self) -> LayerWriter:
+        if self._writer is None:
+            self._writer = LayerWriter(self._dumper.directory)
+        return self._writer
+
+    def _present(self) -> dict[SpaceKey, NDArray[np.uint64]]:
+        books = [*self._shared.values(), *(process.book for process in self._processes.values())]
+        return {book.key: book.numbers for book in books}
+
+
+class _EpochPages:
+    """The layers of an epoch, and the directory with its metadata; a `PageReader`."""
+
+    def __init__(self, directory: Path, layers: LayeredPages) -> None:
+        self._directory = directory
+        self._layers = layers
+
+    def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
+        """See `PageReader.read`."""
+        self._layers.read(key, rows, into)
+
+    def release(self) -> None:
+        """Let go of the layers and remove the metadata. Harmless when repeated."""
+        self._layers.release()
+        _REMOVER.submit(shutil.rmtree, self._directory, ignore_errors=True)

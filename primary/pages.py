@@ -1,0 +1,327 @@
+"""The pages of running and frozen processes: what is there, what was written, and copies of it.
+
+In: PIDs, and which pages' content is known already. Out: runs of pages, and their bytes. All of it is done
+by `native/pages.c`, where the rules on what counts as dirty stand; this module lays out memory for it ahead
+of time, so that inside a freeze it is a single call that allocates nothing.
+
+    running: `Space.mappings`, `Space.written` (finds and protects), `read_running`
+    frozen:  `FrozenCall`, of all processes at once
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import CaptureError
+from common.model import PAGE_BYTES
+from primary.native import built
+
+OWNED: Final = 1
+FILE: Final = 2
+READABLE: Final = 4
+"""Flags of a mapping, as `native/maps.h` has them."""
+
+DIRTY: Final = 1
+UNREADABLE: Final = 2
+"""Flags of a run, as `native/pages.c` has them."""
+
+RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unused", "<u4")])
+"""Neighbouring pages that are treated alike: bytes from `start` to `end` (exclusive)."""
+VMA: Final = RUN
+
+_PROTECT: Final = 1
+_FIRST_TEXT_BYTES: Final = 16 << 10
+_FIRST_VMAS: Final = 256
+_FIRST_RUNS: Final = 4096
+
+
+class _Space(ctypes.Structure):
+    """`struct space` of native/pages.c."""
+
+    _fields_ = (
+        ("pid", ctypes.c_int32),
+        ("error", ctypes.c_int32),
+        ("options", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("known", ctypes.c_void_p),
+        ("known_pairs", ctypes.c_uint64),
+        ("runs", ctypes.c_void_p),
+        ("runs_room", ctypes.c_uint64),
+        ("runs_count", ctypes.c_uint64),
+        ("dirty_pages", ctypes.c_uint64),
+        ("present_pages", ctypes.c_uint64),
+        ("content_at", ctypes.c_uint64),
+        ("text", ctypes.c_void_p),
+        ("text_room", ctypes.c_uint64),
+        ("vmas", ctypes.c_void_p),
+        ("vmas_room", ctypes.c_uint64),
+        ("vmas_count", ctypes.c_uint64),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(built("outlive-pages.so")), use_errno=True)
+    u64, pointer = ctypes.c_uint64, ctypes.c_void_p
+    library.outlive_capture.argtypes = [pointer, u64, pointer, u64]
+    library.outlive_capture.restype = ctypes.c_int64
+    library.outlive_maps.argtypes = [pointer]
+    library.outlive_maps.restype = ctypes.c_int64
+    library.outlive_protect.argtypes = [
+        ctypes.c_int,
+        u64,
+        u64,
+        ctypes.c_uint32,
+        pointer,
+        u64,
+        pointer,
+        pointer,
+    ]
+    library.outlive_tracked.argtypes = [ctypes.c_int, u64, u64]
+    library.outlive_read.argtypes = [ctypes.c_int, pointer, u64, pointer, pointer]
+    library.outlive_read.restype = ctypes.c_int64
+    library.outlive_reads_directly.argtypes = [ctypes.c_int]
+    return library
+
+
+def load() -> None:
+    """Load the library now, not inside a freeze. Raises UnsupportedError if it was not built."""
+    _library()
+
+
+class Space:
+    """Room for what is found out about one process; used by one thread at a time."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.protects = False
+        """Protect what is written within the freeze: for processes that devices may write into."""
+        self._known = np.empty(0, dtype=np.uint64)
+        self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
+        self._vmas = _touched(_FIRST_VMAS, VMA)
+        self._runs = _touched(_FIRST_RUNS, RUN)
+        self._native = _Space()
+
+    def knows(self, pairs: NDArray[np.uint64]) -> None:
+        """Say of which pages the content is known: first byte and end of each range; shape (2n,)."""
+        self._known = np.ascontiguousarray(pairs, dtype=np.uint64)
+
+    def mappings(self) -> NDArray[np.void]:
+        """Read the process's mappings: `VMA`, in order of address. Raises CaptureError if it is gone."""
+        while True:
+            count = _library().outlive_maps(ctypes.addressof(self.prepared()))
+            if count >= 0:
+                # Room for as much again, so that a freeze finds enough.
+                if 2 * count > len(self._vmas):
+                    self._vmas = _touched(4 * count, VMA)
+                    self._text = _touched(len(self._text) * 2, np.uint8)
+                    continue
+                return self._vmas[:count].copy()
+            if count != -errno.ENOBUFS:
+                raise CaptureError(
+                    f"the mappings of process {self.pid} cannot be read: {os.strerror(-count)}"
+                )
+            self.grow()
+
+    def grow(self) -> None:
+        """Take twice the room: after a freeze that found too little, never inside one."""
+        self._text = _touched(len(self._text) * 2, np.uint8)
+        self._vmas = _touched(len(self._vmas) * 2, VMA)
+        self._runs = _touched(len(self._runs) * 4, RUN)
+
+    def written(self, pagemap: int, vmas: NDArray[np.void]) -> NDArray[np.void]:
+        """Find the pages written since they were last protected in `vmas`, and protect them in the same step.
+
+        `pagemap` is /proc/PID/pagemap, open. What is not tracked is passed over. Raises CaptureError.
+        """
+        found: list[NDArray[np.void]] = []
+        runs = np.empty(4096, dtype=RUN)
+        count, reached = ctypes.c_uint64(0), ctypes.c_uint64(0)
+        for start, end, flags, _ in vmas.tolist():
+            at, run_flags = start, 0 if flags & READABLE else UNREADABLE
+            while at < end:
+                failure = _library().outlive_protect(
+                    pagemap,
+                    at,
+                    end,
+                    run_flags,
+                    runs.ctypes.data,
+                    len(runs),
+                    ctypes.addressof(count),
+                    ctypes.addressof(reached),
+                )
+                if failure == errno.ENOBUFS:
+                    found.append(runs[: count.value].copy())
+                    count.value = 0
+                elif failure:
+                    raise CaptureError(
+                        f"writes of process {self.pid} cannot be tracked: {os.strerror(failure)}"
+                    )
+                at = reached.value
+        found.append(runs[: count.value].copy())
+        return np.concatenate(found)
+
+    def prepared(self) -> _Space:
+        """Lay out what the library is given."""
+        native = self._native
+        native.pid = self.pid
+        native.options = _PROTECT if self.protects else 0
+        native.known, native.known_pairs = self._known.ctypes.data, len(self._known) // 2
+        native.runs, native.runs_room = self._runs.ctypes.data, len(self._runs)
+        native.text, native.text_room = self._text.ctypes.data, len(self._text)
+        native.vmas, native.vmas_room = self._vmas.ctypes.data, len(self._vmas)
+        return native
+
+    def took(self, native: _Space) -> None:
+        """Remember what the library found."""
+        self._native = native
+
+    @property
+    def error(self) -> int:
+        """What the last freeze's capture of this process failed with; 0 if it did not."""
+        return int(self._native.error)
+
+    @property
+    def runs(self) -> NDArray[np.void]:
+        """All present pages at the last freeze: `RUN`, ascending. A view, until the next freeze."""
+        return self._runs[: self._native.runs_count]
+
+    @property
+    def dirty_pages(self) -> int:
+        """How many of them are dirty."""
+        return int(self._native.dirty_pages)
+
+    @property
+    def content_at(self) -> int:
+        """Number of the first one in the buffer."""
+        return int(self._native.content_at)
+
+    def after(self, run_count_room: int) -> None:
+        """Take more room for runs if the last freeze came near the end of it."""
+        if self._native.runs_count * 2 > len(self._runs):
+            self._runs = _touched(max(run_count_room, len(self._runs) * 4), RUN)
+
+
+class FrozenBuffer:
+    """Where dirty pages are copied to within a freeze: touched beforehand, used again and again."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = 0
+        self._memory = mmap.mmap(-1, PAGE_BYTES)
+        self.grow(pages)
+
+    def grow(self, pages: int) -> None:
+        """Have room for at least that many pages; what is in it is lost."""
+        if pages > self.pages:
+            self._memory = mmap.mmap(
+                -1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+            )
+            self.pages = pages
+
+    def content(self, start: int, pages: int) -> memoryview:
+        """View pages of it."""
+        return memoryview(self._memory)[start * PAGE_BYTES : (start + pages) * PAGE_BYTES]
+
+    @property
+    def address(self) -> int:
+        """Where it is."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+
+class FrozenCall:
+    """One prepared call for all processes of a tree; `run` is all that is done inside the freeze."""
+
+    def __init__(self, buffer: FrozenBuffer) -> None:
+        self._buffer = buffer
+        self._address = buffer.address
+
+    def run(self, spaces: Sequence[Space]) -> int:
+        """Capture the frozen processes; return how many dirty pages they have.
+
+        They stand in the buffer if they are at most as many as it has room for; else nothing was copied.
+        """
+        natives = (_Space * len(spaces))(*(space.prepared() for space in spaces))
+        dirty = int(
+            _library().outlive_capture(
+                ctypes.addressof(natives), len(spaces), self._address, self._buffer.pages
+            )
+        )
+        for space, native in zip(spaces, natives, strict=True):
+            space.took(native)
+        return dirty
+
+
+def read_running(pid: int, runs: NDArray[np.void], into: memoryview) -> NDArray[np.bool_]:
+    """Copy the pages of `runs` of a running process into `into`, one after the other.
+
+    Returns for each page whether it could be read: some vanish meanwhile. Raises CaptureError if the process
+    is gone.
+    """
+    pages = int(((runs["end"] - runs["start"]) // PAGE_BYTES).sum())
+    good = np.zeros(pages, dtype=np.uint8)
+    runs = np.ascontiguousarray(runs)
+    target = (ctypes.c_char * (pages * PAGE_BYTES)).from_buffer(into)
+    got = _library().outlive_read(
+        pid, runs.ctypes.data, len(runs), ctypes.addressof(target), good.ctypes.data
+    )
+    if got < 0:
+        raise CaptureError(f"process {pid} cannot be read: {os.strerror(-got)}")
+    return good.astype(np.bool_)
+
+
+def is_tracked(pagemap: int, start: int) -> bool:
+    """Tell whether the mapping at `start` is registered for tracking."""
+    return bool(_library().outlive_tracked(pagemap, start, start + PAGE_BYTES) == 1)
+
+
+def reads_directly(pid: int) -> bool:
+    """Tell whether a process has files open with O_DIRECT. Raises CaptureError if it is gone."""
+    found = _library().outlive_reads_directly(pid)
+    if found < 0:
+        raise CaptureError(f"the open files of process {pid} cannot be read: {os.strerror(-found)}")
+    return bool(found)
+
+
+def expand_runs(runs: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Return the page numbers (address / 4096) of runs, in their order; shape (n,)."""
+    first = runs["start"] // np.uint64(PAGE_BYTES)
+    counts = (runs["end"] - runs["start"]) // np.uint64(PAGE_BYTES)
+    before = np.cumsum(counts, dtype=np.uint64) - counts
+    numbers = np.repeat(first - before, counts.astype(np.intp))
+    numbers += np.arange(len(numbers), dtype=np.uint64)
+    return numbers
+
+
+def bounds_of(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return first byte and end of each range of neighbouring pages (ascending); shape (2n,)."""
+    if not len(numbers):
+        return np.empty(0, dtype=np.uint64)
+    breaks = np.flatnonzero(np.diff(numbers) != 1)
+    bounds = np.empty(2 * (len(breaks) + 1), dtype=np.uint64)
+    bounds[0::2] = numbers[np.concatenate(([0], breaks + 1))]
+    bounds[1::2] = numbers[np.concatenate((breaks, [len(numbers) - 1]))] + np.uint64(1)
+    return bounds * np.uint64(PAGE_BYTES)
+
+
+def runs_of(numbers: NDArray[np.uint64], flags: int = 0) -> NDArray[np.void]:
+    """Return pages (ascending) as runs."""
+    bounds = bounds_of(numbers)
+    runs = np.zeros(len(bounds) // 2, dtype=RUN)
+    runs["start"], runs["end"], runs["flags"] = bounds[0::2], bounds[1::2], flags
+    return runs
+
+
+def _touched(count: int, dtype: object) -> NDArray[np.void]:
+    """Make room whose memory is there, not only promised."""
+    room: NDArray[np.void] = np.empty(count, dtype=dtype)  # type: ignore[call-overload]
+    room.view(np.uint8).reshape(-1)[::PAGE_BYTES] = 0
+    return room

@@ -1,0 +1,294 @@
+"""One process of a workload, as the fast backend follows it from epoch to epoch.
+
+In: its PID, and what the page reader finds. Out: pages that were copied while it ran, what the shim needs to
+know of it, and its part of an epoch. A process that was never tracked (it came just before the freeze, or
+cannot be) is captured whole: all that it has reads as written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from common.criu.images import MemoryMap, PageImage, SpaceKey
+from common.errors import CaptureError, OutliveError
+from common.identity import PageHasher
+from common.model import PAGE_BYTES
+from primary.book import PageBook
+from primary.capture import SpacePages
+from primary.criu_pages import keep, page_flags, take_criu_pages
+from primary.injection import take_userfaultfd
+from primary.layers import LayerChain, LayerWriter
+from primary.pages import (
+    DIRTY,
+    OWNED,
+    READABLE,
+    UNREADABLE,
+    FrozenBuffer,
+    Space,
+    expand_runs,
+    read_running,
+    reads_directly,
+    runs_of,
+)
+from primary.shim import Smaps
+from primary.tracking import Userfault
+
+log = structlog.get_logger(__name__)
+
+_BLOCK_PAGES: Final = 512
+_SMAPS_AGE_S: Final = 1.0
+_SMAPS_SHARE: Final = 20.0
+"""The flags of unchanged mappings are read anew after a second, and after 20 times as long as that takes."""
+_TRACK_AGAIN_S: Final = 5.0
+
+
+class TrackedProcess:
+    """What is known of one process; its methods block, and are called by one thread at a time."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises CaptureError if there is no such process."""
+        self.pid = pid
+        self._started = _started_ticks(pid)
+        self.key = SpaceKey("task", _pid_within(pid))
+        self.book = PageBook(self.key)
+        self.space = Space(pid)
+        self.problem = ""
+        """Why its writes are not tracked; empty if they are."""
+        self._userfault: Userfault | None = None
+        self._track_at_s = 0.0
+        self._smaps: Smaps | None = None
+        self._smaps_until_s = 0.0
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the PID still is this process's."""
+        try:
+            return _started_ticks(self.pid) == self._started
+        except CaptureError:
+            return False
+
+    async def track(self) -> None:
+        """Take a userfaultfd out of it, unless there is one. A failure is remembered, not raised."""
+        if self._userfault is not None or time.monotonic() < self._track_at_s:
+            return
+        try:
+            self._userfault = Userfault((await take_userfaultfd(self.pid)).descriptor)
+            self.problem = ""
+        except OutliveError as error:
+            self._track_at_s = time.monotonic() + _TRACK_AGAIN_S
+            if self.problem != error.message:
+                log.warning("tracking.not_begun", pid=self.pid, reason=error.message)
+            self.problem = error.message
+
+    def close(self) -> None:
+        """Stop tracking. Harmless when repeated."""
+        if self._userfault is not None:
+            self._userfault.close()
+            self._userfault = None
+
+    # --- while it runs ------------------------------------------------------------------------------
+
+    def copy_written(self, hasher: PageHasher, writer: LayerWriter) -> int:
+        """Find what was written, protect it, and then copy it; return how many pages that were."""
+        vmas = self.space.mappings()
+        with _open(self.pid, "pagemap", os.O_RDWR) as pagemap:
+            if self._userfault is not None:
+                fresh, same = self._userfault.cover(pagemap, vmas)
+                for start, end in fresh:
+                    self.book.forget_range(start, end)
+                if not same:  # it has executed another program since
+                    self.close()
+                    self._track_at_s = 0.0
+                    self.book.forget_all()
+            if self._userfault is None:
+                return 0
+            self.space.protects = reads_directly(self.pid)
+            owned = vmas[(vmas["flags"] & OWNED) != 0]
+            wanted = self.book.numbers[~self.book.known]
+            if not self.space.protects:
+                runs = self.space.written(pagemap, owned)
+                written = np.unique(expand_runs(runs))
+                self.book.forget(written)
+                wanted = np.union1d(wanted, written)
+                if reads_directly(self.pid):  # since when is not known, so nothing of this round is
+                    self.space.protects = True
+                    self.book.forget_all()
+                    return 0
+        self._copy(hasher, writer, wanted, owned)
+        return len(wanted)
+
+    def copy_uncovered(
+        self, hasher: PageHasher, writer: LayerWriter, chain: LayerChain, until_s: float
+    ) -> None:
+        """Copy known pages whose content is in no layer, as many as the time allows."""
+        numbers = self.book.numbers[self.book.known]
+        numbers = numbers[~chain.covered(self.key, numbers)]
+        identity = self.book.identity_of(numbers)
+        numbers = numbers[(identity != 0).any(axis=1)]
+        vmas = self.space.mappings()
+        owned = vmas[(vmas["flags"] & OWNED) != 0]
+        buffer = memoryview(bytearray(_BLOCK_PAGES * PAGE_BYTES))
+        for at in range(0, len(numbers), _BLOCK_PAGES):
+            if time.monotonic() > until_s:
+                return
+            block, runs = _within(numbers[at : at + _BLOCK_PAGES], owned)
+            if not len(block):
+                continue
+            content = buffer[: len(block) * PAGE_BYTES]
+            good = read_running(self.pid, runs, content)
+            # What was written since is not what the book says; it is copied as such.
+            same = (hasher.identify(content) == self.book.identity_of(block)).all(axis=1)
+            rows = np.flatnonzero(good & same)
+            writer.add(self.key, block[rows], content, rows)
+
+    def prepare(self) -> None:
+        """Lay everything out for the freeze."""
+        self.space.knows(self.book.known_bounds)
+        self.space.after(4 * (len(self.book.known_bounds) + 64))
+
+    def smaps(self) -> Smaps | None:
+        """Return what its smaps say, read anew if its mappings changed or some time has passed."""
+        try:
+            maps = Path(f"/proc/{self.pid}/maps").read_bytes()
+            now_s = time.monotonic()
+            if self._smaps is None or self._smaps.maps != maps or now_s > self._smaps_until_s:
+                self._smaps = Smaps.parse(Path(f"/proc/{self.pid}/smaps").read_bytes())
+                took_s = time.monotonic() - now_s
+                self._smaps_until_s = now_s + max(_SMAPS_AGE_S, _SMAPS_SHARE * took_s)
+        except OSError:
+            self._smaps = None
+        return self._smaps
+
+    def _copy(
+        self, hasher: PageHasher, writer: LayerWriter, wanted: NDArray[np.uint64], owned: NDArray[np.void]
+    ) -> None:
+        self.book.expect(wanted)
+        buffer = memoryview(bytearray(min(len(wanted), _BLOCK_PAGES) * PAGE_BYTES))
+        for at in range(0, len(wanted), _BLOCK_PAGES):
+            block, runs = _within(wanted[at : at + _BLOCK_PAGES], owned)
+            if len(block):
+                content = buffer[: len(block) * PAGE_BYTES]
+                good = read_running(self.pid, runs, content)
+                keep(hasher, writer, self.book, block, content, good)
+
+    # --- after a freeze -----------------------------------------------------------------------------
+
+    def not_taken(self) -> None:
+        """The epoch came to nothing: what was protected for it is unknown."""
+        if self.space.error == errno.ENOBUFS:
+            self.space.grow()
+        if self.space.protects and self.space.error:
+            self.book.forget_all()
+        elif self.space.protects:
+            runs = self.space.runs
+            self.book.restrict(expand_runs(runs))
+            self.book.forget(expand_runs(runs[(runs["flags"] & DIRTY) != 0]))
+
+    def assemble(
+        self,
+        hasher: PageHasher,
+        writer: LayerWriter,
+        buffer: FrozenBuffer,
+        directory: Path,
+        image: PageImage,
+        memory_map: MemoryMap,
+        stacks: NDArray[np.uint64],
+        missing: LayerChain | None,
+    ) -> SpacePages:
+        """Take in what was dirty at the freeze, and what CRIU dumped of it; return its table.
+
+        Raises CaptureError if a page that is present is neither known nor was copied.
+        """
+        runs = self.space.runs
+        present = expand_runs(runs)
+        dirty = expand_runs(runs[(runs["flags"] & DIRTY) != 0])
+        self.book.expect(dirty)
+        for at in range(0, len(dirty), _BLOCK_PAGES):
+            block = dirty[at : at + _BLOCK_PAGES]
+            content = buffer.content(self.space.content_at + at, len(block))
+            keep(hasher, writer, self.book, block, content)
+        flags, within = page_flags(present, memory_map, stacks)
+        present, flags = present[within], flags[within]
+        if memory_map.without_parent(present).any():
+            raise CaptureError(
+                f"process {self.pid} maps a file of huge pages privately: only the stock backend can do that"
+            )
+        theirs, their_flags = take_criu_pages(
+            hasher,
+            writer,
+            self.book,
+            directory,
+            image,
+            missing=missing,
+            always=memory_map.without_parent,
+        )
+        if len(theirs):
+            ours = ~np.isin(present, theirs)
+            numbers = np.concatenate((present[ours], theirs))
+            order = np.argsort(numbers)
+            present, flags = numbers[order], np.concatenate((flags[ours], their_flags))[order]
+        self.book.restrict(present)
+        if not self.book.known.all():
+            raise CaptureError(f"{image.key.pagemap_name}: a page is neither known nor was it copied")
+        return self.book.table(flags)
+
+
+def _within(
+    numbers: NDArray[np.uint64], owned: NDArray[np.void]
+) -> tuple[NDArray[np.uint64], NDArray[np.void]]:
+    """Keep the pages (ascending) that lie in owned mappings, and return them as runs too."""
+    addresses = numbers * np.uint64(PAGE_BYTES)
+    at = np.searchsorted(owned["start"], addresses, side="right").astype(np.intp) - 1
+    here = at >= 0
+    if len(owned):
+        here &= addresses < owned["end"][at]
+    numbers, at = numbers[here], at[here]
+    unreadable = (owned["flags"][at] & READABLE) == 0
+    if not unreadable.any():
+        return numbers, runs_of(numbers)
+    parts = np.flatnonzero(np.diff(unreadable)) + 1
+    runs = [
+        runs_of(part, UNREADABLE if closed[0] else 0)
+        for part, closed in zip(np.split(numbers, parts), np.split(unreadable, parts), strict=True)
+    ]
+    return numbers, np.concatenate(runs)
+
+
+@contextlib.contextmanager
+def _open(pid: int, name: str, flags: int) -> Iterator[int]:
+    try:
+        file = os.open(f"/proc/{pid}/{name}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise CaptureError(f"{name} of process {pid} cannot be opened: {error.strerror}") from error
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _started_ticks(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError as error:
+        raise CaptureError(f"there is no process {pid} any more") from error
+
+
+def _pid_within(pid: int) -> int:
+    """Return the PID that a process has in its own PID namespace: CRIU names its images by that."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except OSError as error:
+        raise CaptureError(f"there is no process {pid} any more") from error
+    raise CaptureError("this kernel does not tell PIDs within namespaces", hint="Linux 4.1 or newer")

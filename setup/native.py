@@ -1,0 +1,64 @@
+"""Builds what is written in C into `native/build`, with the system's compiler.
+
+In: `native/`. Out: the shim, the page reader and the injector. They are built anew when a source or this file
+changes. Without them Outlive works too, with the stock memory backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent.parent / "native"
+_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
+_SHARED = ("-fPIC", "-shared")
+_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "outlive-shim.so": ("shim.c", _SHARED),
+    "outlive-pages.so": ("pages.c", _SHARED),
+    "outlive-inject": ("inject.c", ()),
+}
+
+
+class BuildError(Exception):
+    """A part could not be built; the message is what the compiler said first."""
+
+
+def is_built(directory: Path = SOURCES / "build") -> bool:
+    """Tell whether all parts are there, built from these sources."""
+    stamp = directory / ".stamp"
+    return (
+        stamp.is_file()
+        and stamp.read_text() == _fingerprint()
+        and all((directory / part).is_file() for part in _PARTS)
+    )
+
+
+def build(directory: Path = SOURCES / "build", compiler: str = "cc") -> None:
+    """Build all parts. Raises BuildError; parts that were there stay then."""
+    directory.mkdir(exist_ok=True)
+    (directory / ".stamp").unlink(missing_ok=True)
+    if shutil.which(compiler) is None:
+        raise BuildError(f"there is no C compiler ({compiler})")
+    for part, (source, flags) in _PARTS.items():
+        made = directory / f"{part}.new"
+        finished = subprocess.run(
+            [compiler, *_FLAGS, *flags, "-o", str(made), str(SOURCES / source)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if finished.returncode != 0:
+            errors = [line for line in finished.stderr.splitlines() if "error" in line]
+            raise BuildError((errors or finished.stderr.splitlines() or ["the compiler failed"])[0])
+        os.replace(made, directory / part)
+    (directory / ".stamp").write_text(_fingerprint())
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
