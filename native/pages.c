@@ -176,7 +176,8 @@ static int protect(int fd, uint64_t start, uint64_t end)
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = 64,
-			.category_mask = PAGE_IS_WRITTEN,
+			.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_mask = PAGE_IS_WRITTEN | PAGE_IS_PFNZERO | PAGE_IS_FILE,
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_WRITTEN,
 		};
@@ -189,7 +190,28 @@ static int protect(int fd, uint64_t start, uint64_t end)
 	return 0;
 }
 
-static int scan_vma(struct space *space, int fd, const struct vma *vma, uint64_t *pair)
+/* A page of a file mapping that is only SWAPPED may be content that was written out, or a marker that tracking
+ * left where a written page was dropped. Touching it tells: a marker becomes the file's page, or nothing. */
+static int append_marked(struct space *space, int fd, int memory, uint64_t start, uint64_t end, uint32_t flags)
+{
+	for (uint64_t page = start; page < end; page += PAGE) {
+		struct page_region region;
+		uint64_t walk_end;
+		char byte;
+
+		if (pread(memory, &byte, 1, (off_t)page) != 1)
+			continue; /* behind the end of its file: there is nothing */
+		const long count = scan_present(fd, page, page + PAGE, &region, &walk_end);
+		if (count < 0)
+			return (int)-count;
+		const int failure = count ? append(space, page, page + PAGE, flags | RUN_DIRTY) : 0;
+		if (failure)
+			return failure;
+	}
+	return 0;
+}
+
+static int scan_vma(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
 {
 	struct page_region regions[REGIONS];
 	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
@@ -208,7 +230,10 @@ static int scan_vma(struct space *space, int fd, const struct vma *vma, uint64_t
 			if (is & PAGE_IS_GUARD)
 				continue;
 			const bool marker = vma->flags & VMA_FILE && !(is & PAGE_IS_PRESENT);
-			if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN || marker)
+			if (marker)
+				failure = append_marked(space, fd, memory, regions[each].start, regions[each].end,
+							base);
+			else if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN)
 				failure = append(space, regions[each].start, regions[each].end, base | RUN_DIRTY);
 			else
 				failure = append_clean(space, pair, regions[each].start, regions[each].end, base);
@@ -231,12 +256,16 @@ static int scan_space(struct space *space)
 	if (failure)
 		return failure;
 	const int fd = open_of(space->pid, "pagemap", O_RDWR);
-	if (fd < 0)
-		return errno;
+	const int memory = open_of(space->pid, "mem", O_RDONLY);
+	if (fd < 0 || memory < 0)
+		failure = errno;
 	for (uint64_t at = 0; at < space->vmas_count && !failure; at++)
 		if (space->vmas[at].flags & VMA_OWNED)
-			failure = scan_vma(space, fd, &space->vmas[at], &pair);
-	close(fd);
+			failure = scan_vma(space, fd, memory, &space->vmas[at], &pair);
+	if (fd >= 0)
+		close(fd);
+	if (memory >= 0)
+		close(memory);
 	return failure;
 }
 
@@ -337,7 +366,8 @@ int64_t outlive_maps(struct space *space)
 	return failure ? -failure : (int64_t)space->vmas_count;
 }
 
-/* Running: find what was written in [start, end) and protect it, both in one step of the kernel's. Fills `runs`
+/* Running: find what was written in [start, end) and protect it, both in one step of the kernel's. Pages that are a
+ * file's or the zero page are left as they are: the first write makes another page of them, which is written. Fills `runs`
  * from where `runs_count` stands. Mappings that are not registered are passed over. An errno; ENOBUFS with
  * `*reached` behind the last page that was protected: go on from there. */
 int outlive_protect(int fd, uint64_t start, uint64_t end, uint32_t flags, struct run *runs, uint64_t room,
@@ -354,7 +384,8 @@ int outlive_protect(int fd, uint64_t start, uint64_t end, uint32_t flags, struct
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = left < REGIONS ? left : REGIONS,
-			.category_mask = PAGE_IS_WRITTEN,
+			.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_mask = PAGE_IS_WRITTEN | PAGE_IS_PFNZERO | PAGE_IS_FILE,
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_WRITTEN,
 		};

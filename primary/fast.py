@@ -190,7 +190,10 @@ class FastBackend:
                 except CaptureError:  # it has ended since
                     self._processes.pop(pid, None)
                     continue
-            await process.track()
+            try:
+                await process.track()
+            except CaptureError:
+                self._processes.pop(pid).close()
 
     def _copy_ahead(self, since: EpochId | None) -> None:
         """Copy what was written, a few times over if it is much; and what only a new replica needs."""

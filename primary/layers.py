@@ -140,8 +140,8 @@ class LayeredPages:
 
     def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
         """Copy the pages at `rows` into `into`. See `PageReader.read`."""
-        if self._released:
-            raise CaptureError(f"the epoch of {key.pagemap_name} was released")
+        if self._released or key not in self._numbers:
+            raise CaptureError(f"the epoch was released, or never had {key.pagemap_name}")
         wanted, slots = self._numbers[key][rows], np.arange(len(rows), dtype=np.int64)
         for layer in reversed(self._layers):
             places = layer.places(key, wanted)
@@ -151,7 +151,10 @@ class LayeredPages:
                 wanted, slots = wanted[~here], slots[~here]
             if not len(wanted):
                 return
-        raise CaptureError(f"{key.pagemap_name}: page {int(wanted[0]):#x} is not among what changed lately")
+        if len(wanted):
+            raise CaptureError(
+                f"{key.pagemap_name}: page {int(wanted[0]):#x} is not among what changed lately"
+            )
 
     def release(self) -> None:
         """Let go of the layers. Harmless when repeated."""

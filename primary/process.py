@@ -50,6 +50,8 @@ _SMAPS_AGE_S: Final = 1.0
 _SMAPS_SHARE: Final = 20.0
 """The flags of unchanged mappings are read anew after a second, and after 20 times as long as that takes."""
 _TRACK_AGAIN_S: Final = 5.0
+_SMALL_PAGES: Final = 1024
+"""A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 
 
 class TrackedProcess:
@@ -65,6 +67,7 @@ class TrackedProcess:
         self.problem = ""
         """Why its writes are not tracked; empty if they are."""
         self._userfault: Userfault | None = None
+        self._seen = False
         self._track_at_s = 0.0
         self._smaps: Smaps | None = None
         self._smaps_until_s = 0.0
@@ -80,6 +83,9 @@ class TrackedProcess:
     async def track(self) -> None:
         """Take a userfaultfd out of it, unless there is one. A failure is remembered, not raised."""
         if self._userfault is not None or time.monotonic() < self._track_at_s:
+            return
+        if not self._seen and _resident_pages(self.pid) < _SMALL_PAGES:
+            self._seen = True  # most small processes end before the next epoch
             return
         try:
             self._userfault = Userfault((await take_userfaultfd(self.pid)).descriptor)
@@ -103,12 +109,11 @@ class TrackedProcess:
         vmas = self.space.mappings()
         with _open(self.pid, "pagemap", os.O_RDWR) as pagemap:
             if self._userfault is not None:
-                fresh, same = self._userfault.cover(pagemap, vmas)
+                fresh, tracked = self._userfault.cover(pagemap, vmas)
                 for start, end in fresh:
                     self.book.forget_range(start, end)
-                if not same:  # it has executed another program since
+                if not tracked:  # it has executed another program since
                     self.close()
-                    self._track_at_s = 0.0
                     self.book.forget_all()
             if self._userfault is None:
                 return 0
@@ -116,7 +121,11 @@ class TrackedProcess:
             owned = vmas[(vmas["flags"] & OWNED) != 0]
             wanted = self.book.numbers[~self.book.known]
             if not self.space.protects:
-                runs = self.space.written(pagemap, owned)
+                try:
+                    runs = self.space.written(pagemap, owned)
+                except BaseException:  # some may be protected now that nobody was told of
+                    self.book.forget_all()
+                    raise
                 written = np.unique(expand_runs(runs))
                 self.book.forget(written)
                 wanted = np.union1d(wanted, written)
@@ -279,6 +288,13 @@ def _open(pid: int, name: str, flags: int) -> Iterator[int]:
 def _started_ticks(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError as error:
+        raise CaptureError(f"there is no process {pid} any more") from error
+
+
+def _resident_pages(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except OSError as error:
         raise CaptureError(f"there is no process {pid} any more") from error
 

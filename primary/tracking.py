@@ -51,19 +51,20 @@ class Userfault:
     def cover(self, pagemap: int, vmas: NDArray[np.void]) -> tuple[list[tuple[int, int]], bool]:
         """Track all owned mappings that can be; `pagemap` is /proc/PID/pagemap, open.
 
-        Returns the ranges that were not tracked before, tracked now or not, and whether this is the address
-        space that the descriptor is of: after an exec it is not.
+        Returns the ranges that were not tracked before, tracked now or not, and whether any is tracked now.
+        If none is, the descriptor is another address space's: the process has executed a program.
         """
         fresh: list[tuple[int, int]] = []
-        registered = took = 0
+        tracked = 0
         for start, end, flags, _ in vmas.tolist():
-            if not flags & OWNED or is_tracked(pagemap, start):
+            if not flags & OWNED:
+                continue
+            if is_tracked(pagemap, start):
+                tracked += 1
                 continue
             fresh.append((start, end))
-            if self._register(start, end):
-                registered += 1
-                took += is_tracked(pagemap, start)
-        return fresh, took > 0 or registered == 0
+            tracked += self._register(start, end) and is_tracked(pagemap, start)
+        return fresh, tracked > 0
 
     def _register(self, start: int, end: int) -> bool:
         request = bytearray(struct.pack("<QQQQ", start, end - start, _MODE_WRITE_PROTECT, 0))

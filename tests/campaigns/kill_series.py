@@ -75,6 +75,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     schema_version: int
     seed: int
+    backend: str
     rounds: int
     thaw_deadline_ms: int
     fill_mib: int
@@ -195,7 +196,9 @@ class Series:
             await self._node.start("agent")
 
 
-async def run_series(rounds: int, seed: int, fill_mib: int, *, talk: bool = False) -> Report:
+async def run_series(
+    rounds: int, seed: int, fill_mib: int, *, backend: str = "stock", talk: bool = False
+) -> Report:
     """Run `rounds` rounds, the kinds taking turns in random order."""
     chance = random.Random(seed)
     done: list[Round] = []
@@ -205,6 +208,7 @@ async def run_series(rounds: int, seed: int, fill_mib: int, *, talk: bool = Fals
         on_exit="restart",
         epoch_interval_ms=_INTERVAL_MS,
         freeze_deadline_ms=_FREEZE_DEADLINE_MS,
+        settings={"capture": {"backend": backend}},
     ) as cluster:
         series = Series(cluster, chance)
         while len(done) < rounds:
@@ -219,6 +223,7 @@ async def run_series(rounds: int, seed: int, fill_mib: int, *, talk: bool = Fals
     return Report(
         schema_version=1,
         seed=seed,
+        backend=backend,
         rounds=rounds,
         thaw_deadline_ms=deadline_ms,
         fill_mib=fill_mib,
@@ -261,10 +266,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=120)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--fill-mib", type=int, default=32)
+    parser.add_argument("--backend", choices=("stock", "auto"), default="stock")
     options = parser.parse_args()
     configure_logs("warning")
     print(f"seed {options.seed}", file=sys.stderr)
-    report = asyncio.run(run_series(options.rounds, options.seed, options.fill_mib, talk=True))
+    report = asyncio.run(
+        run_series(options.rounds, options.seed, options.fill_mib, backend=options.backend, talk=True)
+    )
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
     return 0 if report.passed else 1
 

@@ -11,7 +11,8 @@ from tests.campaigns.kill_series import run_series
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 
-async def test_signals_at_random_moments_of_capture_leave_redis_running_and_correct() -> None:
+@pytest.mark.parametrize("backend", ["stock", "auto"])
+async def test_signals_at_random_moments_of_capture_leave_redis_running_and_correct(backend: str) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    report = await run_series(rounds=8, seed=seed, fill_mib=16)
+    report = await run_series(rounds=8, seed=seed, fill_mib=16, backend=backend)
     assert report.passed, report
