@@ -3,10 +3,11 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench sim kill-series torture clean
+.PHONY: help setup demo check test bench sim kill-series torture oracle clean
 
 SEEDS := 5000
 ROUNDS := 120
+EPOCHS := 700
 SCALE := full
 
 help:  ## what can be made
@@ -42,6 +43,10 @@ kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120
 
 torture: setup  ## crashes, power loss and errors of a store, restores, hostile wires, planted bugs; SCALE=short for seconds
 	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
+
+oracle: setup  ## the fast backend against stock CRIU, page for page, and planted bugs; EPOCHS of each of 3 seeds (700)
+	@$(BIN)/python -m tests.campaigns.oracle --epochs $(EPOCHS)
+	@$(BIN)/python -m tests.campaigns.oracle_planted
 
 clean:  ## remove what setup and the tools made in this checkout
 	rm -rf .venv .criu native/build .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

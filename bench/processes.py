@@ -10,8 +10,14 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 def cpu_s(pid: int) -> float:
     """Return the CPU seconds of a process and of its children that it has waited for; steps of 10 ms."""
+    return sum(cpu_parts_s(pid))
+
+
+def cpu_parts_s(pid: int) -> tuple[float, float]:
+    """Return the CPU seconds of a process itself, and of its children that it has waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(int(field) for field in fields[11:15]) / _TICKS
+    own, children = fields[11:13], fields[13:15]
+    return sum(map(int, own)) / _TICKS, sum(map(int, children)) / _TICKS
 
 
 def has_children(pid: int) -> bool:

@@ -85,7 +85,7 @@
 #define USER_MODE_ONLY 1             /* UFFD_USER_MODE_ONLY, since 5.11 */
 
 #define ANSWER_FD 3
-#define STOP_WITHIN_NS 1000000000LL   /* for the first stop: until then nothing was changed */
+#define STOP_WITHIN_NS 200000000LL    /* for the first stop: until then nothing was changed */
 #define BORROWED_WITHIN_NS 500000000LL /* for all between: 3000 times what it takes; then it is given back */
 #define SETTLE_WITHIN_NS 100000000LL
 

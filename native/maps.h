@@ -89,7 +89,7 @@ static inline bool maps_line(const char *line, const char *end, struct vma *vma)
 	return true;
 }
 
-/* Parse a whole text into at most `room` mappings; -1 if it is no maps file, or `room` is too small. */
+/* Parse a whole text into at most `room` mappings; -1 if it is no sound maps file, -2 if `room` is too small. */
 static inline long maps_parse(const char *text, size_t size, struct vma *vmas, size_t room)
 {
 	const char *const end = text + size;
@@ -98,7 +98,9 @@ static inline long maps_parse(const char *text, size_t size, struct vma *vmas, s
 	while (text < end) {
 		const char *stop = memchr(text, '\n', (size_t)(end - text));
 
-		if (!stop || count == room || !maps_line(text, stop, &vmas[count]))
+		if (count == room)
+			return -2;
+		if (!stop || !maps_line(text, stop, &vmas[count]))
 			return -1;
 		if (count && vmas[count].start < vmas[count - 1].end)
 			return -1;

@@ -44,16 +44,20 @@ struct run {
 };
 
 enum {
-	SPACE_PROTECT = 1, /* protect what is found written: for who may be read into by devices while it runs */
+	SPACE_PROTECT = 1,  /* protect what is found written: for who may be read into by devices while it runs */
+	SPACE_DISTRUST = 2, /* pages may have been protected that are neither known nor in doubt */
 };
 
 struct space {
 	int32_t pid;
-	int32_t error;          /* out: an errno; the space is worth nothing then */
+	int32_t error;          /* out: an errno; the space is worth nothing then. Too little room: for text E2BIG, for
+				 * mappings EMLINK, for runs ENOBUFS; EBADMSG: the maps were read while they changed */
 	uint32_t options;
 	uint32_t unused;
 	const uint64_t *known;  /* start, end, start, end ... ascending, of pages whose content is known */
 	uint64_t known_pairs;
+	const uint64_t *doubt;  /* the same, of pages that may be protected though their content is not known */
+	uint64_t doubt_pairs;
 	struct run *runs;       /* out: all present pages, ascending; neighbours differ in flags */
 	uint64_t runs_room;
 	uint64_t runs_count;
@@ -84,13 +88,13 @@ static int read_maps(struct space *space)
 		return errno;
 	while (size < space->text_room && (got = read(fd, space->text + size, space->text_room - size)) > 0)
 		size += (uint64_t)got;
-	const int failure = got < 0 ? errno : got ? ENOBUFS : 0;
+	const int failure = got < 0 ? errno : got ? E2BIG : 0;
 	close(fd);
 	if (failure)
 		return failure;
 	const long count = maps_parse(space->text, size, space->vmas, space->vmas_room);
 	if (count < 0)
-		return ENOBUFS;
+		return count == -2 ? EMLINK : EBADMSG;
 	space->vmas_count = (uint64_t)count;
 	return 0;
 }
@@ -136,9 +140,13 @@ static int append_clean(struct space *space, uint64_t *pair, uint64_t start, uin
 
 static uint64_t guard_category = PAGE_IS_GUARD; /* zero on kernels that do not know it */
 
-/* One scan of [start, end) for pages that there are; regions found, or -errno. */
-static long scan_present(int fd, uint64_t start, uint64_t end, struct page_region *regions, uint64_t *walk_end)
+/* One scan of [start, end) for pages that there are; regions found, or -errno. Whether a page is a file's is asked
+ * only where it may be: the kernel then looks at each page's own record, which costs five times the rest. */
+static long scan_present(int fd, uint64_t start, uint64_t end, bool file, struct page_region *regions,
+			 uint64_t *walk_end)
 {
+	const uint64_t absent = PAGE_IS_PFNZERO | (file ? PAGE_IS_FILE : 0);
+
 	for (;;) {
 		struct pm_scan_arg ask = {
 			.size = sizeof(ask),
@@ -146,8 +154,8 @@ static long scan_present(int fd, uint64_t start, uint64_t end, struct page_regio
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = REGIONS,
-			.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
-			.category_mask = PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_inverted = absent,
+			.category_mask = absent,
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED |
 				       guard_category,
@@ -165,8 +173,10 @@ static long scan_present(int fd, uint64_t start, uint64_t end, struct page_regio
 }
 
 /* Protect again what is written in [start, end). */
-static int protect(int fd, uint64_t start, uint64_t end)
+static int protect(int fd, uint64_t start, uint64_t end, bool file)
 {
+	const uint64_t absent = PAGE_IS_PFNZERO | (file ? PAGE_IS_FILE : 0);
+
 	while (start < end) {
 		struct page_region regions[64];
 		struct pm_scan_arg ask = {
@@ -176,8 +186,8 @@ static int protect(int fd, uint64_t start, uint64_t end)
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = 64,
-			.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
-			.category_mask = PAGE_IS_WRITTEN | PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_inverted = absent,
+			.category_mask = PAGE_IS_WRITTEN | absent,
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_WRITTEN,
 		};
@@ -201,7 +211,7 @@ static int append_marked(struct space *space, int fd, int memory, uint64_t start
 
 		if (pread(memory, &byte, 1, (off_t)page) != 1)
 			continue; /* behind the end of its file: there is nothing */
-		const long count = scan_present(fd, page, page + PAGE, &region, &walk_end);
+		const long count = scan_present(fd, page, page + PAGE, true, &region, &walk_end);
 		if (count < 0)
 			return (int)-count;
 		const int failure = count ? append(space, page, page + PAGE, flags | RUN_DIRTY) : 0;
@@ -211,15 +221,17 @@ static int append_marked(struct space *space, int fd, int memory, uint64_t start
 	return 0;
 }
 
-static int scan_vma(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
+/* Look at every page of a part of a mapping. */
+static int scan_closely(struct space *space, int fd, int memory, const struct vma *vma, uint64_t start, uint64_t end,
+			uint64_t *pair)
 {
 	struct page_region regions[REGIONS];
 	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
-	uint64_t at = vma->start;
+	const bool file = vma->flags & VMA_FILE;
 
-	while (at < vma->end) {
-		uint64_t walk_end = at;
-		const long count = scan_present(fd, at, vma->end, regions, &walk_end);
+	while (start < end) {
+		uint64_t walk_end = start;
+		const long count = scan_present(fd, start, end, file, regions, &walk_end);
 
 		if (count < 0)
 			return (int)-count;
@@ -229,7 +241,7 @@ static int scan_vma(struct space *space, int fd, int memory, const struct vma *v
 
 			if (is & PAGE_IS_GUARD)
 				continue;
-			const bool marker = vma->flags & VMA_FILE && !(is & PAGE_IS_PRESENT);
+			const bool marker = file && !(is & PAGE_IS_PRESENT);
 			if (marker)
 				failure = append_marked(space, fd, memory, regions[each].start, regions[each].end,
 							base);
@@ -240,16 +252,112 @@ static int scan_vma(struct space *space, int fd, int memory, const struct vma *v
 			if (failure)
 				return failure;
 		}
-		if (walk_end <= at)
+		if (walk_end <= start)
 			return EIO;
-		at = walk_end;
+		start = walk_end;
 	}
-	return space->options & SPACE_PROTECT ? protect(fd, vma->start, vma->end) : 0;
+	return 0;
+}
+
+/* Take all known pages of [start, end) for present and clean: none of them was written or dropped. */
+static int append_known(struct space *space, uint64_t *pair, uint64_t start, uint64_t end, uint32_t flags)
+{
+	for (; *pair < space->known_pairs && space->known[2 * *pair] < end; ++*pair) {
+		const uint64_t first = space->known[2 * *pair];
+		const uint64_t last = space->known[2 * *pair + 1];
+		if (last > start) {
+			const int failure = append(space, first > start ? first : start, last < end ? last : end, flags);
+			if (failure)
+				return failure;
+		}
+		if (last > end)
+			break;
+	}
+	return 0;
+}
+
+/* The next range of [at, end) that was written, or dropped, or never there, or is in doubt; false if there is none.
+ * The kernel has a fast way for just this question: a page that is protected is passed over without a look at it.
+ * That holds for anonymous memory: in file mappings a dropped page may leave a protected marker. */
+static int next_doubtful(const struct space *space, int fd, uint64_t at, uint64_t end, struct page_region *regions,
+			 long *have, long *next, uint64_t *scanned, uint64_t *doubt, uint64_t *from, uint64_t *to)
+{
+	while (*next == *have && *scanned < end) {
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.start = *scanned,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = REGIONS,
+			.category_mask = PAGE_IS_WRITTEN,
+			.return_mask = PAGE_IS_WRITTEN,
+		};
+		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+		if (got < 0)
+			return errno;
+		if (ask.walk_end <= *scanned)
+			return EIO;
+		*have = got;
+		*next = 0;
+		*scanned = ask.walk_end;
+	}
+	*from = *to = end;
+	if (*next < *have) {
+		*from = regions[*next].start;
+		*to = regions[*next].end;
+	}
+	while (*doubt < space->doubt_pairs && space->doubt[2 * *doubt + 1] <= at)
+		++*doubt;
+	if (*doubt < space->doubt_pairs && space->doubt[2 * *doubt] < *from) {
+		*from = space->doubt[2 * *doubt] > at ? space->doubt[2 * *doubt] : at;
+		*to = space->doubt[2 * *doubt + 1] < end ? space->doubt[2 * *doubt + 1] : end;
+		if (*from > end)
+			*from = *to = end;
+	} else if (*next < *have) {
+		++*next;
+	}
+	return 0;
+}
+
+static int tracked(int fd, uint64_t start);
+
+static int scan_vma(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair, uint64_t *doubt)
+{
+	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
+	struct page_region regions[REGIONS];
+	uint64_t at = vma->start;
+	uint64_t scanned = vma->start;
+	long have = 0;
+	long next = 0;
+	int failure = 0;
+
+	if (vma->flags & VMA_FILE || space->options & SPACE_DISTRUST || tracked(fd, vma->start) != 1)
+		failure = scan_closely(space, fd, memory, vma, vma->start, vma->end, pair);
+	else
+		while (at < vma->end && !failure) {
+			uint64_t from = 0;
+			uint64_t to = 0;
+
+			failure = next_doubtful(space, fd, at, vma->end, regions, &have, &next, &scanned, doubt, &from,
+						&to);
+			if (failure)
+				break;
+			if (from < at)
+				from = at;
+			failure = append_known(space, pair, at, from, base);
+			if (!failure && from < to)
+				failure = scan_closely(space, fd, memory, vma, from, to, pair);
+			at = to > from ? to : from;
+		}
+	if (!failure && space->options & SPACE_PROTECT)
+		failure = protect(fd, vma->start, vma->end, vma->flags & VMA_FILE);
+	return failure;
 }
 
 static int scan_space(struct space *space)
 {
 	uint64_t pair = 0;
+	uint64_t doubt = 0;
 	int failure = read_maps(space);
 
 	space->runs_count = space->dirty_pages = space->present_pages = 0;
@@ -261,7 +369,7 @@ static int scan_space(struct space *space)
 		failure = errno;
 	for (uint64_t at = 0; at < space->vmas_count && !failure; at++)
 		if (space->vmas[at].flags & VMA_OWNED)
-			failure = scan_vma(space, fd, memory, &space->vmas[at], &pair);
+			failure = scan_vma(space, fd, memory, &space->vmas[at], &pair, &doubt);
 	if (fd >= 0)
 		close(fd);
 	if (memory >= 0)
@@ -370,9 +478,11 @@ int64_t outlive_maps(struct space *space)
  * file's or the zero page are left as they are: the first write makes another page of them, which is written. Fills `runs`
  * from where `runs_count` stands. Mappings that are not registered are passed over. An errno; ENOBUFS with
  * `*reached` behind the last page that was protected: go on from there. */
-int outlive_protect(int fd, uint64_t start, uint64_t end, uint32_t flags, struct run *runs, uint64_t room,
+int outlive_protect(int fd, uint64_t start, uint64_t end, int file, uint32_t flags, struct run *runs, uint64_t room,
 		    uint64_t *count, uint64_t *reached)
 {
+	const uint64_t absent = PAGE_IS_PFNZERO | (file ? PAGE_IS_FILE : 0);
+
 	*reached = start;
 	while (*reached < end) {
 		struct page_region regions[REGIONS];
@@ -384,8 +494,8 @@ int outlive_protect(int fd, uint64_t start, uint64_t end, uint32_t flags, struct
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = left < REGIONS ? left : REGIONS,
-			.category_inverted = PAGE_IS_PFNZERO | PAGE_IS_FILE,
-			.category_mask = PAGE_IS_WRITTEN | PAGE_IS_PFNZERO | PAGE_IS_FILE,
+			.category_inverted = absent,
+			.category_mask = PAGE_IS_WRITTEN | absent,
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_WRITTEN,
 		};
@@ -399,6 +509,37 @@ int outlive_protect(int fd, uint64_t start, uint64_t end, uint32_t flags, struct
 		for (long at = 0; at < got; at++)
 			runs[(*count)++] = (struct run){ regions[at].start, regions[at].end, flags, 0 };
 		*reached = ask.walk_end;
+	}
+	return 0;
+}
+
+/* Running: touch the markers that tracking left in a file mapping, so that no freeze has to. An errno. */
+int outlive_settle(int fd, int memory, uint64_t start, uint64_t end)
+{
+	while (start < end) {
+		struct page_region regions[64];
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.start = start,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = 64,
+			.category_inverted = PAGE_IS_PRESENT,
+			.category_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.return_mask = PAGE_IS_SWAPPED,
+		};
+		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+		if (got < 0)
+			return errno;
+		for (long at = 0; at < got; at++)
+			for (uint64_t page = regions[at].start; page < regions[at].end; page += PAGE) {
+				char byte;
+				if (pread(memory, &byte, 1, (off_t)page) != 1)
+					break; /* behind the end of its file */
+			}
+		if (ask.walk_end <= start)
+			return EIO;
+		start = ask.walk_end;
 	}
 	return 0;
 }
@@ -433,23 +574,27 @@ int outlive_reads_directly(int pid)
 	return found;
 }
 
-/* Running: whether all of [start, end) that has pages can be tracked: 1, 0, or -errno. */
-int outlive_tracked(int fd, uint64_t start, uint64_t end)
+/* Whether the mapping at `start` can be tracked: 1, 0, or -errno. */
+static int tracked(int fd, uint64_t start)
 {
 	struct page_region region;
 	struct pm_scan_arg ask = {
 		.size = sizeof(ask),
 		.start = start,
-		.end = end,
+		.end = start + PAGE,
 		.vec = (uint64_t)(uintptr_t)&region,
 		.vec_len = 1,
-		.max_pages = 1,
 		.category_inverted = PAGE_IS_WPALLOWED,
 		.category_mask = PAGE_IS_WPALLOWED,
 		.return_mask = PAGE_IS_WPALLOWED | PAGE_IS_PRESENT,
 	};
 	const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
 	return got < 0 ? -errno : got == 0;
+}
+
+int outlive_tracked(int fd, uint64_t start)
+{
+	return tracked(fd, start);
 }
 
 /* Running: copy pages one run after the other; `good[i]` tells of each page whether it could be read. Pages that

@@ -74,7 +74,7 @@ class ChosenBackend:
                 self._fast = self._make_fast()
             try:
                 captured = await self._fast.capture(epoch, since)
-            except CaptureError as error:
+            except (CaptureError, UnsupportedError) as error:
                 self._failures += 1
                 if self._failures < _FAILURES:
                     raise

@@ -98,6 +98,8 @@ class Dumper:
         self._with_shim = with_shim
         self._paths = WorkloadPaths(config, spec.name)
         self._ahead: _Ahead | None = None
+        self.freeze_cgroup: Path | None = None
+        """The workload's cgroup, if that is frozen already: CRIU must be told, and leaves it frozen."""
         self.directory = Path(config.node.image_dir) / spec.name
         """Where the images of all its epochs are."""
 
@@ -166,6 +168,7 @@ class Dumper:
             work_dir=self._paths.bundle,  # its log stays there after a failure, until the next dump
             root=self._paths.rootfs,
             external=tuple(mount.external for mount in bind_mounts(self._spec, self._paths)),
+            freeze_cgroup=self.freeze_cgroup,
             log_level=1,
             deadline_s=self._spec.freeze_deadline_ms / 1000,
         )

@@ -48,6 +48,7 @@ _ATTEMPTS = 4
 _FIRST_BUFFER_PAGES = 2048
 _MOST_FROZEN_PAGES = 8192
 """Dirty pages that are copied within a freeze without a second thought: about 25 ms."""
+_TOO_LITTLE_ROOM = (errno.E2BIG, errno.EMLINK, errno.ENOBUFS)
 _BACKFILL_S = 0.1
 """How long an epoch may wait for pages that only a new replica needs."""
 _ROUNDS = 3
@@ -210,7 +211,7 @@ class FastBackend:
                         break
                     before = copied
             except CaptureError as error:
-                if process.is_same:
+                if process.has_memory:
                     raise
                 log.debug("capture.process_ended", pid=process.pid, error=str(error))
         self._wants_all = chain.stands_on is not None and (since is None or since < chain.stands_on)
@@ -244,7 +245,7 @@ class FastBackend:
         spaces = [process.space for process in self._taken]
         dirty = self._call.run(spaces)
         for space in spaces:
-            if space.error == errno.ENOBUFS:
+            if space.error in _TOO_LITTLE_ROOM:
                 raise TooDirtyError(0)
             if space.error:
                 raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")

@@ -33,7 +33,7 @@ from common.errors import CaptureError, OutliveError, UnsupportedError
 
 _PROGRAM: Final = Path(__file__).resolve().parent.parent / "native" / "build" / "outlive-inject"
 _DEADLINE_S: Final = 2.0
-"""For the whole of it. The program's own come first: 1 s to stop the target, 0.6 s for all after that."""
+"""For the whole of it. The program's own come first: 0.2 s to stop the target, 0.6 s for all after that."""
 _ANSWER_DESCRIPTOR: Final = 3
 _ANSWER: Final = struct.Struct("=IiiiIiQQ")
 """`struct answer` of native/inject.c: magic, status, errno, stage, flags, thread, stopped and borrowed ns."""

@@ -209,11 +209,13 @@ class LayerChain:
             for key, numbers in present.items():
                 wanted = numbers[self.covered(key, numbers)]
                 source = LayeredPages(self._layers, {key: wanted})
-                for at in range(0, len(wanted), 256):
-                    rows = np.arange(at, min(at + 256, len(wanted)), dtype=np.int64)
-                    source.read(key, rows, buffer[: len(rows) * PAGE_BYTES])
-                    writer.add(key, wanted[rows], buffer, np.arange(len(rows)))
-                source.release()
+                try:
+                    for at in range(0, len(wanted), 256):
+                        rows = np.arange(at, min(at + 256, len(wanted)), dtype=np.int64)
+                        source.read(key, rows, buffer[: len(rows) * PAGE_BYTES])
+                        writer.add(key, wanted[rows], buffer, np.arange(len(rows)))
+                finally:
+                    source.release()
         except BaseException:
             writer.drop()
             raise

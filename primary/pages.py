@@ -39,8 +39,11 @@ RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unu
 VMA: Final = RUN
 
 _PROTECT: Final = 1
+_DISTRUST: Final = 2
 _FIRST_TEXT_BYTES: Final = 16 << 10
 _FIRST_VMAS: Final = 256
+_USUAL_LINE_BYTES: Final = 100
+_TORN_READS: Final = 5
 _FIRST_RUNS: Final = 4096
 
 
@@ -54,6 +57,8 @@ class _Space(ctypes.Structure):
         ("unused", ctypes.c_uint32),
         ("known", ctypes.c_void_p),
         ("known_pairs", ctypes.c_uint64),
+        ("doubt", ctypes.c_void_p),
+        ("doubt_pairs", ctypes.c_uint64),
         ("runs", ctypes.c_void_p),
         ("runs_room", ctypes.c_uint64),
         ("runs_count", ctypes.c_uint64),
@@ -80,15 +85,17 @@ def _library() -> ctypes.CDLL:
         ctypes.c_int,
         u64,
         u64,
+        ctypes.c_int,
         ctypes.c_uint32,
         pointer,
         u64,
         pointer,
         pointer,
     ]
-    library.outlive_tracked.argtypes = [ctypes.c_int, u64, u64]
+    library.outlive_tracked.argtypes = [ctypes.c_int, u64]
     library.outlive_read.argtypes = [ctypes.c_int, pointer, u64, pointer, pointer]
     library.outlive_read.restype = ctypes.c_int64
+    library.outlive_settle.argtypes = [ctypes.c_int, ctypes.c_int, u64, u64]
     library.outlive_reads_directly.argtypes = [ctypes.c_int]
     return library
 
@@ -105,38 +112,56 @@ class Space:
         self.pid = pid
         self.protects = False
         """Protect what is written within the freeze: for processes that devices may write into."""
+        self.distrusts = True
+        """Look at every page in the freeze: some may be protected of which nobody knows."""
         self._known = np.empty(0, dtype=np.uint64)
+        self._doubt = np.empty(0, dtype=np.uint64)
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
         self._vmas = _touched(_FIRST_VMAS, VMA)
         self._runs = _touched(_FIRST_RUNS, RUN)
         self._native = _Space()
 
-    def knows(self, pairs: NDArray[np.uint64]) -> None:
-        """Say of which pages the content is known: first byte and end of each range; shape (2n,)."""
+    def knows(self, pairs: NDArray[np.uint64], doubtful: NDArray[np.uint64] | None = None) -> None:
+        """Say of which pages the content is known: first byte and end of each range, ascending; shape (2n,).
+
+        `doubtful` are those that are not known and may be protected nevertheless. All others that are
+        protected must be known, or `distrusts` be set.
+        """
         self._known = np.ascontiguousarray(pairs, dtype=np.uint64)
+        self._doubt = (
+            np.empty(0, np.uint64) if doubtful is None else np.ascontiguousarray(doubtful, np.uint64)
+        )
 
     def mappings(self) -> NDArray[np.void]:
         """Read the process's mappings: `VMA`, in order of address. Raises CaptureError if it is gone."""
+        tries_left = _TORN_READS
         while True:
             count = _library().outlive_maps(ctypes.addressof(self.prepared()))
             if count >= 0:
-                # Room for as much again, so that a freeze finds enough.
-                if 2 * count > len(self._vmas):
-                    self._vmas = _touched(4 * count, VMA)
-                    self._text = _touched(len(self._text) * 2, np.uint8)
-                    continue
-                return self._vmas[:count].copy()
-            if count != -errno.ENOBUFS:
+                found: NDArray[np.void] = self._vmas[:count].copy()
+                if 2 * count > len(self._vmas):  # so that a freeze finds enough
+                    self.grow(errno.EMLINK)
+                if 2 * count * _USUAL_LINE_BYTES > len(self._text):
+                    self.grow(errno.E2BIG)
+                return found
+            if count == -errno.EBADMSG and tries_left:  # they changed meanwhile
+                tries_left -= 1
+            elif not self.grow(-count):
                 raise CaptureError(
                     f"the mappings of process {self.pid} cannot be read: {os.strerror(-count)}"
                 )
-            self.grow()
 
-    def grow(self) -> None:
-        """Take twice the room: after a freeze that found too little, never inside one."""
-        self._text = _touched(len(self._text) * 2, np.uint8)
-        self._vmas = _touched(len(self._vmas) * 2, VMA)
-        self._runs = _touched(len(self._runs) * 4, RUN)
+    def grow(self, error: int) -> bool:
+        """Take twice the room of what was too little; False if `error` is of another kind. Never frozen."""
+        if error == errno.E2BIG:
+            self._text = _touched(len(self._text) * 2, np.uint8)
+        elif error == errno.EMLINK:
+            self._vmas = _touched(len(self._vmas) * 2, VMA)
+        elif error == errno.ENOBUFS:
+            self._runs = _touched(len(self._runs) * 2, RUN)
+        else:
+            return False
+        return True
 
     def written(self, pagemap: int, vmas: NDArray[np.void]) -> NDArray[np.void]:
         """Find the pages written since they were last protected in `vmas`, and protect them in the same step.
@@ -153,6 +178,7 @@ class Space:
                     pagemap,
                     at,
                     end,
+                    flags & FILE,
                     run_flags,
                     runs.ctypes.data,
                     len(runs),
@@ -170,11 +196,18 @@ class Space:
         found.append(runs[: count.value].copy())
         return np.concatenate(found)
 
+    def settle(self, pagemap: int, memory: int, vmas: NDArray[np.void]) -> None:
+        """Touch what tracking left of dropped pages in file mappings; both files of /proc/PID are open."""
+        for start, end, flags, _ in vmas.tolist():
+            if flags & FILE:
+                _library().outlive_settle(pagemap, memory, start, end)
+
     def prepared(self) -> _Space:
         """Lay out what the library is given."""
         native = self._native
         native.pid = self.pid
-        native.options = _PROTECT if self.protects else 0
+        native.options = (_PROTECT if self.protects else 0) | (_DISTRUST if self.distrusts else 0)
+        native.doubt, native.doubt_pairs = self._doubt.ctypes.data, len(self._doubt) // 2
         native.known, native.known_pairs = self._known.ctypes.data, len(self._known) // 2
         native.runs, native.runs_room = self._runs.ctypes.data, len(self._runs)
         native.text, native.text_room = self._text.ctypes.data, len(self._text)
@@ -205,10 +238,11 @@ class Space:
         """Number of the first one in the buffer."""
         return int(self._native.content_at)
 
-    def after(self, run_count_room: int) -> None:
-        """Take more room for runs if the last freeze came near the end of it."""
-        if self._native.runs_count * 2 > len(self._runs):
-            self._runs = _touched(max(run_count_room, len(self._runs) * 4), RUN)
+    def make_room(self, runs: int) -> None:
+        """Have room for at least that many runs, and twice as many as the last freeze found."""
+        wanted = max(runs, 2 * int(self._native.runs_count) if not self.error else 0)
+        if wanted > len(self._runs):
+            self._runs = _touched(2 * wanted, RUN)
 
 
 class FrozenBuffer:
@@ -242,7 +276,6 @@ class FrozenCall:
 
     def __init__(self, buffer: FrozenBuffer) -> None:
         self._buffer = buffer
-        self._address = buffer.address
 
     def run(self, spaces: Sequence[Space]) -> int:
         """Capture the frozen processes; return how many dirty pages they have.
@@ -252,7 +285,7 @@ class FrozenCall:
         natives = (_Space * len(spaces))(*(space.prepared() for space in spaces))
         dirty = int(
             _library().outlive_capture(
-                ctypes.addressof(natives), len(spaces), self._address, self._buffer.pages
+                ctypes.addressof(natives), len(spaces), self._buffer.address, self._buffer.pages
             )
         )
         for space, native in zip(spaces, natives, strict=True):
@@ -280,7 +313,7 @@ def read_running(pid: int, runs: NDArray[np.void], into: memoryview) -> NDArray[
 
 def is_tracked(pagemap: int, start: int) -> bool:
     """Tell whether the mapping at `start` is registered for tracking."""
-    return bool(_library().outlive_tracked(pagemap, start, start + PAGE_BYTES) == 1)
+    return bool(_library().outlive_tracked(pagemap, start) == 1)
 
 
 def reads_directly(pid: int) -> bool:

@@ -8,7 +8,6 @@ cannot be) is captured whole: all that it has reads as written.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -74,9 +73,18 @@ class TrackedProcess:
 
     @property
     def is_same(self) -> bool:
-        """Whether the PID still is this process's."""
+        """Whether the PID still is this process's, and it has not ended."""
         try:
             return _started_ticks(self.pid) == self._started
+        except CaptureError:
+            return False
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it has any: one that is ending has none, before it is a zombie."""
+        try:
+            with _open(self.pid, "pagemap", os.O_RDONLY):
+                return self.is_same
         except CaptureError:
             return False
 
@@ -125,14 +133,18 @@ class TrackedProcess:
                     runs = self.space.written(pagemap, owned)
                 except BaseException:  # some may be protected now that nobody was told of
                     self.book.forget_all()
+                    self.space.distrusts = True
                     raise
                 written = np.unique(expand_runs(runs))
+                self.book.expect(written)
                 self.book.forget(written)
                 wanted = np.union1d(wanted, written)
                 if reads_directly(self.pid):  # since when is not known, so nothing of this round is
                     self.space.protects = True
                     self.book.forget_all()
                     return 0
+            with _open(self.pid, "mem", os.O_RDONLY) as memory:
+                self.space.settle(pagemap, memory, owned)
         self._copy(hasher, writer, wanted, owned)
         return len(wanted)
 
@@ -162,8 +174,8 @@ class TrackedProcess:
 
     def prepare(self) -> None:
         """Lay everything out for the freeze."""
-        self.space.knows(self.book.known_bounds)
-        self.space.after(4 * (len(self.book.known_bounds) + 64))
+        self.space.knows(self.book.known_bounds, self.book.doubtful_bounds)
+        self.space.make_room(len(self.book.known_bounds) + 1024)
 
     def smaps(self) -> Smaps | None:
         """Return what its smaps say, read anew if its mappings changed or some time has passed."""
@@ -194,8 +206,7 @@ class TrackedProcess:
 
     def not_taken(self) -> None:
         """The epoch came to nothing: what was protected for it is unknown."""
-        if self.space.error == errno.ENOBUFS:
-            self.space.grow()
+        self.space.grow(self.space.error)
         if self.space.protects and self.space.error:
             self.book.forget_all()
         elif self.space.protects:
@@ -226,6 +237,7 @@ class TrackedProcess:
             block = dirty[at : at + _BLOCK_PAGES]
             content = buffer.content(self.space.content_at + at, len(block))
             keep(hasher, writer, self.book, block, content)
+        self.space.distrusts = False  # whatever was protected is in the book from now on
         flags, within = page_flags(present, memory_map, stacks)
         present, flags = present[within], flags[within]
         if memory_map.without_parent(present).any():
@@ -286,10 +298,14 @@ def _open(pid: int, name: str, flags: int) -> Iterator[int]:
 
 
 def _started_ticks(pid: int) -> int:
+    """Return when a process was started; raises CaptureError if it has ended, waited for or not."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError as error:
         raise CaptureError(f"there is no process {pid} any more") from error
+    if fields[0] in "ZX":
+        raise CaptureError(f"process {pid} has ended")
+    return int(fields[19])
 
 
 def _resident_pages(pid: int) -> int:

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -90,8 +89,12 @@ class Standalone:
 
     def end(self) -> None:
         os.close(self._memory)
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.terminate()  # it removes its System V segment, which would outlive a kill
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture

@@ -33,13 +33,15 @@ class BackendInMemory:
     def __init__(self) -> None:
         self.epochs: list[CapturedEpoch] = []
         self.calls = 0
+        self.since: list[EpochId | None] = []
         self.outcomes: list[Exception] = []
         self.may_end = asyncio.Event()
         self.may_end.set()
         self.closed = False
 
-    async def capture(self, epoch: EpochId) -> CapturedEpoch:
+    async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         self.calls += 1
+        self.since.append(since)
         await self.may_end.wait()
         if self.outcomes:
             raise self.outcomes.pop(0)
@@ -78,9 +80,12 @@ class StreamInMemory:
         return self.connected and self._backlog.empty
 
     @property
+    def held(self) -> EpochId | None:
+        return self.acknowledged[-1] if self.acknowledged else None
+
+    @property
     def progress(self) -> ReplicaProgress:
-        newest = self.acknowledged[-1] if self.acknowledged else None
-        return ReplicaProgress(node=self.node, connected=self.connected, acknowledged=newest)
+        return ReplicaProgress(node=self.node, connected=self.connected, acknowledged=self.held)
 
     @property
     def counters(self) -> StreamCounters:
@@ -196,6 +201,56 @@ async def test_a_replica_that_hangs_slows_no_other_and_holds_two_epochs_at_most(
         await until(lambda: len(scene.streams["b"].acknowledged) >= 6)
         assert len(scene.backend.unreleased) <= 4  # of c: in flight, waiting; of b: the same
         assert scene.streams["c"].acknowledged == []
+
+
+async def test_the_first_capture_is_told_that_nobody_holds_anything(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    async with scene.running():
+        await until(lambda: scene.backend.calls)
+    assert scene.backend.since[0] is None
+
+
+async def test_a_capture_is_told_the_oldest_epoch_that_a_connected_replica_holds(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    b, c = scene.streams["b"], scene.streams["c"]
+    async with scene.running():
+        await until(lambda: b.acknowledged and c.acknowledged)
+        c.may_acknowledge.clear()
+        await until(lambda: len(b.acknowledged) > len(c.acknowledged) + 1)
+        calls = scene.backend.calls
+        await until(lambda: scene.backend.calls >= calls + 2)
+        assert c.held is not None
+        assert scene.backend.since[-1] == c.held
+        assert c.held < b.acknowledged[-2]
+    told = [each for each in scene.backend.since if each is not None]
+    assert told == sorted(told)
+    taken = zip(scene.backend.since, scene.backend.epochs, strict=False)  # the last may have been cut short
+    assert all(since is None or since < epoch.id for since, epoch in taken)
+
+
+async def test_a_capture_is_told_of_no_epoch_while_a_connected_replica_holds_none(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.streams["c"].may_acknowledge.clear()
+    async with scene.running():
+        await until(lambda: len(scene.streams["b"].acknowledged) >= 3)
+    assert set(scene.backend.since) == {None}
+
+
+async def test_what_a_replica_holds_that_is_not_connected_holds_up_no_other(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.streams["c"].connected = False
+    scene.streams["c"].may_acknowledge.clear()
+    async with scene.running():
+        b = scene.streams["b"]
+        await until(lambda: len(b.acknowledged) >= 3)
+        calls = scene.backend.calls
+        await until(lambda: scene.backend.calls > calls)
+        assert scene.backend.since[-1] is not None
+        assert scene.backend.since[-1] >= b.acknowledged[1]
+        scene.streams["c"].connected = True  # it has nothing yet
+        calls = scene.backend.calls
+        await until(lambda: scene.backend.calls > calls)
+        assert scene.backend.since[-1] is None
 
 
 async def test_epochs_keep_their_distance(tmp_path: Path) -> None:

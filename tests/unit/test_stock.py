@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from common.criu.rpc import DumpOptions, DumpResult
 from common.errors import CaptureError
 from common.identity import PageHasher
 from common.model import EpochId, WorkloadSpec
-from primary import stock
+from primary import dumping, stock
+from primary.dumping import Dumper
 from primary.stock import StockBackend
 from tests.unit.wire_fakes import until
 
@@ -67,19 +69,22 @@ class Scene:
         self.guard = Guard()
         self.criu = CriuInMemory(self._nothing)
 
-        async def spawn(criu: Path) -> CriuInMemory:
+        async def spawn(criu: Path, **_: object) -> CriuInMemory:
             return self.criu
 
-        monkeypatch.setattr(stock, "spawn", spawn)
+        monkeypatch.setattr(dumping, "spawn", spawn)
         node = Node(name="a", address="127.0.0.1", image_dir=str(self.images), state_dir=str(directory))
         self.backend = StockBackend(
-            NodeConfig(node=node),
-            SPEC,
+            Dumper(
+                NodeConfig(node=node),
+                SPEC,
+                init_pid=os.getpid(),
+                criu=Path("/criu"),
+                guard=self.guard,
+            ),
+            workload=SPEC.name,
             incarnation="first",
-            init_pid=os.getpid(),
-            criu=Path("/criu"),
             hasher=PageHasher(),
-            guard=self.guard,
         )
 
     async def _nothing(self) -> None:
@@ -116,15 +121,15 @@ async def test_images_are_there_until_the_epoch_is_released(scene: Scene) -> Non
 
 
 async def test_a_capture_that_is_cancelled_while_criu_dumps_leaves_no_images(scene: Scene) -> None:
-    dumping = asyncio.Event()
+    begun = asyncio.Event()
 
     async def hang() -> None:
-        dumping.set()
+        begun.set()
         await asyncio.Event().wait()
 
     scene.criu = CriuInMemory(hang)
     capture = scene.capture()
-    await dumping.wait()
+    await begun.wait()
     assert (scene.directory / "core-1.img").exists()
     await scene.cancelled(capture)
     assert scene.guard.ended == [CriuInMemory.pid], "the keeper is told in any case"
@@ -168,14 +173,18 @@ async def test_a_capture_that_is_cancelled_while_it_hashes_leaves_no_images(
     await scene.cancelled(capture)
 
 
-@pytest.mark.parametrize("broken", ["standard_streams", "page_images", "_metadata"])
+@pytest.mark.parametrize(
+    ("module", "broken"),
+    [(dumping, "standard_streams"), (stock, "page_images"), (stock, "metadata_in")],
+    ids=lambda each: getattr(each, "__name__", each),
+)
 async def test_a_capture_that_fails_leaves_no_images_and_says_why(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, broken: str
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, module: ModuleType, broken: str
 ) -> None:
     def fail(*arguments: object) -> object:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stock, broken, fail)
+    monkeypatch.setattr(module, broken, fail)
     with pytest.raises(CaptureError, match="No space left"):
         await scene.backend.capture(EPOCH)
     await scene.is_given_back()

@@ -1,0 +1,192 @@
+"""Bugs planted into the fast backend, each of which the memory oracle must find.
+
+    python -m tests.campaigns.oracle_planted [--seed 1] [--epochs 60] [--only WORDS] [--output json]
+
+Each is a patch of this process, or a library compiled from altered sources into a directory of its own; the
+product's code is not touched. The program under test takes the paths that the bug has to do with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import msgspec
+
+from outlive.cli.running import configure_logs
+from primary import pages, process
+from primary.book import PageBook
+from setup import native
+from tests.campaigns.oracle import run_seed
+
+Plant = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """What is planted, and which paths of the program lead to it."""
+
+    plant: Plant
+    paths: str
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one bug."""
+
+    bug: str
+    found: bool
+    epochs: int
+    by: str
+
+
+@contextlib.contextmanager
+def altered(*changes: tuple[str, str, str]) -> Iterator[None]:
+    """Compile the parts in C from altered sources, and have this process use them."""
+    with tempfile.TemporaryDirectory(prefix="outlive-planted-") as directory:
+        sources = Path(directory)
+        for path in native.SOURCES.glob("*.[ch]"):
+            text = path.read_text()
+            for name, old, new in changes:
+                if path.name == name:
+                    if text.count(old) != 1:
+                        raise AssertionError(
+                            f"{name} has {text.count(old)} times what is to be altered: {old}"
+                        )
+                    text = text.replace(old, new)
+            (sources / path.name).write_text(text)
+        with patch.object(native, "SOURCES", sources):
+            native.build(sources / "build")
+        pages._library.cache_clear()
+        try:
+            with patch.dict(os.environ, {"OUTLIVE_NATIVE": str(sources / "build")}):
+                pages.load()
+                yield
+        finally:
+            pages._library.cache_clear()
+            pages.load()
+
+
+def _trusts_protected_pages() -> contextlib.AbstractContextManager[object]:
+    """Pages that could not be read after they were protected count as known."""
+    return patch.object(PageBook, "forget", lambda self, numbers: None)
+
+
+BUGS: dict[str, Bug] = {
+    "writes are forgotten while a device may write": Bug(
+        lambda: patch.object(process, "reads_directly", lambda pid: False), "direct_read"
+    ),
+    "a marker in a file mapping counts as clean": Bug(
+        lambda: altered(
+            (
+                "pages.c",
+                "failure = append_marked(space, fd, memory, regions[each].start, regions[each].end,\n"
+                "\t\t\t\t\t\t\tbase);",
+                "(void)memory, failure = append_clean(space, pair, regions[each].start, regions[each].end, base);",
+            ),
+            ("pages.c", "static int append_marked(", "__attribute__((unused)) static int append_marked("),
+        ),
+        "file_cow,file_dontneed,file_truncate,file_extend,file_pwrite,file_new,store_page",
+    ),
+    "the pagemap stays open over an exec": Bug(
+        lambda: altered(
+            (
+                "pages.c",
+                'const int fd = open_of(space->pid, "pagemap", O_RDWR);\n\tconst int memory',
+                "static int kept[1 << 22];\n"
+                "\tif (!kept[space->pid])\n"
+                '\t\tkept[space->pid] = open_of(space->pid, "pagemap", O_RDWR);\n'
+                "\tconst int fd = dup(kept[space->pid]);\n\tconst int memory",
+            )
+        ),
+        "exec,fork,store_page,store_word",
+    ),
+    "what was written counts as known though it was not read": Bug(
+        _trusts_protected_pages, "store_word,store_page,mmap,munmap,dontneed"
+    ),
+    "what is written counts as clean": Bug(
+        lambda: altered(
+            ("pages.c", "else if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN)", "else if (0)")
+        ),
+        "store_word,store_page",
+    ),
+    "mappings without tracking count as clean": Bug(
+        lambda: altered(
+            (
+                "pages.c",
+                "else if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN)",
+                "else if (is & PAGE_IS_WRITTEN && is & PAGE_IS_WPALLOWED)",
+            ),
+            ("pages.c", "known ? flags : flags | RUN_DIRTY", "flags"),
+        ),
+        "mmap_fixed,mremap_move,mmap,munmap,store_page",
+    ),
+    "shared memory is hidden from CRIU too": Bug(
+        lambda: altered(
+            ("maps.h", "permissions[3] == 'p' && !named ? VMA_OWNED : 0", "!named ? VMA_OWNED : 0")
+        ),
+        "shared_anon,shared_memfd,shared_sysv,store_page",
+    ),
+    "closed mappings are not read": Bug(
+        lambda: altered(
+            (
+                "pages.c",
+                "failure = read_unreadable(pid, run->start, run->end - run->start, into);",
+                "failure = 0;",
+            )
+        ),
+        "mprotect_none,mprotect_back,store_page",
+    ),
+    "smaps are served unchecked": Bug(
+        lambda: altered(
+            ("shim.c", "if (plan->maps_bytes != size || !within", "if (!within"),
+            (
+                "shim.c",
+                "return memcmp((const char *)shared + plan->maps_offset, text, size) ? NULL : plan;",
+                "return plan;",
+            ),
+        ),
+        "mprotect_none,mprotect_back,mprotect_read,mmap,munmap,mmap_fixed,mremap_move,store_page",
+    ),
+}
+
+
+async def hunt(name: str, seed: int, epochs: int) -> Found:
+    """Run the oracle with one bug planted."""
+    bug = BUGS[name]
+    with bug.plant():
+        try:
+            run = await run_seed(seed, epochs, 3, options=("--only", bug.paths))
+        except Exception as error:  # whatever breaks, the bug showed
+            return Found(bug=name, found=True, epochs=0, by=f"{type(error).__name__}: {error}"[:200])
+    return Found(bug=name, found=bool(run.wrong), epochs=run.epochs, by="; ".join(run.wrong)[:200])
+
+
+def main() -> int:
+    """Hunt every bug, print one JSON list; exit 1 if one was not found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    configure_logs("warning")
+    print(f"seed {options.seed}", file=sys.stderr)
+    found = []
+    for name in BUGS:
+        if options.only in name:
+            found.append(asyncio.run(hunt(name, options.seed, options.epochs)))
+            print(found[-1], file=sys.stderr)
+    print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    return 0 if all(each.found for each in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

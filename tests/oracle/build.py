@@ -1,0 +1,48 @@
+"""Compiles the memory oracle and speaks to it. In: a directory. Out: the program's path; answers as dicts.
+
+The program is named after a hash of its sources and of how it is compiled: the same text is compiled once,
+and a program that a restored process has mapped is never overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).parent
+_PARTS = ("mutator.c", "family.c", "paths.c", "ledger.c")
+_COMPILE = ("gcc", "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+
+def build(directory: Path) -> Path:
+    """Return the program, compiled into `directory` unless it is there. Raises CalledProcessError."""
+    digest = hashlib.sha256(" ".join(_COMPILE).encode())
+    for name in ("oracle.h", *_PARTS):
+        digest.update((SOURCES / name).read_bytes())
+    program = directory / f"oracle-{digest.hexdigest()[:16]}"
+    if program.exists():
+        return program
+    directory.mkdir(parents=True, exist_ok=True)
+    new = program.with_name(f"{program.name}.{os.getpid()}")
+    subprocess.run([*_COMPILE, "-o", new, *(SOURCES / name for name in _PARTS)], check=True)
+    new.rename(program)
+    return program
+
+
+def ask(port: int, word: str, host: str = "127.0.0.1", timeout_s: float = 60.0) -> dict[str, Any]:
+    """Send one word (see mutator.c) and return the answer. Raises OSError, EOFError if nobody answers."""
+    with socket.create_connection((host, port), timeout=timeout_s) as connection:
+        connection.sendall(f"{word}\n".encode())
+        answer = b""
+        while not answer.endswith(b"\n"):
+            part = connection.recv(65536)
+            if not part:
+                raise EOFError(f"the oracle ended in the middle of its answer to {word}")
+            answer += part
+    decoded: dict[str, Any] = json.loads(answer)
+    return decoded

@@ -1,0 +1,35 @@
+"""A short run of the memory oracle, and bugs that it must find; `make oracle` is the long one."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+
+import pytest
+
+from tests.campaigns.oracle import run_seed
+from tests.campaigns.oracle_planted import hunt
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="the oracle is a C program"),
+]
+
+
+async def test_what_is_captured_while_it_runs_is_what_criu_dumps_and_it_is_restored_intact() -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    run = await run_seed(seed, 50, 4, restores=True)
+    assert not run.wrong, run
+    assert run.compared >= 3, run
+    assert run.restored == 1, run
+
+
+@pytest.mark.parametrize(
+    "bug", ["a marker in a file mapping counts as clean", "what is written counts as clean"]
+)
+async def test_a_planted_bug_is_found(bug: str) -> None:
+    found = await hunt(bug, random.SystemRandom().randrange(1 << 32), 60)
+    assert found.found, found

@@ -1,0 +1,889 @@
+"""The page reader on real processes: what it calls dirty, what it copies, and when tracking is lost.
+
+The child does what it is told, line by line; each test looks at mappings of its own in it, not at the
+interpreter's. A page that is dirty costs time; one that is clean and should not be costs what it holds: so
+the tests are about what must not be clean.
+"""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import CaptureError
+from common.model import PAGE_BYTES
+from primary import tracking
+from primary.injection import take_userfaultfd
+from primary.pages import (
+    DIRTY,
+    OWNED,
+    READABLE,
+    UNREADABLE,
+    FrozenBuffer,
+    FrozenCall,
+    Space,
+    bounds_of,
+    expand_runs,
+    is_tracked,
+    read_running,
+    reads_directly,
+    runs_of,
+)
+from primary.tracking import Userfault
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(os.geteuid() != 0, reason="memory of other processes needs root"),
+]
+
+_BUFFER_PAGES = 8192
+_NOT_ACCESSIBLE, _READ_ONLY, _WRITABLE = 0, 1, 3
+_PRIVATE, _FIXED, _ANONYMOUS = 0x02, 0x10, 0x20
+_DONT_NEED, _HUGE_PAGE, _GUARD_INSTALL = 4, 14, 102
+_MAY_MOVE_AND_FIXED = 3
+
+_CHILD = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+word, size = ctypes.c_long, ctypes.c_size_t
+libc.mmap.argtypes, libc.mmap.restype = [size, size, word, word, word, word], size
+libc.mremap.argtypes, libc.mremap.restype = [size, size, size, word, size], size
+libc.munmap.argtypes = [size, size]
+libc.mprotect.argtypes = libc.madvise.argtypes = [size, size, word]
+libc.read.argtypes = [word, size, size]
+
+def done(result):
+    return result if result not in (-1, 2**64 - 1) else -ctypes.get_errno()
+
+def poke(address, content):
+    ctypes.memmove(address, content, len(content))
+
+def peek(address):
+    return ctypes.string_at(address, 1)
+
+def fork():
+    child = os.fork()
+    if not child:
+        import signal
+        while True:
+            signal.pause()
+    return child
+
+for line in sys.stdin:
+    print(repr(eval(line)), flush=True)
+"""
+
+
+class Child:
+    """A process that does what it is told."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self.process.pid
+
+    def do(self, code: str) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(code + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the child ended at {code}"
+        return eval(line)  # noqa: S307 - our own child's answer
+
+    def map(
+        self,
+        pages: int,
+        *,
+        protection: int = _WRITABLE,
+        flags: int = _PRIVATE | _ANONYMOUS,
+        file: int = -1,
+        at: int = 0,
+    ) -> "Region":
+        fixed = _FIXED if at else 0
+        address = self.do(
+            f"done(libc.mmap({at}, {pages * PAGE_BYTES}, {protection}, {flags | fixed}, {file}, 0))"
+        )
+        assert address > 0, os.strerror(-address)
+        return Region(self, address, pages)
+
+    def alone(self, pages: int) -> "Region":
+        """Map pages with gaps around, so that no neighbour becomes one with them."""
+        around = self.map(pages + 2)
+        for page in (0, pages + 1):
+            self.do(f"libc.munmap({around.start + page * PAGE_BYTES}, {PAGE_BYTES})")
+        return Region(self, around.start + PAGE_BYTES, pages)
+
+    def become_another_program(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("os.execvp('sleep', ['sleep', '1000'])\n")
+        self.process.stdin.flush()
+        while Path(f"/proc/{self.pid}/comm").read_text() != "sleep\n" or not self.waits:
+            time.sleep(0.001)
+
+    @property
+    def waits(self) -> bool:
+        return "nanosleep" in Path(f"/proc/{self.pid}/wchan").read_text()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        os.kill(self.pid, signal.SIGSTOP)
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.0005)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Pages of a child, counted from 0."""
+
+    child: Child
+    start: int
+    pages: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.pages * PAGE_BYTES
+
+    def write(self, *pages: int, value: int = 1) -> None:
+        for page in pages:
+            self.child.do(f"poke({self.start + page * PAGE_BYTES}, {bytes([page, value])!r})")
+
+    def read(self, *pages: int) -> None:
+        for page in pages:
+            self.child.do(f"peek({self.start + page * PAGE_BYTES})")
+
+    def advise(self, page: int, pages: int, advice: int) -> int:
+        return self.child.do(
+            f"done(libc.madvise({self.start + page * PAGE_BYTES}, {pages * PAGE_BYTES}, {advice}))"
+        )
+
+    def protect(self, protection: int) -> None:
+        assert self.child.do(f"libc.mprotect({self.start}, {self.pages * PAGE_BYTES}, {protection})") == 0
+
+    @property
+    def numbers(self) -> np.ndarray:
+        return np.arange(self.start // PAGE_BYTES, self.end // PAGE_BYTES, dtype=np.uint64)
+
+    @property
+    def runs(self) -> np.ndarray:
+        return runs_of(self.numbers)
+
+    def index(self, numbers: np.ndarray) -> set[int]:
+        """Which of its pages are among the numbers."""
+        return {int(n) - self.start // PAGE_BYTES for n in numbers if self.start <= n * PAGE_BYTES < self.end}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a freeze found of a region."""
+
+    present: set[int]
+    dirty: dict[int, bytes]
+
+    @property
+    def clean(self) -> set[int]:
+        return self.present - self.dirty.keys()
+
+
+class Reader:
+    """A space of a child, with a pagemap, and a userfaultfd if it is tracked."""
+
+    def __init__(self, child: Child, userfault: Userfault | None) -> None:
+        self.child = child
+        self.userfault = userfault
+        self.space = Space(child.pid)
+        self.buffer = FrozenBuffer(_BUFFER_PAGES)
+        self.pagemap = os.open(f"/proc/{child.pid}/pagemap", os.O_RDWR)
+
+    def cover(self) -> tuple[list[tuple[int, int]], bool]:
+        assert self.userfault
+        return self.userfault.cover(self.pagemap, self.space.mappings())
+
+    def fresh(self, region: Region) -> set[int]:
+        """Cover everything; which pages of the region were not tracked."""
+        fresh, same = self.cover()
+        assert same
+        return {
+            page
+            for page in range(region.pages)
+            if any(low <= region.start + page * PAGE_BYTES < high for low, high in fresh)
+        }
+
+    def mappings_of(self, region: Region) -> np.ndarray:
+        vmas = self.space.mappings()
+        return vmas[(vmas["end"] > region.start) & (vmas["start"] < region.end)]
+
+    def written(self, region: Region) -> set[int]:
+        return region.index(expand_runs(self.space.written(self.pagemap, self.mappings_of(region))))
+
+    def know(self, region: Region, *pages: int) -> None:
+        """Say that the content of pages is known; of all if none are named."""
+        wanted = sorted(pages) or range(region.pages)
+        self.space.knows(bounds_of(region.numbers[list(wanted)]))
+
+    def freeze(self, region: Region) -> Frozen:
+        with self.child.stopped():
+            dirty_pages = FrozenCall(self.buffer).run([self.space])
+        return self.found(region, dirty_pages)
+
+    def found(self, region: Region, dirty_pages: int) -> Frozen:
+        assert self.space.error == 0, os.strerror(self.space.error)
+        runs = self.space.runs
+        present, dirty = expand_runs(runs), expand_runs(runs[(runs["flags"] & DIRTY) != 0])
+        assert np.all(np.diff(present.astype(np.int64)) > 0)
+        assert len(present) == self.space._native.present_pages
+        assert len(dirty) == self.space.dirty_pages <= dirty_pages
+        first = region.start // PAGE_BYTES
+        contents = {
+            int(number) - first: bytes(self.buffer.content(self.space.content_at + row, 1))
+            for row, number in enumerate(dirty)
+            if first <= number < first + region.pages
+        }
+        return Frozen(region.index(present), contents)
+
+    def close(self) -> None:
+        if self.userfault:
+            self.userfault.close()
+        os.close(self.pagemap)
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    child = Child()
+    yield child
+    child.end()
+
+
+@pytest.fixture
+async def reader(child: Child) -> Any:
+    """A reader of a child that is tracked."""
+    if problem := tracking.problem():
+        pytest.skip(problem)
+    child.do("1")  # it has started
+    reader = Reader(child, Userfault((await take_userfaultfd(child.pid)).descriptor))
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def untracked(child: Child) -> Iterator[Reader]:
+    reader = Reader(child, None)
+    yield reader
+    reader.close()
+
+
+def content(page: int, value: int = 1) -> bytes:
+    return bytes([page, value]) + bytes(PAGE_BYTES - 2)
+
+
+class TestWhileItRuns:
+    async def test_written_pages_are_found_once(self, reader: Reader) -> None:
+        region = reader.child.map(16)
+        reader.cover()
+        region.write(0, 3, 4)
+        assert reader.written(region) == {0, 3, 4}
+        assert reader.written(region) == set()
+        region.write(4, 9)
+        assert reader.written(region) == {4, 9}
+
+    async def test_what_was_written_before_it_was_tracked_is_found_too(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        region.write(1, 2)
+        assert reader.fresh(region) == set(range(8))
+        assert reader.written(region) == {1, 2}
+
+    async def test_pages_that_are_only_read_are_neither_written_nor_present(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        reader.cover()
+        region.read(0, 1, 2)
+        assert reader.written(region) == set()
+        assert reader.freeze(region).present == set()
+
+    async def test_looking_makes_no_page_of_what_is_not_there(self, reader: Reader) -> None:
+        region = reader.child.map(16)
+        region.write(7)
+        reader.cover()
+        for _ in range(3):
+            reader.written(region)
+        assert reader.freeze(region).present == {7}
+
+    async def test_what_the_kernel_writes_for_the_process_is_found(
+        self, reader: Reader, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_bytes(b"x" * 2 * PAGE_BYTES)
+        region = reader.child.map(8)
+        region.write(*range(8))
+        file = reader.child.do(f"os.open({str(tmp_path / 'file')!r}, os.O_RDONLY)")
+        reader.cover()
+        reader.written(region)
+        assert reader.child.do(f"libc.read({file}, {region.start + 2 * PAGE_BYTES}, {2 * PAGE_BYTES})") > 0
+        assert reader.written(region) == {2, 3}
+
+    async def test_more_runs_than_one_answer_holds_are_all_found(self, reader: Reader) -> None:
+        region = reader.child.map(10_000)
+        reader.child.do(
+            f"[poke({region.start} + page * {PAGE_BYTES}, b'x') for page in range(0, 10_000, 2)] and None"
+        )
+        reader.cover()
+        assert reader.written(region) == set(range(0, 10_000, 2))
+        assert reader.written(region) == set()
+
+    async def test_runs_without_read_permission_are_marked_and_can_be_read(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(1, 2)
+        reader.cover()
+        region.protect(_NOT_ACCESSIBLE)
+        runs = reader.space.written(reader.pagemap, reader.mappings_of(region))
+        assert set(runs["flags"].tolist()) == {UNREADABLE}
+        into = bytearray(2 * PAGE_BYTES)
+        assert read_running(reader.child.pid, runs, memoryview(into)).all()
+        assert bytes(into) == content(1) + content(2)
+
+    def test_pages_that_vanish_are_told_and_their_neighbours_are_read(self, child: Child) -> None:
+        region = child.map(6)
+        region.write(*range(6))
+        child.do(f"libc.munmap({region.start + 2 * PAGE_BYTES}, {2 * PAGE_BYTES})")
+        into = bytearray(6 * PAGE_BYTES)
+        good = read_running(child.pid, region.runs, memoryview(into))
+        assert good.tolist() == [True, True, False, False, True, True]
+        for page in (0, 1, 4, 5):
+            assert into[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] == content(page)
+
+    def test_more_runs_than_one_call_takes_are_read_in_order(self, child: Child) -> None:
+        region = child.map(5000)
+        child.do(
+            f"[poke({region.start} + page * {PAGE_BYTES}, page.to_bytes(2, 'little'))"
+            " for page in range(5000)] and None"
+        )
+        numbers = region.numbers[::2]
+        into = bytearray(len(numbers) * PAGE_BYTES)
+        assert read_running(child.pid, runs_of(numbers), memoryview(into)).all()
+        found = np.frombuffer(into, dtype="<u2").reshape(-1, PAGE_BYTES // 2)[:, 0]
+        assert found.tolist() == list(range(0, 5000, 2))
+
+    def test_a_process_that_is_gone_cannot_be_read(self, child: Child) -> None:
+        region = child.map(1)
+        region.write(0)
+        child.end()
+        with pytest.raises(CaptureError, match="cannot be read"):
+            read_running(child.pid, region.runs, memoryview(bytearray(PAGE_BYTES)))
+
+
+class TestFrozen:
+    async def test_pages_that_are_known_and_unwritten_are_clean(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        region.write(0, 1, 5)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        found = reader.freeze(region)
+        assert found.present == {0, 1, 5}
+        assert found.dirty == {}
+
+    async def test_a_page_that_was_written_since_it_was_protected_is_dirty(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        region.write(0, 1, 2, 5)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        region.write(1, 6, value=2)
+        found = reader.freeze(region)
+        assert found.present == {0, 1, 2, 5, 6}
+        assert found.dirty == {1: content(1, 2), 6: content(6, 2)}
+
+    async def test_it_stays_dirty_until_it_is_protected_again(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(0, 1)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        region.write(1, value=2)
+        for _ in range(2):
+            assert reader.freeze(region).dirty.keys() == {1}
+        assert reader.written(region) == {1}
+        assert reader.freeze(region).dirty == {}
+
+    async def test_pages_whose_content_is_not_known_are_dirty(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        region.write(*range(8))
+        reader.cover()
+        reader.written(region)
+        reader.know(region, 0, 2, 3, 7)
+        found = reader.freeze(region)
+        assert found.dirty == {page: content(page) for page in (1, 4, 5, 6)}
+        assert found.clean == {0, 2, 3, 7}
+
+    async def test_nothing_that_is_known_is_clean_without_tracking(self, untracked: Reader) -> None:
+        region = untracked.child.map(8)
+        region.write(1, 2)
+        untracked.know(region)
+        assert untracked.freeze(region).dirty == {1: content(1), 2: content(2)}
+
+    async def test_all_is_dirty_when_tracking_ended(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        region.write(1, 2)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        assert reader.freeze(region).dirty == {}
+        assert reader.userfault
+        reader.userfault.close()
+        assert reader.freeze(region).dirty.keys() == {1, 2}
+
+    async def test_a_mapping_that_came_since_is_dirty_whatever_was_known_at_its_place(
+        self, reader: Reader
+    ) -> None:
+        region = reader.child.alone(4)
+        region.write(0, 1)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        reader.child.map(4, at=region.start)
+        region.write(1, 2, value=9)
+        assert reader.freeze(region) == Frozen({1, 2}, {1: content(1, 9), 2: content(2, 9)})
+
+    async def test_pages_that_were_given_back_are_gone(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        region.write(*range(8))
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        assert region.advise(2, 3, _DONT_NEED) == 0
+        found = reader.freeze(region)
+        assert found == Frozen({0, 1, 5, 6, 7}, {})
+
+    async def test_pages_that_were_given_back_and_written_anew_are_dirty(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(*range(4))
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        region.advise(1, 2, _DONT_NEED)
+        region.write(2, value=7)
+        assert reader.freeze(region) == Frozen({0, 2, 3}, {2: content(2, 7)})
+
+    async def test_pages_that_were_given_back_and_read_are_gone(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(*range(4))
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        region.advise(1, 2, _DONT_NEED)
+        region.read(1, 2)
+        assert reader.freeze(region) == Frozen({0, 3}, {})
+
+    async def test_guard_pages_have_no_content(self, reader: Reader) -> None:
+        region = reader.child.map(6)
+        region.write(*range(6))
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        if (failure := region.advise(2, 2, _GUARD_INSTALL)) < 0:
+            pytest.skip(f"guard pages: {os.strerror(-failure)}")
+        assert reader.freeze(region) == Frozen({0, 1, 4, 5}, {})
+
+    @pytest.mark.parametrize("known", [True, False])
+    async def test_pages_without_read_permission_are_read(self, reader: Reader, known: bool) -> None:
+        region = reader.child.map(6)
+        region.write(*range(6))
+        reader.cover()
+        reader.written(region)
+        region.write(1, 4, value=3)
+        if known:
+            reader.know(region)
+        region.protect(_NOT_ACCESSIBLE)
+        found = reader.freeze(region)
+        assert found.present == set(range(6))
+        wanted = {page: content(page) for page in range(6) if not known}
+        assert found.dirty == wanted | {1: content(1, 3), 4: content(4, 3)}
+
+    async def test_pages_with_and_without_read_permission_stand_in_order(self, untracked: Reader) -> None:
+        region = untracked.child.map(9)
+        region.write(*range(9))
+        Region(untracked.child, region.start + 3 * PAGE_BYTES, 3).protect(_NOT_ACCESSIBLE)
+        assert untracked.freeze(region).dirty == {page: content(page) for page in range(9)}
+
+    async def test_huge_pages_are_dirty_at_least_where_they_were_written(self, reader: Reader) -> None:
+        region = reader.child.map(2048)
+        region.advise(0, 2048, _HUGE_PAGE)
+        reader.child.do(f"poke({region.start}, b'x' * {2048 * PAGE_BYTES})")
+        reader.cover()
+        assert reader.written(region) == set(range(2048))
+        reader.know(region)
+        assert reader.freeze(region).dirty == {}
+        region.write(100, value=5)
+        found = reader.freeze(region)
+        assert found.present == set(range(2048))
+        assert found.dirty[100] == bytes([100, 5]) + b"x" * (PAGE_BYTES - 2)
+
+    async def test_protects_in_the_freeze_if_it_is_told_to(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(0, 1)
+        reader.cover()
+        reader.know(region)
+        reader.space.protects = True
+        assert reader.freeze(region).dirty.keys() == {0, 1}
+        reader.space.protects = False
+        assert reader.freeze(region) == Frozen({0, 1}, {})
+        region.write(1, 3, value=2)
+        assert reader.freeze(region).dirty == {1: content(1, 2), 3: content(3, 2)}
+
+    async def test_more_dirty_pages_than_there_is_room_for_are_counted_and_not_copied(
+        self, untracked: Reader
+    ) -> None:
+        region = untracked.child.map(40)
+        region.write(*range(40))
+        untracked.freeze(region)
+        dirty = untracked.space.dirty_pages
+        assert dirty >= 40
+        for room in (30, dirty - 1):
+            buffer = FrozenBuffer(room)
+            buffer.content(0, room)[:] = b"\xaa" * room * PAGE_BYTES
+            with untracked.child.stopped():
+                assert FrozenCall(buffer).run([untracked.space]) == dirty
+            assert bytes(buffer.content(0, room)) == b"\xaa" * room * PAGE_BYTES
+            assert untracked.space.error == 0
+        untracked.buffer = FrozenBuffer(dirty)
+        assert untracked.freeze(region).dirty.keys() == set(range(40))
+
+    async def test_a_buffer_that_has_grown_is_used(self, untracked: Reader) -> None:
+        region = untracked.child.map(40)
+        region.write(*range(40))
+        untracked.buffer = FrozenBuffer(1)
+        with untracked.child.stopped():
+            dirty = FrozenCall(untracked.buffer).run([untracked.space])
+        untracked.buffer.grow(dirty)
+        assert untracked.freeze(region).dirty.keys() == set(range(40))
+
+    async def test_too_little_room_for_runs_is_told_and_can_be_enlarged(self, untracked: Reader) -> None:
+        region = untracked.child.map(12_000)
+        untracked.child.do(
+            f"[poke({region.start} + page * {PAGE_BYTES}, b'x') for page in range(0, 12_000, 2)] and None"
+        )
+        with untracked.child.stopped():
+            FrozenCall(untracked.buffer).run([untracked.space])
+        assert untracked.space.error == errno.ENOBUFS
+        untracked.space.grow()
+        assert untracked.freeze(region).dirty.keys() == set(range(0, 12_000, 2))
+
+    async def test_several_processes_stand_one_after_the_other(self, untracked: Reader) -> None:
+        with contextlib.ExitStack() as ends:
+            others = [Child() for _ in range(2)]
+            for other in others:
+                ends.callback(other.end)
+            regions = [child.map(4) for child in (untracked.child, *others)]
+            for at, region in enumerate(regions):
+                region.write(*range(at + 1), value=10 + at)
+            readers = [untracked]
+            for other in others:
+                readers.append(Reader(other, None))
+                ends.callback(readers[-1].close)
+                readers[-1].buffer = untracked.buffer
+                ends.enter_context(other.stopped())
+            ends.enter_context(untracked.child.stopped())
+            dirty = FrozenCall(untracked.buffer).run([each.space for each in readers])
+            assert dirty == sum(each.space.dirty_pages for each in readers)
+            for at, (each, region) in enumerate(zip(readers, regions, strict=True)):
+                assert each.found(region, dirty).dirty == {
+                    page: content(page, 10 + at) for page in range(at + 1)
+                }
+
+    def test_a_process_that_is_gone_says_so_and_leaves_the_others_whole(self, untracked: Reader) -> None:
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        region = untracked.child.map(4)
+        region.write(1, 2)
+        ended = Space(gone.pid)
+        with untracked.child.stopped():
+            dirty = FrozenCall(untracked.buffer).run([ended, untracked.space])
+        assert ended.error in (errno.ENOENT, errno.ESRCH)
+        assert dirty == untracked.space.dirty_pages
+        assert untracked.found(region, dirty).dirty == {1: content(1), 2: content(2)}
+
+
+class TestPrivateFiles:
+    """Pages of a file are the file's until they are written; what is dropped is the file's again."""
+
+    FILE = b"".join(bytes([0xF0 + page]) * PAGE_BYTES for page in range(8))
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        (tmp_path / "file").write_bytes(self.FILE)
+        return tmp_path / "file"
+
+    def mapped(self, child: Child, path: Path) -> Region:
+        file = child.do(f"os.open({str(path)!r}, os.O_RDWR)")
+        return child.map(8, flags=_PRIVATE, file=file)
+
+    def as_in_file(self, page: int) -> bytes:
+        return self.FILE[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]
+
+    async def test_only_written_pages_are_the_process_s_own(self, reader: Reader, path: Path) -> None:
+        region = self.mapped(reader.child, path)
+        reader.cover()
+        region.read(0, 1, 2)
+        region.write(2, 5)
+        assert reader.written(region) == {2, 5}
+        assert reader.freeze(region).present == {2, 5}
+
+    async def test_written_pages_are_clean_once_they_are_known(self, reader: Reader, path: Path) -> None:
+        region = self.mapped(reader.child, path)
+        region.write(2, 5)
+        reader.cover()
+        reader.written(region)
+        reader.know(region, 2, 5)
+        region.write(5, 6, value=4)
+        found = reader.freeze(region)
+        assert found.clean == {2}
+        assert found.dirty == {page: bytes([page, 4]) + self.as_in_file(page)[2:] for page in (5, 6)}
+
+    async def test_a_page_that_was_dropped_is_the_file_s_again(self, reader: Reader, path: Path) -> None:
+        region = self.mapped(reader.child, path)
+        region.write(2, 5)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        region.advise(2, 1, _DONT_NEED)
+        for _ in range(2):
+            assert reader.freeze(region) == Frozen({5}, {})
+            region.read(2)
+        region.write(2, value=6)
+        assert reader.freeze(region) == Frozen({2, 5}, {2: bytes([2, 6]) + self.as_in_file(2)[2:]})
+
+    async def test_all_pages_that_were_dropped_are_the_file_s_again_whatever_is_read_since(
+        self, reader: Reader, path: Path
+    ) -> None:
+        region = self.mapped(reader.child, path)
+        region.write(*range(8))
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        region.advise(0, 8, _DONT_NEED)
+        region.read(1, 6)
+        reader.written(region)
+        assert reader.freeze(region) == Frozen(set(), {})
+
+    async def test_pages_that_the_file_lost_do_not_stand_in_the_way(self, reader: Reader, path: Path) -> None:
+        region = self.mapped(reader.child, path)
+        region.write(2, 5, 7)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        os.truncate(path, 4 * PAGE_BYTES)
+        assert reader.freeze(region) == Frozen({2}, {}), "what is beyond the file's end has no content"
+
+
+class TestTracking:
+    async def test_covers_once(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        assert reader.fresh(region) == set(range(8))
+        assert reader.fresh(region) == set()
+        assert is_tracked(reader.pagemap, region.start)
+
+    async def test_covers_all_that_is_owned_in_a_process(self, reader: Reader) -> None:
+        reader.cover()
+        vmas = reader.space.mappings()
+        left = [
+            hex(start)
+            for start, _, flags, _ in vmas.tolist()
+            if flags & OWNED and not is_tracked(reader.pagemap, start)
+        ]
+        assert left == []
+
+    async def test_leaves_alone_what_is_shared(self, reader: Reader) -> None:
+        shared = reader.child.map(4, flags=1 | _ANONYMOUS)
+        reader.cover()
+        assert not is_tracked(reader.pagemap, shared.start)
+
+    async def test_is_lost_by_a_new_mapping_at_the_same_place(self, reader: Reader) -> None:
+        region = reader.child.alone(8)
+        reader.cover()
+        reader.child.do(f"libc.munmap({region.start}, {region.pages * PAGE_BYTES})")
+        assert reader.child.map(8, at=region.start) == region
+        assert not is_tracked(reader.pagemap, region.start)
+        assert reader.fresh(region) == set(range(8))
+        assert reader.fresh(region) == set()
+
+    async def test_is_lost_by_a_new_mapping_over_a_part(self, reader: Reader) -> None:
+        region = reader.child.alone(8)
+        region.write(*range(8))
+        reader.cover()
+        reader.written(region)
+        reader.child.map(3, at=region.start + 2 * PAGE_BYTES)
+        assert reader.fresh(region) == {2, 3, 4}
+
+    async def test_is_lost_by_mremap_to_another_place(self, reader: Reader) -> None:
+        region, target = reader.child.alone(8), reader.child.alone(8)
+        region.write(*range(8))
+        reader.cover()
+        reader.written(region)
+        size = 8 * PAGE_BYTES
+        moved = reader.child.do(
+            f"libc.mremap({region.start}, {size}, {size}, {_MAY_MOVE_AND_FIXED}, {target.start})"
+        )
+        assert moved == target.start
+        reader.know(target)
+        found = reader.freeze(target)
+        assert found.dirty == {page: content(page) for page in range(8)}, "what was moved is not known there"
+        assert reader.fresh(target) == set(range(8))
+
+    async def test_of_a_mapping_that_grows_does_not_take_its_new_pages_for_known(
+        self, reader: Reader
+    ) -> None:
+        around = reader.child.alone(12)
+        reader.child.do(f"libc.munmap({around.start + 4 * PAGE_BYTES}, {8 * PAGE_BYTES})")
+        region = Region(reader.child, around.start, 4)
+        region.write(*range(4))
+        reader.cover()
+        reader.written(region)
+        grown = reader.child.do(f"libc.mremap({region.start}, {4 * PAGE_BYTES}, {12 * PAGE_BYTES}, 0, 0)")
+        assert grown == region.start
+        reader.know(around)
+        around.write(6, 7, value=2)
+        found = reader.freeze(around)
+        assert found.dirty.keys() >= {6, 7}
+        assert found.present == {0, 1, 2, 3, 6, 7}
+
+    async def test_a_neighbour_that_came_since_is_fresh_and_the_old_one_is_not(self, reader: Reader) -> None:
+        around = reader.child.alone(8)
+        reader.child.do(f"libc.munmap({around.start + 4 * PAGE_BYTES}, {4 * PAGE_BYTES})")
+        Region(reader.child, around.start, 4).write(0, 1)
+        reader.cover()
+        reader.child.map(4, at=around.start + 4 * PAGE_BYTES)
+        assert reader.fresh(around) == {4, 5, 6, 7}
+
+    async def test_survives_mprotect(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(*range(4))
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        for protection in (_READ_ONLY, _NOT_ACCESSIBLE, _WRITABLE):
+            region.protect(protection)
+            assert reader.fresh(region) == set()
+        assert reader.freeze(region) == Frozen({0, 1, 2, 3}, {})
+        region.write(2, value=8)
+        assert reader.freeze(region).dirty == {2: content(2, 8)}
+
+    async def test_is_not_inherited_by_a_fork(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(0, 1)
+        reader.cover()
+        reader.written(region)
+        forked = reader.child.do("fork()")
+        try:
+            space = Space(forked)
+            space.knows(bounds_of(region.numbers))
+            with reader.child.stopped():
+                FrozenCall(reader.buffer).run([space])
+            runs = space.runs
+            assert region.index(expand_runs(runs[(runs["flags"] & DIRTY) != 0])) == {0, 1}
+            reader.know(region)
+            assert reader.freeze(region) == Frozen({0, 1}, {}), "the parent's pages are what they were"
+            region.write(1, value=4)
+            assert reader.freeze(region).dirty == {1: content(1, 4)}
+        finally:
+            os.kill(forked, signal.SIGKILL)
+
+    async def test_ends_with_another_program_in_the_process(self, reader: Reader) -> None:
+        reader.cover()
+        reader.child.become_another_program()
+        os.close(reader.pagemap)
+        reader.pagemap = os.open(f"/proc/{reader.child.pid}/pagemap", os.O_RDWR)
+        fresh, same = reader.cover()
+        assert not same
+        vmas = reader.space.mappings()
+        owned = [(start, end) for start, end, flags, _ in vmas.tolist() if flags & OWNED]
+        assert fresh == owned
+
+    async def test_of_one_process_does_not_cover_another(self, reader: Reader) -> None:
+        other = Child()
+        try:
+            region = other.map(4)
+            strange = Reader(other, None)
+            strange.userfault, reader.userfault = reader.userfault, None
+            _, same = strange.cover()
+            assert not same
+            assert not is_tracked(strange.pagemap, region.start)
+            strange.close()
+        finally:
+            other.end()
+
+    def test_ends_once(self) -> None:
+        if problem := tracking.problem():
+            pytest.skip(problem)
+        number = {"x86_64": 323, "aarch64": 282}[platform.machine()]
+        userfault = Userfault(ctypes.CDLL(None).syscall(number, os.O_CLOEXEC | os.O_NONBLOCK))
+        userfault.close()
+        userfault.close()
+
+    def test_by_a_descriptor_that_is_none_is_refused_and_closed(self) -> None:
+        read_end, write_end = os.pipe()
+        os.close(write_end)
+        with pytest.raises(CaptureError, match="cannot be tracked"):
+            Userfault(read_end)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(read_end)
+
+
+class TestReadsDirectly:
+    def test_finds_a_file_that_is_open_so(self, child: Child, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(bytes(PAGE_BYTES))
+        plain = child.do(f"os.open({str(tmp_path / 'file')!r}, os.O_RDWR)")
+        assert not reads_directly(child.pid)
+        try:
+            direct = child.do(f"os.open({str(tmp_path / 'file')!r}, os.O_RDONLY | os.O_DIRECT)")
+        except AssertionError:
+            pytest.skip(f"{tmp_path} has no O_DIRECT")
+        assert reads_directly(child.pid)
+        child.do(f"os.close({direct})")
+        assert not reads_directly(child.pid)
+        child.do(f"__import__('fcntl').fcntl({plain}, 4, os.O_DIRECT)")
+        assert reads_directly(child.pid), "it may be turned on later"
+
+    def test_looks_at_all_of_many_files(self, child: Child, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(bytes(PAGE_BYTES))
+        child.do(f"globals().update(kept=[open({str(tmp_path / 'file')!r}) for _ in range(200)])")
+        assert not reads_directly(child.pid)
+        child.do("__import__('fcntl').fcntl(kept[120], 4, os.O_DIRECT)")
+        assert reads_directly(child.pid)
+
+    def test_of_a_process_that_is_gone_is_an_error(self, child: Child) -> None:
+        child.end()
+        with pytest.raises(CaptureError, match="open files"):
+            reads_directly(child.pid)
+
+
+def test_pages_and_runs_say_the_same() -> None:
+    numbers = np.array([1, 2, 3, 7, 9, 10], dtype=np.uint64)
+    runs = runs_of(numbers, READABLE)
+    assert [run[:3] for run in runs.tolist()] == [
+        (0x1000, 0x4000, READABLE),
+        (0x7000, 0x8000, READABLE),
+        (0x9000, 0xB000, READABLE),
+    ]
+    assert expand_runs(runs).tolist() == numbers.tolist()
+    assert expand_runs(runs[:0]).tolist() == []
+    assert mmap.PAGESIZE == PAGE_BYTES
