@@ -101,7 +101,7 @@ class TrackedProcess:
         except OutliveError as error:
             self._track_at_s = time.monotonic() + _TRACK_AGAIN_S
             if self.problem != error.message:
-                log.warning("tracking.not_begun", pid=self.pid, reason=error.message)
+                log.info("tracking.not_begun", pid=self.pid, reason=error.message)
             self.problem = error.message
 
     def close(self) -> None:

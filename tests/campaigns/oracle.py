@@ -269,22 +269,22 @@ async def run_seed(
     async with running(seed, options) as (subject, port):
         replica = Replica(subject.directory / "store", subject.config, subject.spec)
         number = 0
-        while number < epochs and not wrong:
-            number += 1
-            epoch = EpochId(1, number)
+        while number < epochs and refused < 5 * epochs and not wrong:
+            epoch = EpochId(1, number + refused + 1)
             try:
                 if chance.randrange(every) == 0:
                     captured, found, size = await subject.compare(epoch, replica.holds)
                     compared, pages = compared + 1, pages + size
-                    wrong += [f"epoch {number}: {each}" for each in found]
+                    wrong += [f"epoch {number + 1}: {each}" for each in found]
                 else:
                     captured = await subject.fast.capture(epoch, replica.holds)
             except CaptureError as error:
                 refused += 1
                 if talk:
-                    print(f"seed {seed}, epoch {number}: {error}", file=sys.stderr)
+                    print(f"seed {seed}, epoch {number + 1}: {error}", file=sys.stderr)
                 await asyncio.sleep(0.05)
                 continue
+            number += 1
             freezes.append(captured.freeze.total_ms)
             # A slow replica takes only some of them.
             if chance.randrange(3) or number % 50 == 0:

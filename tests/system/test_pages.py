@@ -585,7 +585,7 @@ class TestFrozen:
         with untracked.child.stopped():
             FrozenCall(untracked.buffer).run([untracked.space])
         assert untracked.space.error == errno.ENOBUFS
-        untracked.space.grow()
+        untracked.space.grow(errno.ENOBUFS)
         assert untracked.freeze(region).dirty.keys() == set(range(0, 12_000, 2))
 
     async def test_several_processes_stand_one_after_the_other(self, untracked: Reader) -> None:
