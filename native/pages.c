@@ -44,8 +44,7 @@ struct run {
 };
 
 enum {
-	SPACE_PROTECT = 1,  /* protect what is found written: for who may be read into by devices while it runs */
-	SPACE_DISTRUST = 2, /* pages may have been protected that are neither known nor in doubt */
+	SPACE_PROTECT = 1, /* protect what is found written: for who may be read into by devices while it runs */
 };
 
 struct space {
@@ -56,8 +55,6 @@ struct space {
 	uint32_t unused;
 	const uint64_t *known;  /* start, end, start, end ... ascending, of pages whose content is known */
 	uint64_t known_pairs;
-	const uint64_t *doubt;  /* the same, of pages that may be protected though their content is not known */
-	uint64_t doubt_pairs;
 	struct run *runs;       /* out: all present pages, ascending; neighbours differ in flags */
 	uint64_t runs_room;
 	uint64_t runs_count;
@@ -221,10 +218,12 @@ static int append_marked(struct space *space, int fd, int memory, uint64_t start
 	return 0;
 }
 
-/* Look at every page of a part of a mapping. */
-static int scan_closely(struct space *space, int fd, int memory, const struct vma *vma, uint64_t start, uint64_t end,
-			uint64_t *pair)
+/* Look at every page of a mapping. The kernel has a faster way for the question which pages are not protected; but
+ * what was dropped is not always among these, and then seems to be there still: tried, and found by the oracle. */
+static int scan_closely(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
 {
+	uint64_t start = vma->start;
+	const uint64_t end = vma->end;
 	struct page_region regions[REGIONS];
 	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
 	const bool file = vma->flags & VMA_FILE;
@@ -259,105 +258,18 @@ static int scan_closely(struct space *space, int fd, int memory, const struct vm
 	return 0;
 }
 
-/* Take all known pages of [start, end) for present and clean: none of them was written or dropped. */
-static int append_known(struct space *space, uint64_t *pair, uint64_t start, uint64_t end, uint32_t flags)
+static int scan_vma(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
 {
-	for (; *pair < space->known_pairs && space->known[2 * *pair] < end; ++*pair) {
-		const uint64_t first = space->known[2 * *pair];
-		const uint64_t last = space->known[2 * *pair + 1];
-		if (last > start) {
-			const int failure = append(space, first > start ? first : start, last < end ? last : end, flags);
-			if (failure)
-				return failure;
-		}
-		if (last > end)
-			break;
-	}
-	return 0;
-}
+	const int failure = scan_closely(space, fd, memory, vma, pair);
 
-/* The next range of [at, end) that was written, or dropped, or never there, or is in doubt; false if there is none.
- * The kernel has a fast way for just this question: a page that is protected is passed over without a look at it.
- * That holds for anonymous memory: in file mappings a dropped page may leave a protected marker. */
-static int next_doubtful(const struct space *space, int fd, uint64_t at, uint64_t end, struct page_region *regions,
-			 long *have, long *next, uint64_t *scanned, uint64_t *doubt, uint64_t *from, uint64_t *to)
-{
-	while (*next == *have && *scanned < end) {
-		struct pm_scan_arg ask = {
-			.size = sizeof(ask),
-			.start = *scanned,
-			.end = end,
-			.vec = (uint64_t)(uintptr_t)regions,
-			.vec_len = REGIONS,
-			.category_mask = PAGE_IS_WRITTEN,
-			.return_mask = PAGE_IS_WRITTEN,
-		};
-		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
-		if (got < 0)
-			return errno;
-		if (ask.walk_end <= *scanned)
-			return EIO;
-		*have = got;
-		*next = 0;
-		*scanned = ask.walk_end;
-	}
-	*from = *to = end;
-	if (*next < *have) {
-		*from = regions[*next].start;
-		*to = regions[*next].end;
-	}
-	while (*doubt < space->doubt_pairs && space->doubt[2 * *doubt + 1] <= at)
-		++*doubt;
-	if (*doubt < space->doubt_pairs && space->doubt[2 * *doubt] < *from) {
-		*from = space->doubt[2 * *doubt] > at ? space->doubt[2 * *doubt] : at;
-		*to = space->doubt[2 * *doubt + 1] < end ? space->doubt[2 * *doubt + 1] : end;
-		if (*from > end)
-			*from = *to = end;
-	} else if (*next < *have) {
-		++*next;
-	}
-	return 0;
-}
-
-static int tracked(int fd, uint64_t start);
-
-static int scan_vma(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair, uint64_t *doubt)
-{
-	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
-	struct page_region regions[REGIONS];
-	uint64_t at = vma->start;
-	uint64_t scanned = vma->start;
-	long have = 0;
-	long next = 0;
-	int failure = 0;
-
-	if (vma->flags & VMA_FILE || space->options & SPACE_DISTRUST || tracked(fd, vma->start) != 1)
-		failure = scan_closely(space, fd, memory, vma, vma->start, vma->end, pair);
-	else
-		while (at < vma->end && !failure) {
-			uint64_t from = 0;
-			uint64_t to = 0;
-
-			failure = next_doubtful(space, fd, at, vma->end, regions, &have, &next, &scanned, doubt, &from,
-						&to);
-			if (failure)
-				break;
-			if (from < at)
-				from = at;
-			failure = append_known(space, pair, at, from, base);
-			if (!failure && from < to)
-				failure = scan_closely(space, fd, memory, vma, from, to, pair);
-			at = to > from ? to : from;
-		}
-	if (!failure && space->options & SPACE_PROTECT)
-		failure = protect(fd, vma->start, vma->end, vma->flags & VMA_FILE);
-	return failure;
+	if (failure || !(space->options & SPACE_PROTECT))
+		return failure;
+	return protect(fd, vma->start, vma->end, vma->flags & VMA_FILE);
 }
 
 static int scan_space(struct space *space)
 {
 	uint64_t pair = 0;
-	uint64_t doubt = 0;
 	int failure = read_maps(space);
 
 	space->runs_count = space->dirty_pages = space->present_pages = 0;
@@ -369,7 +281,7 @@ static int scan_space(struct space *space)
 		failure = errno;
 	for (uint64_t at = 0; at < space->vmas_count && !failure; at++)
 		if (space->vmas[at].flags & VMA_OWNED)
-			failure = scan_vma(space, fd, memory, &space->vmas[at], &pair, &doubt);
+			failure = scan_vma(space, fd, memory, &space->vmas[at], &pair);
 	if (fd >= 0)
 		close(fd);
 	if (memory >= 0)
@@ -574,8 +486,8 @@ int outlive_reads_directly(int pid)
 	return found;
 }
 
-/* Whether the mapping at `start` can be tracked: 1, 0, or -errno. */
-static int tracked(int fd, uint64_t start)
+/* Running: whether the mapping at `start` can be tracked: 1, 0, or -errno. */
+int outlive_tracked(int fd, uint64_t start)
 {
 	struct page_region region;
 	struct pm_scan_arg ask = {
@@ -590,11 +502,6 @@ static int tracked(int fd, uint64_t start)
 	};
 	const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
 	return got < 0 ? -errno : got == 0;
-}
-
-int outlive_tracked(int fd, uint64_t start)
-{
-	return tracked(fd, start);
 }
 
 /* Running: copy pages one run after the other; `good[i]` tells of each page whether it could be read. Pages that

@@ -47,11 +47,6 @@ class PageBook:
         """First byte and end of each range of known pages; shape (2n,)."""
         return bounds_of(self._numbers if self._known.all() else self._numbers[self._known])
 
-    @property
-    def doubtful_bounds(self) -> NDArray[np.uint64]:
-        """First byte and end of each range of pages that are not known; shape (2n,)."""
-        return bounds_of(self._numbers[~self._known])
-
     def differs(self, numbers: NDArray[np.uint64], identity: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Mark those of the pages (ascending) that are new here or held something else; shape (n,)."""
         rows, here = self._rows(numbers)

@@ -115,6 +115,8 @@ class FastBackend:
         for process in self._processes.values():
             process.close()
         self._processes.clear()
+        self._shared.clear()
+        self._taken.clear()
         if self._writer is not None:
             self._writer.drop()
             self._writer = None

@@ -39,7 +39,6 @@ RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unu
 VMA: Final = RUN
 
 _PROTECT: Final = 1
-_DISTRUST: Final = 2
 _FIRST_TEXT_BYTES: Final = 16 << 10
 _FIRST_VMAS: Final = 256
 _USUAL_LINE_BYTES: Final = 100
@@ -57,8 +56,6 @@ class _Space(ctypes.Structure):
         ("unused", ctypes.c_uint32),
         ("known", ctypes.c_void_p),
         ("known_pairs", ctypes.c_uint64),
-        ("doubt", ctypes.c_void_p),
-        ("doubt_pairs", ctypes.c_uint64),
         ("runs", ctypes.c_void_p),
         ("runs_room", ctypes.c_uint64),
         ("runs_count", ctypes.c_uint64),
@@ -112,25 +109,15 @@ class Space:
         self.pid = pid
         self.protects = False
         """Protect what is written within the freeze: for processes that devices may write into."""
-        self.distrusts = True
-        """Look at every page in the freeze: some may be protected of which nobody knows."""
         self._known = np.empty(0, dtype=np.uint64)
-        self._doubt = np.empty(0, dtype=np.uint64)
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
         self._vmas = _touched(_FIRST_VMAS, VMA)
         self._runs = _touched(_FIRST_RUNS, RUN)
         self._native = _Space()
 
-    def knows(self, pairs: NDArray[np.uint64], doubtful: NDArray[np.uint64] | None = None) -> None:
-        """Say of which pages the content is known: first byte and end of each range, ascending; shape (2n,).
-
-        `doubtful` are those that are not known and may be protected nevertheless. All others that are
-        protected must be known, or `distrusts` be set.
-        """
+    def knows(self, pairs: NDArray[np.uint64]) -> None:
+        """Say of which pages the content is known: first byte and end of each range; shape (2n,)."""
         self._known = np.ascontiguousarray(pairs, dtype=np.uint64)
-        self._doubt = (
-            np.empty(0, np.uint64) if doubtful is None else np.ascontiguousarray(doubtful, np.uint64)
-        )
 
     def mappings(self) -> NDArray[np.void]:
         """Read the process's mappings: `VMA`, in order of address. Raises CaptureError if it is gone."""
@@ -206,8 +193,7 @@ class Space:
         """Lay out what the library is given."""
         native = self._native
         native.pid = self.pid
-        native.options = (_PROTECT if self.protects else 0) | (_DISTRUST if self.distrusts else 0)
-        native.doubt, native.doubt_pairs = self._doubt.ctypes.data, len(self._doubt) // 2
+        native.options = _PROTECT if self.protects else 0
         native.known, native.known_pairs = self._known.ctypes.data, len(self._known) // 2
         native.runs, native.runs_room = self._runs.ctypes.data, len(self._runs)
         native.text, native.text_room = self._text.ctypes.data, len(self._text)

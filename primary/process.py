@@ -133,7 +133,6 @@ class TrackedProcess:
                     runs = self.space.written(pagemap, owned)
                 except BaseException:  # some may be protected now that nobody was told of
                     self.book.forget_all()
-                    self.space.distrusts = True
                     raise
                 written = np.unique(expand_runs(runs))
                 self.book.expect(written)
@@ -174,7 +173,7 @@ class TrackedProcess:
 
     def prepare(self) -> None:
         """Lay everything out for the freeze."""
-        self.space.knows(self.book.known_bounds, self.book.doubtful_bounds)
+        self.space.knows(self.book.known_bounds)
         self.space.make_room(len(self.book.known_bounds) + 1024)
 
     def smaps(self) -> Smaps | None:
@@ -237,7 +236,6 @@ class TrackedProcess:
             block = dirty[at : at + _BLOCK_PAGES]
             content = buffer.content(self.space.content_at + at, len(block))
             keep(hasher, writer, self.book, block, content)
-        self.space.distrusts = False  # whatever was protected is in the book from now on
         flags, within = page_flags(present, memory_map, stacks)
         present, flags = present[within], flags[within]
         if memory_map.without_parent(present).any():

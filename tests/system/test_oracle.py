@@ -19,11 +19,10 @@ pytestmark = [
 ]
 
 
-async def test_what_is_captured_while_it_runs_is_what_criu_dumps_and_it_is_restored_intact() -> None:
+async def test_what_is_captured_while_it_runs_is_restored_and_finds_itself_intact() -> None:
     seed = random.SystemRandom().randrange(1 << 32)
-    run = await run_seed(seed, 50, 4, restores=True)
+    run = await run_seed(seed, 50, 1 << 30, restores=True)
     assert not run.wrong, run
-    assert run.compared >= 3, run
     assert run.restored == 1, run
 
 
