@@ -39,8 +39,8 @@ RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unu
 VMA: Final = RUN
 
 _PROTECT: Final = 1
-_FIRST_TEXT_BYTES: Final = 16 << 10
-_FIRST_VMAS: Final = 256
+_FIRST_TEXT_BYTES: Final = 64 << 10
+_FIRST_VMAS: Final = 1024
 _USUAL_LINE_BYTES: Final = 100
 _TORN_READS: Final = 5
 _FIRST_RUNS: Final = 4096

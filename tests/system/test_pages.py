@@ -49,7 +49,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="memory of other processes needs root"),
 ]
 
-_BUFFER_PAGES = 8192
+_BUFFER_PAGES = 32_768
 _NOT_ACCESSIBLE, _READ_ONLY, _WRITABLE = 0, 1, 3
 _PRIVATE, _FIXED, _ANONYMOUS = 0x02, 0x10, 0x20
 _DONT_NEED, _HUGE_PAGE, _GUARD_INSTALL = 4, 14, 102
