@@ -19,28 +19,34 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import mmap
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from common.bundle import WorkloadPaths
 from common.config import Node, NodeConfig
 from common.container import cgroup_directories, kill_workload, restore_workload, start_workload
+from common.criu.images import SpaceKey, Vma, read_memory_map
 from common.criu.locate import locate_criu
 from common.errors import CaptureError, OutliveError
 from common.identity import PageHasher
 from common.messages import BULK_BYTES, decode
-from common.model import EpochId, WorkloadSpec
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.terms import TermGuard
 from outlive.cli.running import configure_logs
 from primary.capture import CapturedEpoch
@@ -65,6 +71,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     pages_compared: int
     refused: int
     """Captures that failed and were tried again: a vfork, too many dirty pages."""
+    reasons: dict[str, int]
+    """Of those, how many for which reason; numbers in it are left out."""
     checks: int
     restored: int
     steps: int
@@ -229,24 +237,74 @@ class Replica:
 
 
 def differences(ours: CapturedEpoch, theirs: CapturedEpoch) -> Iterator[str]:
-    """Say in what two epochs of one instant differ, page for page."""
+    """Say in what two epochs of one instant differ, page for page.
+
+    A page of zeros in anonymous memory is the same as none: the kernel itself puts some in between two
+    captures of frozen memory (khugepaged, where a mapping is not tracked yet), and takes them away.
+    """
     mine = {space.key: space for space in ours.spaces}
     twin = {space.key: space for space in theirs.spaces}
     for key in mine.keys() ^ twin.keys():
         yield f"{key.pagemap_name}: only {'we' if key in mine else 'CRIU'} captured it"
     for key in mine.keys() & twin.keys():
         one, other = mine[key], twin[key]
-        lost = np.setdiff1d(other.numbers, one.numbers)
-        more = np.setdiff1d(one.numbers, other.numbers)
-        for what, numbers in (("missing", lost), ("not in CRIU's image", more)):
+        vmas = _mappings(theirs, key)
+        for what, space, numbers in (
+            ("missing", other, np.setdiff1d(other.numbers, one.numbers)),
+            ("not in CRIU's image", one, np.setdiff1d(one.numbers, other.numbers)),
+        ):
+            zero = (space.identity[np.searchsorted(space.numbers, numbers)] == 0).all(axis=1)
+            numbers = numbers[~(zero & _within_anonymous(vmas, numbers))]
             if len(numbers):
-                first = int(numbers[0]) << 12
-                yield f"{key.pagemap_name}: {len(numbers)} pages {what}, the first at {first:#x}"
+                yield f"{key.pagemap_name}: {len(numbers)} pages {what}, {_told(vmas, int(numbers[0]))}"
         _, here, there = np.intersect1d(one.numbers, other.numbers, return_indices=True)
         stale = (one.identity[here] != other.identity[there]).any(axis=1)
         if stale.any():
-            first = int(one.numbers[here[stale][0]]) << 12
-            yield f"{key.pagemap_name}: {int(stale.sum())} pages hold something else, the first at {first:#x}"
+            row, twin_row = int(here[stale][0]), int(there[stale][0])
+            told = _told(vmas, int(one.numbers[row]))
+            bytes_told = _bytes_told(_page(ours, key, row), _page(theirs, key, twin_row))
+            yield f"{key.pagemap_name}: {int(stale.sum())} pages hold something else, {told}: {bytes_told}"
+
+
+def _mappings(epoch: CapturedEpoch, key: SpaceKey) -> tuple[Vma, ...]:
+    name = f"mm-{key.ident}.img"
+    path = next((file.path for file in epoch.metadata if file.name == name), None)
+    return read_memory_map(path).vmas if path and key.kind == "task" else ()
+
+
+def _within_anonymous(vmas: tuple[Vma, ...], numbers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    marks = np.zeros(numbers.shape, dtype=np.bool_)
+    for vma in vmas:
+        if vma.flags & mmap.MAP_PRIVATE and vma.flags & mmap.MAP_ANONYMOUS:
+            bounds = np.array([vma.start, vma.end], dtype=np.uint64) // np.uint64(PAGE_BYTES)
+            first, last = np.searchsorted(numbers, bounds)
+            marks[first:last] = True
+    return marks
+
+
+def _page(epoch: CapturedEpoch, key: SpaceKey, row: int) -> bytes:
+    content = bytearray(PAGE_BYTES)
+    try:
+        epoch.pages.read(key, np.array([row]), memoryview(content))
+    except CaptureError:  # it is in a layer that the replica has already
+        return b""
+    return bytes(content)
+
+
+def _bytes_told(ours: bytes, theirs: bytes) -> str:
+    at = [offset for offset in range(len(ours)) if ours[offset] != theirs[offset]]
+    if not at:
+        return "our content is not at hand"
+    part = slice(at[0], at[0] + 16)
+    return f"{len(at)} bytes from {at[0]:#x} to {at[-1]:#x}: {ours[part].hex()} for {theirs[part].hex()}"
+
+
+def _told(vmas: tuple[Vma, ...], number: int) -> str:
+    address = number * PAGE_BYTES
+    for vma in vmas:
+        if vma.start <= address < vma.end:
+            return f"the first at {address:#x} in {vma.start:#x}-{vma.end:#x} (flags {vma.flags:#x})"
+    return f"the first at {address:#x} in no mapping"
 
 
 async def run_seed(
@@ -265,6 +323,7 @@ async def run_seed(
     wrong: list[str] = []
     compared = pages = refused = checks = steps = restored = 0
     freezes: list[float] = []
+    reasons: Counter[str] = Counter()
     missing: list[str] = []
     async with running(seed, options) as (subject, port):
         replica = Replica(subject.directory / "store", subject.config, subject.spec)
@@ -280,6 +339,7 @@ async def run_seed(
                     captured = await subject.fast.capture(epoch, replica.holds)
             except CaptureError as error:
                 refused += 1
+                reasons[re.sub(r"[0-9]+", "#", error.message)] += 1
                 if talk:
                     print(f"seed {seed}, epoch {number + 1}: {error}", file=sys.stderr)
                 await asyncio.sleep(0.05)
@@ -314,6 +374,7 @@ async def run_seed(
         compared=compared,
         pages_compared=pages,
         refused=refused,
+        reasons=dict(reasons),
         checks=checks,
         restored=restored,
         steps=steps,
@@ -453,6 +514,7 @@ def main() -> int:
     parser.add_argument("--revive", help=argparse.SUPPRESS)
     options = parser.parse_args()
     configure_logs("warning")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what runs is cleaned up
     if options.revive:
         print(asyncio.run(_revive(options.revive)))
         return 0
