@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from bench.compiled import compile_program
 from bench.interrupt import run_to_end
+from bench.redis_load import PORT, RedisLoad
 from bench.rounds import NO_CPU, WORKLOAD, CpuParts, Switched, Window, switched
 from bench.summary import Summary, summarize
 from bench.target import Board, board_address
@@ -39,13 +40,11 @@ from common.model import HealthCheck, WorkloadSpec
 from common.threads import in_thread
 from outlive.cli.running import configure_logs
 from outlive.cluster import eventually
-from outlive.lab import Host, Lab
+from outlive.lab import Lab
 
 SCHEMA_VERSION = 1
-_PORT = 6379
 _ALLOWED_MS = 5.0
 """What p99 may grow by beyond the median freeze."""
-_LOAD_BEYOND_S = 60.0
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,14 +113,6 @@ class OverheadReport(msgspec.Struct, frozen=True, kw_only=True):
     writer: Throughput
 
 
-class _Answered(msgspec.Struct, frozen=True):
-    """What `bench/load.c` prints."""
-
-    asked: int
-    answered_in_time: int
-    cpu_s: float
-
-
 @dataclass(slots=True)
 class _Rounds:
     """What the rounds of one kind, protected or not, have brought so far."""
@@ -148,32 +139,6 @@ class _Rounds:
 
 _Both = dict[bool, _Rounds]
 """By whether protected."""
-
-
-class _Load:
-    """`bench/load.c` on the client's host."""
-
-    def __init__(self, client: Host, program: Path, address: str, options: Options) -> None:
-        self._client = client
-        self._output = program.with_name("latencies")
-        self._command = (
-            *(str(program), "-c", str(options.connections), "-k", str(options.keys)),
-            *("-v", str(options.value_bytes), "-w", str(options.write_percent), "-o", str(self._output)),
-        )
-        self._to = (address, str(_PORT))
-
-    async def write_all(self) -> None:
-        """Write every key once."""
-        await self._run(("-p",), _LOAD_BEYOND_S)
-
-    async def run(self, seconds: float, rate_per_s: float = 0.0) -> tuple[float, NDArray[np.uint32]]:
-        """Load for so long (0: as fast as it goes); return answers a second, and every latency in us."""
-        told = await self._run(("-d", str(seconds), "-r", str(rate_per_s)), seconds + _LOAD_BEYOND_S)
-        return told.answered_in_time / seconds, np.fromfile(self._output, dtype=np.uint32)
-
-    async def _run(self, words: Sequence[str], timeout_s: float) -> _Answered:
-        done = await self._client.run([*self._command, *words, *self._to], timeout_s=timeout_s)
-        return msgspec.json.decode(done.stdout, type=_Answered)
 
 
 async def measure(options: Options) -> OverheadReport:
@@ -206,16 +171,24 @@ async def _measure_redis(directory: Path, options: Options) -> tuple[float, floa
         spec = WorkloadSpec(
             name=WORKLOAD,
             nodes=("a", "b"),
-            command=("redis-server", "--port", str(_PORT), "--protected-mode", "no", "--save", ""),
+            command=("redis-server", "--port", str(PORT), "--protected-mode", "no", "--save", ""),
             vip=str(lab.vip()),
-            health=HealthCheck(tcp=_PORT),
+            health=HealthCheck(tcp=PORT),
             epoch_interval_ms=options.interval_ms,
         )
         address = str(lab.vip().ip)
         async with switched(spec, lab) as redis:
             client = await lab.add_host("client")
-            load = _Load(client, program, address, options)
-            probe = [sys.executable, "-m", "outlive.probe", address, str(_PORT)]
+            load = RedisLoad(
+                client,
+                program,
+                address,
+                connections=options.connections,
+                keys=options.keys,
+                value_bytes=options.value_bytes,
+                write_percent=options.write_percent,
+            )
+            probe = [sys.executable, "-m", "outlive.probe", address, str(PORT)]
 
             async def serves() -> bool:
                 return (await client.run([*probe, "present", "--newest", "1"], check=False)).returncode == 0
