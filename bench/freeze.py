@@ -37,6 +37,7 @@ from bench.freeze_report import (
 )
 from bench.interrupt import run_to_end
 from bench.target import WORKLOAD, Target, running_target
+from bench.tcp_walk import tcp_walk_ms
 from common.criu.locate import locate_criu
 from common.errors import LabError
 from common.identity import PageHasher
@@ -180,6 +181,7 @@ async def measure(rss_mib: int, options: Options) -> FreezeReport:
                 _tell(f"{rss_mib} MiB: fast, {level} pages dirty")
                 levels.append((level, await series.capture_many(options.level_epochs, level)))
             first_write = await _first_write(target, series)
+            tcp_walks = [tcp_walk_ms() for _ in range(_INJECTIONS)]
             agent_rss_bytes = _peak_rss_bytes()
         finally:
             await backend.close()
@@ -188,7 +190,7 @@ async def measure(rss_mib: int, options: Options) -> FreezeReport:
         return report(
             rss_mib,
             options,
-            Seen(first, ours, levels, stock, first_write, injections, agent_rss_bytes),
+            Seen(first, ours, levels, stock, first_write, injections, tcp_walks, agent_rss_bytes),
         )
 
 

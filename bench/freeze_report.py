@@ -45,6 +45,7 @@ class Breakdown(msgspec.Struct, frozen=True, kw_only=True):
 
     freezing: float
     criu: float
+    tcp_walk: float
     final_copy: float
 
 
@@ -152,6 +153,7 @@ class Seen:
     stock: list[Epoch]
     first_write_ns: FirstWrite
     injections_us: list[float]
+    tcp_walks_ms: list[float]
     agent_rss_bytes: int
 
 
@@ -189,6 +191,7 @@ def report(rss_mib: int, options: Options, seen: Seen) -> FreezeReport:
         breakdown_ms=Breakdown(
             freezing=_median([each.freeze.freezing_ms for each in ours]),
             criu=_median([each.freeze.frozen_ms - each.freeze.hook_ms for each in ours]),
+            tcp_walk=_median(seen.tcp_walks_ms),
             final_copy=_median([each.freeze.hook_ms for each in ours]),
         ),
         pages=Pages(
