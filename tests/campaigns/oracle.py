@@ -134,6 +134,8 @@ async def run_seed(
                     print(f"seed {seed}: {number}/{epochs}, {compared} compared", file=sys.stderr)
             await asyncio.sleep(chance.uniform(0.0, 0.1))
         replica.store.close()
+    if number < epochs and not wrong:
+        wrong.append(f"no more than {number} of {epochs} epochs could be captured: {dict(reasons)}")
     return Run(
         seed=seed,
         epochs=number,
