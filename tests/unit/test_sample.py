@@ -12,6 +12,7 @@ from common.criu.images import SpaceKey
 from common.errors import StoreError
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
+from replica.doubt import StoredDoubt
 from replica.levels import BaseError, NotHeldError, tells_damage
 from replica.store import EpochStore
 
@@ -170,6 +171,13 @@ def test_nothing_may_stand_on_what_is_in_doubt_also_after_a_restart(tmp_path: Pa
         assert store.doubt_about(EPOCHS[0]) == "b has stored 1 page otherwise"
         with pytest.raises(BaseError, match="in doubt"):
             store.begin(header(EPOCHS[1], EPOCHS[0]))
+
+
+def test_an_epoch_that_stands_on_what_is_in_doubt_is_in_doubt_however_new_it_is(store: EpochStore) -> None:
+    with_deltas(store)
+    doubt = StoredDoubt(epoch=EPOCHS[1], reason="of it")
+    assert doubt.touches(store._chain(EPOCHS[3]))
+    assert not StoredDoubt(epoch=EpochId(0, 9), reason="of it").touches(store._chain(EPOCHS[3]))
 
 
 def test_an_epoch_that_was_arriving_cannot_commit_on_what_is_in_doubt(store: EpochStore) -> None:

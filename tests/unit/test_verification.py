@@ -204,6 +204,12 @@ def test_a_page_that_is_missing_or_has_another_content_is_different(
     assert different(numbers(range(3, 6)), identities(3, 4, 5), told, told_identity).tolist() == expected
 
 
+def test_a_neighbour_with_the_same_content_is_another_page() -> None:
+    zeros = identities(0, 0)
+    marks = different(numbers(range(3, 5)), zeros, numbers(range(4, 6)), zeros)
+    assert marks.tolist() == [True, False]
+
+
 def test_one_word_of_an_identity_is_enough_to_differ() -> None:
     other = identities(3)
     other[0, 1] = 4
