@@ -169,6 +169,8 @@ class WorkloadAgent:
 
     def doubted(self, doubt: Doubt) -> None:
         """Tell that a leader found something else to be stored here than it captured."""
+        if self._doubted:
+            return  # it was told, and is not mended yet
         self._doubted = True
         reason = f"{doubt.reason}: nobody takes over with it unasked, and everything is sent anew"
         self._events.append(Event.VERIFY_DOUBTED, workload=self.spec.name, reason=reason)

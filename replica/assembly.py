@@ -213,7 +213,7 @@ class Assembly:
         try:
             part = self._store.sample(ask.epoch, key, ask.first_page, ask.end_page, HELD_PAGES, hasher)
         except StoreError as error:
-            log.warning("receive.cannot_sample", workload=self._workload, reason=error.message)
+            log.debug("receive.cannot_sample", workload=self._workload, reason=error.message)
             # Damage is an answer: what cannot be read back is not stored.
             if isinstance(error, NotHeldError) or not tells_damage(error):
                 problem = error.message[:4096]

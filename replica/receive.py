@@ -379,7 +379,8 @@ class Receiver:
     async def _take_doubt(self, session: _Session, doubt: Doubt, store: EpochStore) -> None:
         """Let this node know, and the leader, that nobody may go for the lead with what is stored."""
         workload = session.hello.workload
-        log.error("receive.doubt", workload=workload, epoch=str(doubt.epoch), reason=doubt.reason)
+        if self._to_be_logged(workload, "doubt"):
+            log.error("receive.doubt", workload=workload, epoch=str(doubt.epoch), reason=doubt.reason)
         self._on_doubt(workload, doubt)
         if (newest := await in_thread(lambda: store.newest)) is not None:
             restorable, reasons = await self._check(workload, newest)

@@ -680,6 +680,7 @@ async def test_what_is_in_doubt_is_told_reported_and_over_with_the_next_whole_ep
     await scene.agent.judge(record(1))
     scene.store.doubts[EpochId(1, 1)] = "1 page is another"
     scene.agent.doubted(Doubt(epoch=EpochId(1, 1), reason="1 page is another"))
+    scene.agent.doubted(Doubt(epoch=EpochId(1, 1), reason="1 page is another"))  # told once
     assert await scene.agent.judge(record(1)) == (False, ("t1-e1 is in doubt: 1 page is another",))
     report = scene.agent.report()
     assert report.restorable, "an operator could restore it"
