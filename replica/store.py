@@ -311,8 +311,11 @@ class EpochStore(StoreReader):
 
     def doubt_about(self, epoch: EpochId) -> str:
         """Return why an epoch is in doubt; empty if it is not."""
-        doubt, chain = self._doubt, chain_of(dict(self._levels), epoch)
-        return doubt.reason if doubt is not None and chain is not None and doubt.touches(chain) else ""
+        doubt = self._doubt
+        if doubt is None:
+            return ""
+        chain = chain_of(dict(self._levels), epoch)
+        return doubt.reason if chain is not None and doubt.touches(chain) else ""
 
     def verify(self, epoch: EpochId | None = None) -> list[Problem]:
         """See `StoreReader.verify`; nothing is removed meanwhile."""
