@@ -443,7 +443,8 @@ class TestChecked:
         reader.space.checks(bounds_of(region.numbers[:8]))
         dirty = reader.freeze(region)
         others = FrozenCall(reader.buffer).run([reader.space])
-        reader.buffer = FrozenBuffer(others + 7)
+        reader.buffer = FrozenBuffer(others + 64)
+        reader.buffer.pages = others + 7  # there is memory behind, which is not to be written to
         assert await self.found(reader, region, *range(8)) == {}
         reader.buffer = FrozenBuffer(others + 64)
         assert set(await self.found(reader, region, *range(8))) == set(range(8))

@@ -178,6 +178,11 @@ async def test_a_replica_in_doubt_waits_for_an_operator_who_gets_what_there_is()
         assert newest is not None
         doubt = {"epoch": [newest.id.term, newest.id.epoch], "reason": "b has stored 1 page otherwise"}
         (store / "doubt").write_text(json.dumps(doubt))
+
+        async def silent() -> bool:
+            return (await b.status()).agent == "silent"
+
+        await eventually(silent, what="b's keeper goes by no old report")
         await cluster.lab.power_off("a")
         await b.start("agent")
         waiting = await b.wait_for(NAME, lambda w: "in doubt" in w.reason, what="waiting for an operator")
