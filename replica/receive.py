@@ -380,7 +380,7 @@ class Receiver:
         """Let this node know, and the leader, that nobody may go for the lead with what is stored."""
         workload = session.hello.workload
         if self._to_be_logged(workload, "doubt"):
-            log.error("receive.doubt", workload=workload, epoch=str(doubt.epoch), reason=doubt.reason)
+            log.warning("receive.doubt", workload=workload, epoch=str(doubt.epoch), reason=doubt.reason)
         self._on_doubt(workload, doubt)
         if (newest := await in_thread(lambda: store.newest)) is not None:
             restorable, reasons = await self._check(workload, newest)
