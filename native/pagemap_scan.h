@@ -37,4 +37,26 @@ struct pm_scan_arg {
 
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 
+/* Ask for what is not protected in [start, end): what was written, and entries of a page table that are empty or
+ * marks. For just this question the kernel passes over a protected page without a look at it. What has no page
+ * table is not reported. EPERM where writes are not tracked. */
+static inline struct pm_scan_arg ask_unprotected(uint64_t start, uint64_t end, struct page_region *regions,
+						 uint64_t room)
+{
+	return (struct pm_scan_arg){
+		.size = sizeof(struct pm_scan_arg),
+		.flags = PM_SCAN_CHECK_WPASYNC,
+		.start = start,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)regions,
+		.vec_len = room,
+		.category_mask = PAGE_IS_WRITTEN,
+		.return_mask = PAGE_IS_WRITTEN,
+	};
+}
+
+enum {
+	SCAN_NEAR = 32, /* pages: to look at as many takes as long as another call */
+};
+
 #endif

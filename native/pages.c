@@ -30,6 +30,7 @@
 #define PAGE 4096u
 #define REGIONS 512u /* of one ioctl */
 #define PIECES 1024u /* iovecs of one call: IOV_MAX */
+#define TABLE (512u * PAGE) /* what one page table maps */
 
 enum {
 	RUN_DIRTY = 1,
@@ -142,45 +143,51 @@ static int append_clean(struct space *space, uint64_t *pair, uint64_t start, uin
 	return 0;
 }
 
-static uint64_t guard_category = PAGE_IS_GUARD; /* zero on kernels that do not know it */
+/* Add to a question that it is about pages with content: not the zero page, no guard page, no page of the file's
+ * own. Whether a page is the file's is asked only where it may be: the kernel then looks at each page's record, which
+ * costs five times the rest. Regions found, or -errno. */
+static long scan_content(int fd, struct pm_scan_arg *ask, bool file)
+{
+	static uint64_t guard = PAGE_IS_GUARD; /* zero on kernels that do not know it */
+	const uint64_t wanted = ask->category_mask;
 
-/* One scan of [start, end) for pages that there are; regions found, or -errno. Whether a page is a file's is asked
- * only where it may be: the kernel then looks at each page's own record, which costs five times the rest. */
+	ask->category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+	for (;;) {
+		ask->category_inverted = PAGE_IS_PFNZERO | guard | (file ? PAGE_IS_FILE : 0);
+		ask->category_mask = wanted | ask->category_inverted;
+		const long got = ioctl(fd, PAGEMAP_SCAN, ask);
+
+		if (got >= 0)
+			return got;
+		if (errno != EINVAL || !guard)
+			return -errno;
+		guard = 0;
+	}
+}
+
+/* One scan of [start, end) for pages that there are; regions found, or -errno. Room for no more regions than there
+ * can be: the kernel allocates as many. */
 static long scan_present(int fd, uint64_t start, uint64_t end, bool file, struct page_region *regions,
 			 uint64_t *walk_end)
 {
-	const uint64_t absent = PAGE_IS_PFNZERO | (file ? PAGE_IS_FILE : 0);
+	const uint64_t pages = (end - start) / PAGE;
+	struct pm_scan_arg ask = {
+		.size = sizeof(ask),
+		.start = start,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)regions,
+		.vec_len = pages < REGIONS ? pages : REGIONS,
+		.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED,
+	};
+	const long got = scan_content(fd, &ask, file);
 
-	for (;;) {
-		struct pm_scan_arg ask = {
-			.size = sizeof(ask),
-			.start = start,
-			.end = end,
-			.vec = (uint64_t)(uintptr_t)regions,
-			.vec_len = REGIONS,
-			.category_inverted = absent,
-			.category_mask = absent,
-			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-			.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED |
-				       guard_category,
-		};
-		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
-
-		if (got >= 0) {
-			*walk_end = ask.walk_end;
-			return got;
-		}
-		if (errno != EINVAL || !guard_category)
-			return -errno;
-		guard_category = 0;
-	}
+	*walk_end = ask.walk_end;
+	return got;
 }
 
 /* Protect again what is written in [start, end). */
 static int protect(int fd, uint64_t start, uint64_t end, bool file)
 {
-	const uint64_t absent = PAGE_IS_PFNZERO | (file ? PAGE_IS_FILE : 0);
-
 	while (start < end) {
 		struct page_region regions[64];
 		struct pm_scan_arg ask = {
@@ -190,13 +197,12 @@ static int protect(int fd, uint64_t start, uint64_t end, bool file)
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = 64,
-			.category_inverted = absent,
-			.category_mask = PAGE_IS_WRITTEN | absent,
-			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.category_mask = PAGE_IS_WRITTEN,
 			.return_mask = PAGE_IS_WRITTEN,
 		};
-		if (ioctl(fd, PAGEMAP_SCAN, &ask) < 0)
-			return errno;
+		const long got = scan_content(fd, &ask, file);
+		if (got < 0)
+			return (int)-got;
 		if (ask.walk_end <= start)
 			return EIO;
 		start = ask.walk_end;
@@ -225,12 +231,10 @@ static int append_marked(struct space *space, int fd, int memory, uint64_t start
 	return 0;
 }
 
-/* Look at every page of a mapping. The kernel has a faster way for the question which pages are not protected; but
- * what was dropped is not always among these, and then seems to be there still: tried, and found by the oracle. */
-static int scan_closely(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
+/* Look at every page of [start, end). */
+static int scan_closely(struct space *space, int fd, int memory, const struct vma *vma, uint64_t start, uint64_t end,
+			uint64_t *pair)
 {
-	uint64_t start = vma->start;
-	const uint64_t end = vma->end;
 	struct page_region regions[REGIONS];
 	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
 	const bool file = vma->flags & VMA_FILE;
@@ -245,8 +249,6 @@ static int scan_closely(struct space *space, int fd, int memory, const struct vm
 			const uint64_t is = regions[each].categories;
 			int failure;
 
-			if (is & PAGE_IS_GUARD)
-				continue;
 			const bool marker = file && !(is & PAGE_IS_PRESENT);
 			if (marker)
 				failure = append_marked(space, fd, memory, regions[each].start, regions[each].end,
@@ -265,10 +267,91 @@ static int scan_closely(struct space *space, int fd, int memory, const struct vm
 	return 0;
 }
 
+/* Append what stands in [start, end), of which nothing is unprotected. A page there is protected, so it is there;
+ * unless its whole page table was dropped, of which the fast way says nothing either. One page tells for its table,
+ * and so does a neighbour at either end that was reported. */
+static int append_standing(struct space *space, int fd, const struct vma *vma, uint64_t start, uint64_t end,
+			   uint64_t *pair)
+{
+	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
+	bool stands = start > vma->start && start % TABLE;
+
+	while (start < end) {
+		const uint64_t table = start - start % TABLE;
+		const uint64_t stop = table + TABLE < end ? table + TABLE : end;
+
+		if (!stands && !(stop == end && end < vma->end && end % TABLE)) {
+			struct page_region region;
+			struct pm_scan_arg ask = {
+				.size = sizeof(ask),
+				.start = start,
+				.end = end,
+				.vec = (uint64_t)(uintptr_t)&region,
+				.vec_len = 1,
+				.max_pages = 1,
+				.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+				.return_mask = PAGE_IS_PRESENT,
+			};
+			const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+			if (got < 0)
+				return errno;
+			if (!got)
+				return 0;
+			if (region.start >= stop) { /* nothing until there */
+				start = region.start - region.start % TABLE;
+				continue;
+			}
+			if (region.start > start) /* does not happen: what is missing there was not reported */
+				return EIO;
+		}
+		const int failure = append_clean(space, pair, start, stop, base);
+		if (failure)
+			return failure;
+		start = stop;
+		stands = false;
+	}
+	return 0;
+}
+
+/* Look closely only at what is not protected. Only for anonymous memory: in file mappings a dropped page may leave a
+ * protected marker. EPERM if it is not tracked. */
+static int scan_fast(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
+{
+	struct page_region regions[REGIONS];
+	uint64_t at = vma->start; /* everything before it is appended */
+
+	for (uint64_t scanned = vma->start; scanned < vma->end;) {
+		struct pm_scan_arg ask = ask_unprotected(scanned, vma->end, regions, REGIONS);
+		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+		if (got < 0)
+			return errno;
+		if (ask.walk_end <= scanned)
+			return EIO;
+		for (long each = 0; each < got;) {
+			const uint64_t from = regions[each].start;
+			uint64_t to = regions[each++].end;
+
+			/* To look at a few pages between costs less than to ask twice. */
+			while (each < got && regions[each].start - to <= SCAN_NEAR * PAGE)
+				to = regions[each++].end;
+			int failure = append_standing(space, fd, vma, at, from, pair);
+			if (!failure)
+				failure = scan_closely(space, fd, memory, vma, from, to, pair);
+			if (failure)
+				return failure;
+			at = to;
+		}
+		scanned = ask.walk_end;
+	}
+	return append_standing(space, fd, vma, at, vma->end, pair);
+}
+
 static int scan_vma(struct space *space, int fd, int memory, const struct vma *vma, uint64_t *pair)
 {
-	const int failure = scan_closely(space, fd, memory, vma, pair);
+	int failure = vma->flags & VMA_FILE ? EPERM : scan_fast(space, fd, memory, vma, pair);
 
+	if (failure == EPERM) /* nothing was appended */
+		failure = scan_closely(space, fd, memory, vma, vma->start, vma->end, pair);
 	if (failure || !(space->options & SPACE_PROTECT))
 		return failure;
 	return protect(fd, vma->start, vma->end, vma->flags & VMA_FILE);
@@ -445,8 +528,6 @@ int64_t outlive_maps(struct space *space)
 int outlive_protect(int fd, uint64_t start, uint64_t end, int file, uint32_t flags, struct run *runs, uint64_t room,
 		    uint64_t *count, uint64_t *reached)
 {
-	const uint64_t absent = PAGE_IS_PFNZERO | (file ? PAGE_IS_FILE : 0);
-
 	*reached = start;
 	while (*reached < end) {
 		struct page_region regions[REGIONS];
@@ -458,16 +539,14 @@ int outlive_protect(int fd, uint64_t start, uint64_t end, int file, uint32_t fla
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = left < REGIONS ? left : REGIONS,
-			.category_inverted = absent,
-			.category_mask = PAGE_IS_WRITTEN | absent,
-			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.category_mask = PAGE_IS_WRITTEN,
 			.return_mask = PAGE_IS_WRITTEN,
 		};
 		if (!left)
 			return ENOBUFS;
-		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+		const long got = scan_content(fd, &ask, file);
 		if (got < 0)
-			return errno;
+			return (int)-got;
 		if (ask.walk_end <= *reached)
 			return EIO;
 		for (long at = 0; at < got; at++)

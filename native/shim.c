@@ -4,7 +4,8 @@
  * out of criu's frozen time.
  *
  *   open of /proc/PID/smaps    what the agent read just before the freeze, if the frozen maps confirm it
- *   ioctl(PAGEMAP_SCAN)        no pages for owned mappings (maps.h), the kernel's answer for all others
+ *   ioctl(PAGEMAP_SCAN)        no pages for owned mappings (maps.h), the kernel's answer for all others; and to
+ *                              the question for guard pages the kernel's answer, asked in a faster way
  *   pread of /proc/PID/pagemap the same for kernels without that ioctl: zeros for owned mappings
  *
  * Everything else goes to libc untouched: it intercepts open, openat, ioctl and pread, and looks at nothing but
@@ -60,6 +61,8 @@ static struct vma *kept;       /* MAPPINGS, for `others` of all processes */
 static size_t kept_count;
 static struct process processes[SHIM_ROOM];
 static size_t process_count;
+static struct process *parsed; /* the process whose mappings stand in `mappings` */
+static size_t parsed_count;
 static struct process *pagemap_of[DESCRIPTORS]; /* which process an open pagemap is of */
 
 static void *take(size_t bytes)
@@ -198,10 +201,13 @@ static int serve(const struct shim_plan *plan)
 /* Remember which of the mappings in `text` are not owned; false if the text makes no sense. */
 static bool keep_others(struct process *made, size_t size)
 {
+	parsed = NULL;
 	const long count = maps_parse(text, size, mappings, MAPPINGS);
 
 	if (count < 0 || kept_count + (size_t)count > MAPPINGS)
 		return false;
+	parsed = made;
+	parsed_count = (size_t)count;
 	made->others = kept + kept_count;
 	for (long at = 0; at < count; at++)
 		if (!(mappings[at].flags & VMA_OWNED))
@@ -319,36 +325,98 @@ static bool asks_what_to_dump(const struct pm_scan_arg *ask)
 	       ask->category_anyof_mask == (PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
 }
 
+/* Append to what was found the kernel's answer for [start, end), cut to what was asked for. 1: there is no room for
+ * more, and walk_end says how far it came; -1: errno. */
+static int gather(int fd, struct pm_scan_arg *ask, uint64_t start, uint64_t end, uint64_t *found)
+{
+	struct pm_scan_arg part = *ask;
+
+	part.start = start > ask->start ? start : ask->start;
+	part.end = end < ask->end ? end : ask->end;
+	part.vec = ask->vec + *found * sizeof(struct page_region);
+	part.vec_len = ask->vec_len - *found;
+	if (part.start >= part.end)
+		return 0;
+	ask->walk_end = part.start;
+	if (!part.vec_len)
+		return 1;
+	const int got = libc_ioctl(fd, PAGEMAP_SCAN, &part);
+	if (got < 0)
+		return -1;
+	*found += (uint64_t)got;
+	ask->walk_end = part.walk_end;
+	return part.walk_end < part.end;
+}
+
 /* Ask the kernel for the mappings between start and end that are not owned, one after the other. */
 static int scan_others(int fd, const struct process *of, struct pm_scan_arg *ask)
 {
 	uint64_t found = 0;
+	int ended = 0;
 
-	for (size_t at = 0; at < of->count && of->others[at].start < ask->end; at++) {
-		const struct vma *vma = &of->others[at];
-
-		if (vma->end <= ask->start)
-			continue;
-		struct pm_scan_arg part = *ask;
-		part.start = vma->start > ask->start ? vma->start : ask->start;
-		part.end = vma->end < ask->end ? vma->end : ask->end;
-		part.vec = ask->vec + found * sizeof(struct page_region);
-		part.vec_len = ask->vec_len - found;
-		if (!part.vec_len) {
-			ask->walk_end = part.start;
-			return (int)found;
-		}
-		const int got = libc_ioctl(fd, PAGEMAP_SCAN, &part);
-		if (got < 0)
-			return got;
-		found += (uint64_t)got;
-		if (part.walk_end < part.end) {
-			ask->walk_end = part.walk_end;
-			return (int)found;
-		}
-	}
-	ask->walk_end = ask->end;
+	for (size_t at = 0; at < of->count && !ended; at++)
+		ended = gather(fd, ask, of->others[at].start, of->others[at].end, &found);
+	if (ended < 0)
+		return -1;
+	if (!ended)
+		ask->walk_end = ask->end;
 	return (int)found;
+}
+
+/* Guard pages are not protected: ask the kernel only for what is not, where it can tell that quickly. */
+static int gather_guards(int fd, const struct vma *vma, struct pm_scan_arg *ask, uint64_t *found)
+{
+	struct page_region regions[512];
+	uint64_t start = vma->start > ask->start ? vma->start : ask->start;
+
+	while (start < vma->end) {
+		struct pm_scan_arg fast = ask_unprotected(start, vma->end, regions, 512);
+		const int got = libc_ioctl(fd, PAGEMAP_SCAN, &fast);
+
+		if (got < 0 || fast.walk_end <= start) /* not tracked */
+			return gather(fd, ask, start, vma->end, found);
+		for (int at = 0; at < got;) {
+			const uint64_t from = regions[at].start;
+			uint64_t to = regions[at++].end;
+
+			while (at < got && regions[at].start - to <= SCAN_NEAR * PAGE)
+				to = regions[at++].end;
+			const int ended = gather(fd, ask, from, to, found);
+			if (ended)
+				return ended;
+		}
+		start = fast.walk_end;
+	}
+	return 0;
+}
+
+/* criu asks for the guard pages of the whole address space, right after it read the mappings. */
+static int scan_guards(int fd, struct pm_scan_arg *ask)
+{
+	uint64_t found = 0;
+	int ended = 0;
+
+	for (size_t at = 0; at < parsed_count && !ended; at++) {
+		const struct vma *vma = &mappings[at];
+
+		if (vma->end <= ask->start || vma->start >= ask->end)
+			continue;
+		ended = vma->flags & VMA_OWNED && !(vma->flags & VMA_FILE) ?
+				gather_guards(fd, vma, ask, &found) :
+				gather(fd, ask, vma->start, vma->end, &found);
+	}
+	if (ended < 0)
+		return -1;
+	if (!ended)
+		ask->walk_end = ask->end;
+	return (int)found;
+}
+
+/* criu's question where the guard pages are, and no other (criu/mem.c, CRIU 4.2). */
+static bool asks_for_guards(const struct pm_scan_arg *ask)
+{
+	return ask->size == sizeof(*ask) && !ask->flags && !ask->max_pages && ask->vec && !ask->category_inverted &&
+	       !ask->category_anyof_mask && ask->category_mask == PAGE_IS_GUARD && ask->return_mask == PAGE_IS_GUARD;
 }
 
 int ioctl(int fd, unsigned long request, ...)
@@ -366,8 +434,10 @@ int ioctl(int fd, unsigned long request, ...)
 		of->report->scans++;
 		return scan_others(fd, of, ask);
 	}
-	if (ask->category_mask != PAGE_IS_GUARD || ask->return_mask != PAGE_IS_GUARD)
+	if (!asks_for_guards(ask))
 		of->report->flags |= SHIM_UNKNOWN_SCAN;
+	else if (parsed == of)
+		return scan_guards(fd, ask);
 	return libc_ioctl(fd, request, argument);
 }
 

@@ -201,7 +201,8 @@ class FastBackend:
             self._processes.pop(pid).close()
         for pid in pids:
             process = self._processes.get(pid)
-            if process is None or not process.is_same:
+            fresh = process is None or not process.is_same
+            if process is None or fresh:
                 if process is not None:
                     process.close()
                 try:
@@ -209,6 +210,8 @@ class FastBackend:
                 except CaptureError:  # it has ended since
                     self._processes.pop(pid, None)
                     continue
+            if fresh or process.borrows:
+                process.borrows_from(other for other in self._processes.values() if other is not process)
             try:
                 await process.track()
             except CaptureError:

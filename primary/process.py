@@ -8,9 +8,12 @@ cannot be) is captured whole: all that it has reads as written.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +54,8 @@ _SMAPS_AGE_S: Final = 1.0
 _SMAPS_SHARE: Final = 20.0
 """The flags of unchanged mappings are read anew after a second, and after 20 times as long as that takes."""
 _TRACK_AGAIN_S: Final = 5.0
+_KCMP: Final = {"x86_64": 312, "aarch64": 272}
+_KCMP_VM: Final = 1
 _SMALL_PAGES: Final = 1024
 """A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 
@@ -67,7 +72,10 @@ class TrackedProcess:
         self.space = Space(pid)
         self.problem = ""
         """Why its writes are not tracked; empty if they are."""
+        self.borrows = False
+        """It lives in the address space of another process of the workload, until it executes a program."""
         self._userfault: Userfault | None = None
+        self._reads_directly = False
         self._seen = False
         self._track_at_s = 0.0
         self._smaps: Smaps | None = None
@@ -90,9 +98,18 @@ class TrackedProcess:
         except CaptureError:
             return False
 
+    def borrows_from(self, others: Iterable[TrackedProcess]) -> bool:
+        """Look whether it has an address space of its own; remember it in `borrows`.
+
+        What was written is told once for each address space. A child of vfork that was asked for it would
+        take from its parent what the parent's book never learned of.
+        """
+        self.borrows = any(_share_memory(self.pid, other.pid) for other in others if not other.borrows)
+        return self.borrows
+
     async def track(self) -> None:
         """Take a userfaultfd out of it, unless there is one. A failure is remembered, not raised."""
-        if self._userfault is not None or time.monotonic() < self._track_at_s:
+        if self.borrows or self._userfault is not None or time.monotonic() < self._track_at_s:
             return
         if not self._seen and _resident_pages(self.pid) < _SMALL_PAGES:
             self._seen = True  # most small processes end before the next epoch
@@ -127,7 +144,7 @@ class TrackedProcess:
                     self.book.forget_all()
             if self._userfault is None:
                 return 0
-            self.space.protects = reads_directly(self.pid)
+            self.space.protects = self._read_directly()
             owned = vmas[(vmas["flags"] & OWNED) != 0]
             wanted = self.book.numbers[~self.book.known]
             if not self.space.protects:
@@ -140,7 +157,7 @@ class TrackedProcess:
                 self.book.expect(written)
                 self.book.forget(written)
                 wanted = np.union1d(wanted, written)
-                if reads_directly(self.pid):  # since when is not known, so nothing of this round is
+                if self._read_directly():  # since when is not known, so nothing of this round is
                     self.space.protects = True
                     self.book.forget_all()
                     return 0
@@ -192,6 +209,14 @@ class TrackedProcess:
         except OSError:
             self._smaps = None
         return self._smaps
+
+    def _read_directly(self) -> bool:
+        """Whether devices may write into its memory past the tracking: a file is open with O_DIRECT, or was.
+
+        Who opens one for a moment does so again, and perhaps between two looks.
+        """
+        self._reads_directly = self._reads_directly or reads_directly(self.pid)
+        return self._reads_directly
 
     def _copy(
         self, hasher: PageHasher, writer: LayerWriter, wanted: NDArray[np.uint64], owned: NDArray[np.void]
@@ -324,6 +349,17 @@ def _started_ticks(pid: int) -> int:
     if fields[0] in "ZX":
         raise CaptureError(f"process {pid} has ended")
     return int(fields[19])
+
+
+def _share_memory(one: int, other: int) -> bool:
+    """Ask the kernel whether two processes have the same address space; no if one of them has ended.
+
+    Raises CaptureError where it cannot tell (CRIU needs kcmp(2) as well).
+    """
+    same = ctypes.CDLL(None, use_errno=True).syscall(_KCMP[platform.machine()], one, other, _KCMP_VM, 0, 0)
+    if same < 0 and (number := ctypes.get_errno()) != errno.ESRCH:
+        raise CaptureError(f"processes {one} and {other} cannot be compared: {os.strerror(number)}")
+    return bool(same == 0)
 
 
 def _resident_pages(pid: int) -> int:
