@@ -32,7 +32,7 @@ from primary.verification import Mismatch, Verification
 from replica.holdings import Holdings
 from replica.levels import MANIFEST_NAME, Manifest, encode_manifest
 from replica.store_reader import StoreReader
-from tests.campaigns.oracle import Unwatched
+from tests.campaigns.twins import Unwatched
 from tests.system.clusters import NAME, Protected, protected_redis
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
