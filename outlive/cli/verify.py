@@ -54,7 +54,7 @@ def verify(context: click.Context, now: bool, workload: str, timeout_s: float) -
     """Compare every page with what is believed of it, and with what each replica has on its disk.
 
     Without being asked, this goes on all the time, in small slices; --now does it in slices of 4096 pages (16
-    MiB) an epoch, each of which freezes the workload for some 5 ms more. Give it to the node that leads.
+    MiB) an epoch, each of which freezes the workload for some 4 ms more. Give it to the node that leads.
     What differs is mended by itself. Exits with 18 if anything did; docs/concepts/verification.md says what
     that means.
     """
