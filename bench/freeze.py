@@ -50,6 +50,7 @@ from primary.injection import take_userfaultfd
 from primary.pages import DIRTY
 from primary.shim import ShimChannel
 from primary.stock import StockBackend
+from primary.verification import Verification
 
 _WARM_UP_EPOCHS = 2
 _INJECTIONS = 10
@@ -169,7 +170,12 @@ async def measure(rss_mib: int, options: Options) -> FreezeReport:
         injections = [await _injection_us(target.pid) for _ in range(_INJECTIONS)]
         dumper = _DirtyingDumper(target, criu, with_shim=True)
         backend = FastBackend(
-            target.config, dumper, workload=WORKLOAD, incarnation="bench", hasher=PageHasher()
+            target.config,
+            dumper,
+            workload=WORKLOAD,
+            incarnation="bench",
+            hasher=PageHasher(),
+            verification=Verification(options.verify_epochs),
         )
         try:
             series = _Series(target, dumper, backend)
@@ -262,6 +268,7 @@ async def _run(options: argparse.Namespace) -> FreezeReport | SweptReport:
         processes=options.processes,
         threads=options.threads,
         shared_mib=options.shared_mib,
+        verify_epochs=options.verify_epochs,
         levels=tuple(options.levels),
         level_epochs=options.level_epochs,
     )
@@ -285,6 +292,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that the memory is split among")
     parser.add_argument("--threads", type=int, default=1, help="of each process, besides the ticker")
     parser.add_argument("--shared-mib", type=int, default=0, help="shared memory in addition")
+    parser.add_argument(
+        "--verify-epochs", type=int, default=defaults.verify_epochs, help="0: no verification"
+    )
     parser.add_argument("--swept", type=_numbers, default=[], help="sizes in MiB, instead of --rss-mib")
     parser.add_argument("--levels", type=_numbers, default=list(defaults.levels))
     parser.add_argument("--level-epochs", type=int, default=defaults.level_epochs, help="0: no levels")

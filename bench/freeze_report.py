@@ -123,6 +123,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     processes: int = 1
     threads: int = 1
     shared_mib: int = 0
+    verify_epochs: int = 500
     levels: tuple[int, ...] = (0, 1000, 5000)
     level_epochs: int = 10
 

@@ -79,6 +79,8 @@ class Capture(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     backend: Literal["auto", "stock"] = "stock"
     """`auto`: memory is copied while the workload runs, where kernel and CRIU allow it."""
+    verify_epochs: int = 500
+    """In how many epochs all pages are compared with what is believed, and stored, of them; 0: never."""
 
 
 class Heartbeat(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -222,6 +224,8 @@ def _problems(config: NodeConfig) -> list[str]:
         found.append(
             "heartbeat.suspect_after_ms: at least three times interval_ms, or one lost beat is a failure"
         )
+    if config.capture.verify_epochs < 0:
+        found.append("capture.verify_epochs: 0 for no verification, or more")
     if config.store.max_bytes < 0:
         found.append("store.max_bytes: 0 for no bound, or more")
     if config.store.max_levels < 2:

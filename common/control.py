@@ -32,6 +32,27 @@ class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
     """Why not restorable there, one sentence each."""
 
 
+class VerificationProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the comparison of one replica's store, or of memory, is; counted since the agent leads."""
+
+    replica: str
+    """Empty: the workload's memory is compared with what is believed of it."""
+    pages_done: int
+    """Pages of the round under way that were looked at, ..."""
+    pages_due: int
+    """... of so many. 0: no round is under way."""
+    epochs: int
+    """... at so many epochs."""
+    rounds: int
+    """Whole rounds."""
+    ended_wall_s: float | None = None
+    """When the last of them ended."""
+    pages_compared: int = 0
+    pages_different: int = 0
+    problem: str = ""
+    """Why nothing could be compared at the last epoch; empty if it could."""
+
+
 class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent knows of one workload, told to its keeper at every report."""
 
@@ -59,6 +80,12 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     capture_failures: int = 0
     """Captures that failed in a row."""
     replicas: tuple[ReplicaProgress, ...] = ()
+    verification: tuple[VerificationProgress, ...] = ()
+    doubt: str = ""
+    """Why what is stored here is not what its leader captured; empty: nobody says so.
+
+    Nobody takes over with it unasked. It can be restored all the same, if an operator wants that.
+    """
     order_done: int = 0
     """Number of the newest order that is carried out; 0 for none."""
     order_failed: int = 0
@@ -170,6 +197,13 @@ class Resync(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Send everything anew. False: the replica reads all that it holds, and gets what differs."""
 
 
+class Verify(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a leader's agent: compare everything now, over the next epochs."""
+
+    workload: str = ""
+    """Empty: all that this node leads."""
+
+
 KeeperRequest = (
     Report
     | AnnounceFreeze
@@ -181,6 +215,7 @@ KeeperRequest = (
     | AskStatus
     | AskHistory
     | Resync
+    | Verify
 )
 
 # --- answers ----------------------------------------------------------------------------------------
@@ -205,6 +240,15 @@ class Resyncing(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     since: dict[str, EpochId | None]
     """The newest epoch captured so far of each: the replica is in sync again with a newer one."""
+
+
+class Verifying(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `Verify`: rounds begin with the next epoch; how things stood before, for each workload.
+
+    Only what is compared at present is named: no replica that is not connected.
+    """
+
+    before: dict[str, tuple[VerificationProgress, ...]]
 
 
 class Orders(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -264,6 +308,7 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     captured: EpochId | None = None
     stored: EpochId | None = None
     replicas: tuple[ReplicaProgress, ...] = ()
+    verification: tuple[VerificationProgress, ...] = ()
     exit_code: int | None = None
     volatile: bool = False
 
@@ -327,6 +372,7 @@ class WorkloadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     """Present pages of the newest epoch."""
     streams: tuple[StreamMetrics, ...]
+    verification: tuple[VerificationProgress, ...] = ()
 
     @property
     def commit_ms(self) -> tuple[float, ...]:
@@ -355,5 +401,5 @@ class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workloads: tuple[WorkloadMetrics, ...]
 
 
-KeeperAnswer = Done | Refused | Resyncing | Orders | NodeStatus | History | AgentMetrics
+KeeperAnswer = Done | Refused | Resyncing | Verifying | Orders | NodeStatus | History | AgentMetrics
 """Every answer on a node's control sockets; the agent gives `AgentMetrics` and `Refused` only."""

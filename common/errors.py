@@ -121,3 +121,9 @@ class ObjectiveMissedError(OutliveError):
 
     exit_code = 17
     retryable = True
+
+
+class MismatchError(OutliveError):
+    """Verification found pages that were not what they should have been; they are being sent anew."""
+
+    exit_code = 18

@@ -65,6 +65,10 @@ class Event(StrEnum):
     BASE_FINISHED = "base.finished"
     RESYNC_STARTED = "resync.started"
 
+    VERIFY_MISMATCH = "verify.mismatch"
+    VERIFY_DOUBTED = "verify.doubted"
+    VERIFY_MENDED = "verify.mended"
+
     RPO_EXCEEDED = "rpo.exceeded"
     RPO_MET = "rpo.met"
 

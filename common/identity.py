@@ -22,9 +22,19 @@ _BLOCK_PAGES = 512
 """Pages read at once (2 MiB): large enough for the disk, small enough for the cache."""
 
 
+_FRESH = np.uint64(0xF1E5_4F1E_54F1_E54F)
+"""Second word of identities that were drawn; of those that were computed, one in 2^64 has it."""
+
+
 def fresh_identity() -> NDArray[np.uint64]:
     """Draw an identity that no page has or had: what gets it counts as changed in its epoch; shape (2,)."""
-    return np.frombuffer(secrets.token_bytes(16), dtype=np.uint64)
+    return np.array([secrets.randbits(64), _FRESH], dtype=np.uint64)
+
+
+def is_fresh(identity: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Mark identities (shape (n, 2)) that were drawn, so that they say nothing of the content; shape (n,)."""
+    marks: NDArray[np.bool_] = identity[:, 1] == _FRESH
+    return marks
 
 
 class PageHasher:

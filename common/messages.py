@@ -21,7 +21,7 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 BULK_BYTES: Final = 1 << 20
@@ -122,6 +122,21 @@ class AskHeld(_Message, frozen=True):
     first_row: Count
 
 
+class AskStored(_Message, frozen=True):
+    """Primary to replica, between epochs: what is on your disk of these pages of a committed epoch?
+
+    The answer is `HeldPages`. Unlike `AskHeld` this is no question about what to send: it verifies.
+    """
+
+    epoch: EpochId
+    secret: Secret
+    kind: Literal["task", "shmem"]
+    ident: Count
+    first_page: Count
+    end_page: Count
+    """Behind the last one."""
+
+
 class HeldPages(_Message, frozen=True):
     """Replica to primary: these, in one bulk frame (`common.bulk.pack_held`); none if it cannot say."""
 
@@ -129,6 +144,18 @@ class HeldPages(_Message, frozen=True):
     ident: Count
     pages: Annotated[int, Meta(ge=0, le=BULK_BYTES // 24)]
     more: bool
+    problem: Text = ""
+    """To `AskStored`: why it cannot say just now. Empty: pages that are missing are not there, or damaged."""
+
+
+class Doubt(_Message, frozen=True):
+    """Primary to replica, between epochs: what you have stored up to this epoch is not what was captured.
+
+    Nothing of it may lend pages to a later epoch; everything is sent anew.
+    """
+
+    epoch: EpochId
+    reason: Text
 
 
 # --- one epoch --------------------------------------------------------------------------------------
@@ -248,7 +275,9 @@ Message = (
     | Welcome
     | Refused
     | AskHeld
+    | AskStored
     | HeldPages
+    | Doubt
     | Begin
     | Metadata
     | Space
@@ -266,7 +295,9 @@ _TYPES: Final[dict[str, type[_Message]]] = {
     "welcome": Welcome,
     "refused": Refused,
     "ask": AskHeld,
+    "ask-stored": AskStored,
     "held": HeldPages,
+    "doubt": Doubt,
     "begin": Begin,
     "metadata": Metadata,
     "space": Space,

@@ -36,6 +36,7 @@ def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> Wo
         captured=report.captured if report is not None else None,
         stored=report.stored if report is not None else None,
         replicas=tuple(_judged(role, replica) for replica in replicas),
+        verification=report.verification if report is not None and role.name in LEADING else (),
         exit_code=None if role.alive else role.exit_code,
         volatile=report.volatile if report is not None else False,
     )
@@ -72,14 +73,15 @@ def _restorable(
         said = tuple(f"{replica.node}: {reason}" for replica in judged for reason in replica.reasons)
         away = tuple(f"{replica.node} is not connected" for replica in replicas if not replica.connected)
         return False, (*silent, *away, *said) or ("no replica is known yet",)
-    return role.report.restorable and not silent, (*silent, *role.report.reasons)
+    doubt = (role.report.doubt,) if role.report.doubt else ()
+    return role.report.restorable and not silent and not doubt, (*silent, *role.report.reasons, *doubt)
 
 
 def _data_at_risk_s(role: Role, now: Instant) -> float | None:
     """Age of the newest epoch that could be restored: elsewhere for the leader, here for a replica."""
     report = role.report
     if role.record.leader != role.me and report is not None:
-        usable = report.restorable and report.stored_wall_s is not None
+        usable = report.restorable and report.stored_wall_s is not None and not report.doubt
         return max(0.0, now.wall_s - (report.stored_wall_s or 0.0)) if usable else None
     newest = newest_elsewhere(role)
     if newest is None or newest.acknowledged_wall_s is None:

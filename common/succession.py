@@ -132,6 +132,8 @@ def obstacle(role: Role, now: Instant) -> str:
     if problem := unready(role, now):
         return f"{problem}{_empty_start(role, rival, now)}"
     assert role.report is not None  # noqa: S101 - unready() looked
+    if role.report.doubt:
+        return f"{role.report.doubt}: outlive failover {name} --accept-data-loss"
     stored = role.report.stored
     if stored is not None and stored.term < record.term:
         return (

@@ -6,7 +6,7 @@
  *   running   outlive_scan        what was written since the last protection, and protect it anew
  *             outlive_read        copy pages; says of each whether it could be read
  *   frozen    outlive_capture     of all processes of the tree: which pages there are, which of them are dirty,
- *                                 and the content of the dirty ones
+ *                                 and the content of the dirty ones, and of a few clean ones to be compared
  *
  * A page counts as dirty unless all of this is so: it can be tracked (WPALLOWED), it was not written since it was
  * protected, it is no marker in a file mapping, and the caller knows its content (`known`). Whatever is in doubt
@@ -67,6 +67,13 @@ struct space {
 	struct vma *vmas;
 	uint64_t vmas_room;
 	uint64_t vmas_count;    /* out */
+	const uint64_t *check;  /* start, end ... ascending: pages to be read too where they are clean */
+	uint64_t check_pairs;
+	struct run *checked;    /* out: those of them that are present and clean, with content if `checked_pages` */
+	uint64_t checked_room;
+	uint64_t checked_count;
+	uint64_t checked_pages; /* out: 0 if there was no room for them in the buffer, or they could not be read */
+	uint64_t checked_at;    /* out: page in the buffer from which they stand, in order */
 };
 
 static int open_of(int pid, const char *name, int flags)
@@ -440,6 +447,50 @@ static int read_runs(int pid, const struct run *runs, uint64_t count, uint32_t f
 	return failure ? failure : flush(pid, pieces, &gathered, &bytes, &into);
 }
 
+/* Find which pages of `check` are present and clean. */
+static void select_checked(struct space *space)
+{
+	uint64_t at = 0, pair = 0;
+
+	space->checked_count = space->checked_pages = 0;
+	while (at < space->runs_count && pair < space->check_pairs) {
+		const struct run *run = &space->runs[at];
+		const uint64_t first = space->check[2 * pair], last = space->check[2 * pair + 1];
+		const uint64_t from = run->start > first ? run->start : first;
+		const uint64_t to = run->end < last ? run->end : last;
+
+		if (from < to && !(run->flags & RUN_DIRTY)) {
+			if (space->checked_count == space->checked_room)
+				return;
+			space->checked[space->checked_count++] = (struct run){ from, to, run->flags, 0 };
+			space->checked_pages += (to - from) / PAGE;
+		}
+		if (run->end < last)
+			at++;
+		else
+			pair++;
+	}
+}
+
+/* Copy the pages that are to be compared behind the dirty ones, as far as there is room. What fails here fails no
+ * epoch: it is left out. */
+static void read_checked(struct space *spaces, uint64_t count, uint8_t *buffer, uint64_t taken, uint64_t room)
+{
+	for (uint64_t at = 0; at < count; at++) {
+		struct space *space = &spaces[at];
+
+		space->checked_count = space->checked_pages = 0;
+		if (space->error || !space->check_pairs)
+			continue;
+		select_checked(space);
+		space->checked_at = taken;
+		if (space->checked_pages > room - taken ||
+		    read_runs(space->pid, space->checked, space->checked_count, 0, buffer + taken * PAGE))
+			space->checked_count = space->checked_pages = 0;
+		taken += space->checked_pages;
+	}
+}
+
 /* Frozen: take all spaces. Returns the dirty pages of all, which stand in `buffer` unless they are more than
  * `buffer_pages`: then nothing was copied. A space that failed says so itself, and counts for nothing. */
 int64_t outlive_capture(struct space *spaces, uint64_t count, uint8_t *buffer, uint64_t buffer_pages)
@@ -459,6 +510,7 @@ int64_t outlive_capture(struct space *spaces, uint64_t count, uint8_t *buffer, u
 		if (!spaces[at].error && spaces[at].dirty_pages)
 			spaces[at].error = read_runs(spaces[at].pid, spaces[at].runs, spaces[at].runs_count,
 						     RUN_DIRTY, buffer + spaces[at].content_at * PAGE);
+	read_checked(spaces, count, buffer, dirty, buffer_pages);
 	return (int64_t)dirty;
 }
 

@@ -39,6 +39,9 @@ from common.control import (
     Report,
     Resync,
     Resyncing,
+    VerificationProgress,
+    Verify,
+    Verifying,
 )
 from common.control_channel import ControlServer, ask
 from common.criu.locate import locate_criu
@@ -54,7 +57,7 @@ from common.events import Event, EventLog, event_file
 from common.heartbeat import AgentBeater
 from common.identity import PageHasher
 from common.keyring import read_keyring
-from common.messages import Hello, Nack
+from common.messages import Doubt, Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.private_directory import prepare_private_directory
@@ -67,6 +70,7 @@ from outlive.held_workloads import HeldWorkloads
 from outlive.key_reload import reload_on_hangup
 from outlive.leading import Leading, clear_images
 from outlive.store_room import prepare_store_room
+from outlive.verifying import Verifier
 from outlive.workload_agent import WorkloadAgent
 from primary.backend import ChosenBackend, fast_problem
 from primary.dumping import Dumper
@@ -189,6 +193,7 @@ class Agent:
             ),
             on_refused=lambda _, reason: self._events.append(Event.PEER_REFUSED, reason=reason),
             on_not_committed=self._note_not_committed,
+            on_doubt=self._note_doubt,
         )
 
     def reload_keys_on_hangup(self, reread: Callable[[], NodeConfig]) -> None:
@@ -307,12 +312,18 @@ class Agent:
         if workload is not None:  # else it was let go of meanwhile
             workload.not_committed(nack)
 
+    def _note_doubt(self, name: str, doubt: Doubt) -> None:
+        workload = self._workloads.get(name)
+        if workload is not None:
+            workload.doubted(doubt)
+
     def _make_leading(self, workload: WorkloadAgent, term: int, init_pid: int) -> Leading:
         spec = workload.spec
         run = incarnation(self._config, spec.name)
         paths = WorkloadPaths(self._config, spec.name)
         newest = workload.store.newest
-        backend = self._make_backend(spec, run.id if run is not None else "unknown", init_pid)
+        verifier = Verifier(spec.name, self._config.capture.verify_epochs, self._events)
+        backend = self._make_backend(spec, run.id if run is not None else "unknown", init_pid, verifier)
         return Leading(
             self._config,
             spec,
@@ -320,11 +331,14 @@ class Agent:
             incarnation=run.id if run is not None else "unknown",
             backend=backend,
             numbers=EpochNumbers(paths.state / "epoch-mark", at_least=newest.id.epoch if newest else 0),
-            make_stream=partial(self._make_stream, spec, term, run.id if run is not None else "unknown"),
+            make_stream=partial(
+                self._make_stream, spec, term, run.id if run is not None else "unknown", verifier
+            ),
             events=self._events,
+            verifier=verifier,
         )
 
-    def _make_backend(self, spec: WorkloadSpec, run: str, init_pid: int) -> ChosenBackend:
+    def _make_backend(self, spec: WorkloadSpec, run: str, init_pid: int, verifier: Verifier) -> ChosenBackend:
         def dumper(*, with_shim: bool) -> Dumper:
             return Dumper(
                 self._config,
@@ -343,6 +357,7 @@ class Agent:
                 workload=spec.name,
                 incarnation=run,
                 hasher=self._hasher,
+                verification=verifier.memory,
             )
 
         stock = StockBackend(
@@ -362,6 +377,7 @@ class Agent:
         spec: WorkloadSpec,
         term: int,
         run: str,
+        verifier: Verifier,
         peer: Peer,
         on_acknowledged: Callable[[EpochId], None],
     ) -> ReplicaStream:
@@ -375,6 +391,7 @@ class Agent:
             incarnation=run,
             secret=self._hasher.secret,
             on_acknowledged=on_acknowledged,
+            verification=verifier.store_of(peer.name),
         )
 
     async def _fold_for_ever(self) -> None:
@@ -421,10 +438,12 @@ class Agent:
                 except (OutliveError, OSError) as error:
                     log.error("judge.failed", workload=workload.spec.name, error=str(error))
 
-    async def _answer(self, request: object) -> AgentMetrics | Resyncing | Refused:
+    async def _answer(self, request: object) -> AgentMetrics | Resyncing | Verifying | Refused:
         """Answer the command line and the benchmarks."""
         if isinstance(request, Resync):
             return self._resync(request)
+        if isinstance(request, Verify):
+            return self._verify(request)
         if not isinstance(request, AskStatus):
             return Refused(error="ProtocolError", message="the agent takes orders from its keeper only")
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -436,6 +455,21 @@ class Agent:
             rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
             cpu_s=sum(each.ru_utime + each.ru_stime for each in usage),
             workloads=tuple(each for each in metrics if each is not None),
+        )
+
+    def _verify(self, request: Verify) -> Verifying | Refused:
+        before: dict[str, tuple[VerificationProgress, ...]] = {}
+        for workload in self._workloads.all():
+            name = workload.spec.name
+            if request.workload in ("", name) and (progress := workload.verify()):
+                before[name] = progress
+        if before:
+            return Verifying(before=before)
+        what = request.workload or "any workload"
+        return Refused(
+            error="WorkloadError",
+            message=f"{self._config.node.name} does not lead {what} with a replica that is connected",
+            hint="outlive status: give this order on the primary, while a replica is connected",
         )
 
     def _resync(self, request: Resync) -> Resyncing | Refused:

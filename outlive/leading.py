@@ -22,10 +22,11 @@ import msgspec
 import structlog
 
 from common.config import NodeConfig, Peer
-from common.control import ReplicaProgress, StreamMetrics, WorkloadMetrics
+from common.control import ReplicaProgress, StreamMetrics, VerificationProgress, WorkloadMetrics
 from common.errors import OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
+from outlive.verifying import Verifier
 from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
 from primary.numbering import EpochNumbers
@@ -57,6 +58,7 @@ class Leading:
         numbers: EpochNumbers,
         make_stream: Callable[[Peer, Callable[[EpochId], None]], ReplicaStream],
         events: EventLog,
+        verifier: Verifier,
     ) -> None:
         self.spec = spec
         self.term = term
@@ -67,6 +69,7 @@ class Leading:
         self._backend = backend
         self._numbers = numbers
         self._events = events
+        self._verifier = verifier
         others = {node: config.peer(node) for node in spec.nodes if node != config.node.name}
         self._strangers = tuple(node for node, peer in others.items() if peer is None)
         self._streams: Mapping[str, ReplicaStream] = {
@@ -121,6 +124,18 @@ class Leading:
         self._events.append(Event.RESYNC_STARTED, workload=self.spec.name, reason=reason, peer=node)
         return True
 
+    def verify(self) -> tuple[VerificationProgress, ...]:
+        """Compare everything over the next epochs; return how things stood before, of all that can be."""
+        away = {node for node, stream in self._streams.items() if not stream.progress.connected}
+        if len(away) == len(self._streams):
+            return ()  # no epoch is captured
+        self._verifier.hurry()
+        return tuple(each for each in self.verification() if each.replica not in away)
+
+    def verification(self) -> tuple[VerificationProgress, ...]:
+        """Return how far memory and each replica's store are compared."""
+        return self._verifier.progress(with_memory=self._backend.name == "fast")
+
     def metrics(self) -> WorkloadMetrics:
         """Return what was measured since this began."""
         streams = [
@@ -143,6 +158,7 @@ class Leading:
             interval_ms=tuple(self._interval_ms),
             memory_bytes=self._memory_bytes,
             streams=tuple(streams),
+            verification=self.verification(),
         )
 
     def _acknowledged(self, epoch: EpochId) -> None:

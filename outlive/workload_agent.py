@@ -28,10 +28,10 @@ from common.container import (
     start_workload,
     stop_workload,
 )
-from common.control import Order, WorkloadMetrics, WorkloadReport
+from common.control import Order, VerificationProgress, WorkloadMetrics, WorkloadReport
 from common.errors import OutliveError, ProtocolError, RestoreError, StaleTermError
 from common.events import Event, EventLog
-from common.messages import Hello, Nack
+from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from outlive.leading import Leading
 from replica.readiness import Readiness, ReadinessVerdict
@@ -86,6 +86,7 @@ class WorkloadAgent:
         self._carrying: asyncio.Task[None] | None = None
         self._told = False
         """What runs here was started, restored or found, and that was told."""
+        self._doubted = False
         self.leader_run = ""
         """Incarnation that the leader greeted with last; empty: not known."""
         self.learned = False
@@ -158,7 +159,25 @@ class WorkloadAgent:
                 reason=f"epoch {record.id}: " + ("; ".join(verdict.reasons) or "ready to be restored here"),
             )
         self._restorable, self._reasons = verdict.restorable, verdict.reasons
+        if doubt := self._doubt_about(record):
+            return False, (*verdict.reasons, doubt)
+        if self._doubted:
+            self._doubted = False
+            reason = f"epoch {record.id} is here, and stands on nothing that was in doubt"
+            self._events.append(Event.VERIFY_MENDED, workload=self.spec.name, reason=reason)
         return verdict.restorable, verdict.reasons
+
+    def doubted(self, doubt: Doubt) -> None:
+        """Tell that a leader found something else to be stored here than it captured."""
+        if self._doubted:
+            return  # it was told, and is not mended yet
+        self._doubted = True
+        reason = f"{doubt.reason}: nobody takes over with it unasked, and everything is sent anew"
+        self._events.append(Event.VERIFY_DOUBTED, workload=self.spec.name, reason=reason)
+
+    def _doubt_about(self, record: EpochRecord) -> str:
+        why = self.store.doubt_about(record.id)
+        return f"{record.id} is in doubt: {why}" if why else ""
 
     async def _ask_readiness(self, record: EpochRecord) -> ReadinessVerdict:
         if self.leader_run not in ("", record.incarnation):
@@ -199,6 +218,8 @@ class WorkloadAgent:
             captured=leading.captured if leading is not None else None,
             capture_failures=leading.failures if leading is not None else 0,
             replicas=leading.progress() if leading is not None else (),
+            verification=leading.verification() if leading is not None else (),
+            doubt=self._doubt_about(newest) if newest is not None else "",
             order_done=self._done,
             order_failed=self._failed,
             order_detail=self._detail,
@@ -208,6 +229,10 @@ class WorkloadAgent:
     def resync(self, node: str, *, full: bool) -> bool:
         """See `Leading.resync`; False if this node does not lead."""
         return self._leading is not None and self._leading.resync(node, full=full)
+
+    def verify(self) -> tuple[VerificationProgress, ...] | None:
+        """See `Leading.verify`; None if this node does not lead."""
+        return self._leading.verify() if self._leading is not None else None
 
     def metrics(self) -> WorkloadMetrics | None:
         """Return what was measured while leading; None if this node doesn't."""
@@ -275,6 +300,8 @@ class WorkloadAgent:
             )
         records = self.store.records()[::-1]
         candidates = [each for each in records if each.incarnation == newest.incarnation]
+        if not self.store.doubt_about(newest.id):  # else an operator has decided to take what there is
+            candidates = [each for each in candidates if not self.store.doubt_about(each.id)]
         failure: RestoreError | None = None
         for record in candidates[:2]:
             try:

@@ -3,11 +3,15 @@
     running   find the processes, track them, copy what was written (pre-copy)     primary.process
               criu is asked to dump, and hides the pages that are ours              native/shim.c
     frozen    criu writes everything but memory; at its `post-dump` hook the pages
-              that are dirty still are copied, in one call                          native/pages.c
-    running   identify them, put CRIU's pages and ours together: CapturedEpoch
+              that are dirty still are copied, in one call, and a few clean ones    native/pages.c
+    running   compare the clean ones with what is believed of them                  primary.verification
+              identify the dirty ones, put CRIU's pages and ours together: CapturedEpoch
 
 An epoch that would freeze for long, because much is dirty at the freeze, is abandoned at the hook, copied
 while it runs, and tried again. After `_ATTEMPTS` of them the freeze is accepted: slower, never wrong.
+
+An epoch in which a clean page turns out not to be what it was believed to be is not used at all: nothing is
+believed any more of that process's memory, all of it is read again, and the epoch is tried anew.
 
 Nothing that was copied is lost with an epoch that fails: a page that was read after it was protected is known
 until the kernel reports it written (`primary.book`), whichever epoch takes it in.
@@ -41,6 +45,7 @@ from primary.layers import LayerChain, LayeredPages, LayerWriter
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
 from primary.shim import ShimChannel
+from primary.verification import Mismatch, Verification
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +70,10 @@ class TooDirtyError(CaptureError):
         self.pages = pages
 
 
+class UnseenWriteError(CaptureError):
+    """Pages changed without their tracking noticing; all of their process's memory is read again."""
+
+
 class FastBackend:
     """Takes epochs of one incarnation of one workload; one at a time."""
 
@@ -78,8 +87,9 @@ class FastBackend:
         workload: str,
         incarnation: str,
         hasher: PageHasher,
+        verification: Verification | None = None,
     ) -> None:
-        """`dumper` says what to capture, with the shim."""
+        """`dumper` says what to capture, with the shim; `verification`, what is compared (None: nothing)."""
         self._config = config
         self._dumper = dumper
         self._workload = workload
@@ -88,7 +98,10 @@ class FastBackend:
         self._processes: dict[int, TrackedProcess] = {}
         self._shared: dict[SpaceKey, PageBook] = {}
         self._metadata_bytes = 0
-        self._buffer = FrozenBuffer(_FIRST_BUFFER_PAGES)
+        self._verification = verification or Verification(0)
+        self._room_pages = _FIRST_BUFFER_PAGES
+        self._due_pages = self._dirty_pages = 0
+        self._buffer = FrozenBuffer(self._room_pages)
         self._call = FrozenCall(self._buffer)
         self._chain: LayerChain | None = None
         self._writer: LayerWriter | None = None
@@ -101,13 +114,15 @@ class FastBackend:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await self._attempt(epoch, since)
+            except UnseenWriteError:
+                continue
             except TooDirtyError as error:
                 log.info("capture.too_dirty", workload=self._workload, epoch=str(epoch), pages=error.pages)
                 if attempt == _ATTEMPTS - 1:
-                    self._grow_buffer(error.pages * 2)
+                    self._room_pages = max(self._room_pages, error.pages * 2)
                 elif error.pages <= _MOST_FROZEN_PAGES:
-                    self._grow_buffer(error.pages * 5 // 4)
-        raise CaptureError(f"epoch {epoch} of {self._workload}: its freeze would be too long")
+                    self._room_pages = max(self._room_pages, error.pages * 5 // 4)
+        raise CaptureError(f"epoch {epoch} of {self._workload}: {_ATTEMPTS} attempts at it came to nothing")
 
     async def close(self) -> None:
         """Stop tracking, and let go of everything; the workload is not touched. Idempotent."""
@@ -142,6 +157,7 @@ class FastBackend:
             except BaseException:
                 await in_thread(self._after_failure)
                 raise
+            await in_thread(self._compare, epoch)
             spaces = await in_thread(self._assemble, epoch, directory)
             stands_on = await in_thread(self._stands_on, spaces)
             return self._captured(epoch, dumped, directory, spaces, stands_on)
@@ -228,10 +244,15 @@ class FastBackend:
     def _plan(self, channel: ShimChannel) -> None:
         """Last of all before the freeze: what the shim may say of each process's mappings."""
         texts = {}
+        due = {each.key: each for each in self._verification.plan(self._private)}
         for process in self._processes.values():
-            process.prepare()
+            process.prepare(due.get(process.key))
             if (smaps := process.smaps()) is not None:
                 texts[process.pid] = smaps
+        self._due_pages = sum(each.pages for each in due.values())
+        if self._room_pages + self._due_pages > self._buffer.pages:
+            self._buffer.grow(self._room_pages + self._due_pages)
+            self._call = FrozenCall(self._buffer)
         channel.plan(texts)
 
     # --- while it is frozen -------------------------------------------------------------------------
@@ -248,7 +269,7 @@ class FastBackend:
                 process = self._processes[report.pid] = TrackedProcess(report.pid)
             self._taken.append(process)
         spaces = [process.space for process in self._taken]
-        dirty = self._call.run(spaces)
+        dirty = self._dirty_pages = self._call.run(spaces)
         for space in spaces:
             if space.error in _TOO_LITTLE_ROOM:
                 raise TooDirtyError(0)
@@ -256,17 +277,33 @@ class FastBackend:
                 raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")
         if dirty > self._buffer.pages:
             raise TooDirtyError(dirty)
+        self._room_pages = max(self._room_pages, dirty)
 
     def _after_failure(self) -> None:
         """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""
         for process in self._taken:
             process.not_taken()
 
-    def _grow_buffer(self, pages: int) -> None:
-        self._buffer.grow(pages)
-        self._call = FrozenCall(self._buffer)
-
     # --- when it runs again -------------------------------------------------------------------------
+
+    def _compare(self, epoch: EpochId) -> None:
+        """Compare the clean pages that were read. Raises UnseenWriteError if one is not what it should be.
+
+        Then nothing of this freeze is used: where one write was missed, others may have been.
+        """
+        compared, unseen = 0, False
+        for process in self._taken:
+            pages, numbers = process.compare(self._hasher, self._buffer)
+            compared += pages
+            if len(numbers):
+                unseen = True
+                process.book.forget_all()
+                self._verification.found(Mismatch("", epoch, process.key, numbers, process.pid))
+        if self._dirty_pages + self._due_pages <= self._buffer.pages:  # else there was no room to read them
+            self._verification.looked_at(compared)
+        if unseen:
+            self._after_failure()
+            raise UnseenWriteError(f"pages changed unseen before epoch {epoch}")
 
     def _assemble(self, epoch: EpochId, directory: Path) -> tuple[SpacePages, ...]:
         """Put criu's pages and ours together; what changed becomes the epoch's layer."""
@@ -329,6 +366,9 @@ class FastBackend:
         if self._writer is None:
             self._writer = LayerWriter(self._dumper.directory)
         return self._writer
+
+    def _private(self) -> dict[SpaceKey, NDArray[np.uint64]]:
+        return {process.key: process.book.numbers for process in self._processes.values()}
 
     def _present(self) -> dict[SpaceKey, NDArray[np.uint64]]:
         books = [*self._shared.values(), *(process.book for process in self._processes.values())]

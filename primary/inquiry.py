@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from common.bulk import HELD_PAGES, unpack_held
 from common.errors import ProtocolError
-from common.messages import AskHeld, encode
+from common.messages import AskHeld, AskStored, encode
 from common.model import EpochId
 from common.threads import in_thread
 from primary.capture import CapturedEpoch, PageTable, SpacePages
 from primary.session import Session
+from primary.verification import different
 
 _TIMES_LISTENED = 4
 """How many times an epoch's own pages a replica may hold: a workload that shrank. The rest is sent."""
@@ -70,3 +71,40 @@ async def _ask_space(
     held_numbers = np.concatenate(numbers)
     flags = np.zeros(len(held_numbers), np.uint8)
     return SpacePages(space.key, held_numbers, flags, np.concatenate(identities))
+
+
+async def ask_stored(
+    session: Session, epoch: EpochId, space: SpacePages, rows: NDArray[np.intp], secret: int
+) -> tuple[NDArray[np.bool_], str]:
+    """Ask what is on the replica's disk of these rows (ascending) of a space, in an epoch that it committed.
+
+    Marks those that it does not have, or has otherwise; shape (n,). With a reason, it could not tell, and
+    nothing is marked. Raises as `ask_held` does.
+    """
+    numbers, identity = space.numbers[rows], space.identity[rows]
+    told = [np.empty(0, dtype=np.uint64)]
+    told_identity = [np.empty((0, 2), dtype=np.uint64)]
+    first_page, end_page, more = int(numbers[0]), int(numbers[-1]) + 1, True
+    while more and first_page < end_page:
+        ask = AskStored(
+            epoch=epoch,
+            secret=secret.to_bytes(8, "little"),
+            kind=space.key.kind,
+            ident=space.key.ident,
+            first_page=first_page,
+            end_page=end_page,
+        )
+        answer, frame = await session.ask(encode(ask))
+        if (answer.kind, answer.ident) != (space.key.kind, space.key.ident):
+            raise ProtocolError(f"the replica was asked for {space.key.pagemap_name} and spoke of another")
+        if answer.problem:
+            return np.zeros(len(rows), dtype=np.bool_), answer.problem
+        part, part_identity = await in_thread(unpack_held, frame, answer.pages)
+        if answer.pages:
+            if int(part[0]) < first_page or int(part[-1]) >= end_page:
+                raise ProtocolError(f"the replica speaks of pages of {space.key.pagemap_name} unasked")
+            first_page = int(part[-1]) + 1
+            told.append(part)
+            told_identity.append(part_identity)
+        more = answer.more and answer.pages > 0
+    return different(numbers, identity, np.concatenate(told), np.concatenate(told_identity)), ""

@@ -44,6 +44,7 @@ _FIRST_VMAS: Final = 1024
 _USUAL_LINE_BYTES: Final = 100
 _TORN_READS: Final = 5
 _FIRST_RUNS: Final = 4096
+_FIRST_CHECKED: Final = 1024
 
 
 class _Space(ctypes.Structure):
@@ -67,6 +68,13 @@ class _Space(ctypes.Structure):
         ("vmas", ctypes.c_void_p),
         ("vmas_room", ctypes.c_uint64),
         ("vmas_count", ctypes.c_uint64),
+        ("check", ctypes.c_void_p),
+        ("check_pairs", ctypes.c_uint64),
+        ("checked", ctypes.c_void_p),
+        ("checked_room", ctypes.c_uint64),
+        ("checked_count", ctypes.c_uint64),
+        ("checked_pages", ctypes.c_uint64),
+        ("checked_at", ctypes.c_uint64),
     )
 
 
@@ -113,11 +121,20 @@ class Space:
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
         self._vmas = _touched(_FIRST_VMAS, VMA)
         self._runs = _touched(_FIRST_RUNS, RUN)
+        self._check = np.empty(0, dtype=np.uint64)
+        self._checked = _touched(_FIRST_CHECKED, RUN)
         self._native = _Space()
 
     def knows(self, pairs: NDArray[np.uint64]) -> None:
         """Say of which pages the content is known: first byte and end of each range; shape (2n,)."""
         self._known = np.ascontiguousarray(pairs, dtype=np.uint64)
+
+    def checks(self, pairs: NDArray[np.uint64]) -> None:
+        """Say which pages are to be read at the next freeze though they are clean: bounds, as for `knows`."""
+        self._check = np.ascontiguousarray(pairs, dtype=np.uint64)
+        pages = int((self._check[1::2] - self._check[0::2]).sum()) // PAGE_BYTES
+        if pages > len(self._checked):  # each could be a run of its own
+            self._checked = _touched(pages, RUN)
 
     def mappings(self) -> NDArray[np.void]:
         """Read the process's mappings: `VMA`, in order of address. Raises CaptureError if it is gone."""
@@ -198,6 +215,9 @@ class Space:
         native.runs, native.runs_room = self._runs.ctypes.data, len(self._runs)
         native.text, native.text_room = self._text.ctypes.data, len(self._text)
         native.vmas, native.vmas_room = self._vmas.ctypes.data, len(self._vmas)
+        native.check, native.check_pairs = self._check.ctypes.data, len(self._check) // 2
+        native.checked, native.checked_room = self._checked.ctypes.data, len(self._checked)
+        native.checked_count = 0
         return native
 
     def took(self, native: _Space) -> None:
@@ -223,6 +243,16 @@ class Space:
     def content_at(self) -> int:
         """Number of the first one in the buffer."""
         return int(self._native.content_at)
+
+    @property
+    def checked(self) -> NDArray[np.void]:
+        """The clean pages that were read to be compared: `RUN`, ascending. A view, until the next freeze."""
+        return self._checked[: self._native.checked_count]
+
+    @property
+    def checked_at(self) -> int:
+        """Number of the first of them in the buffer."""
+        return int(self._native.checked_at)
 
     def make_room(self, runs: int) -> None:
         """Have room for at least that many runs, and twice as many as the last freeze found."""
@@ -267,6 +297,7 @@ class FrozenCall:
         """Capture the frozen processes; return how many dirty pages they have.
 
         They stand in the buffer if they are at most as many as it has room for; else nothing was copied.
+        Behind them, where there is room, stand the clean pages that the spaces were told to check.
         """
         natives = (_Space * len(spaces))(*(space.prepared() for space in spaces))
         dirty = int(

@@ -37,6 +37,7 @@ from primary.pages import (
     UNREADABLE,
     FrozenBuffer,
     Space,
+    bounds_of,
     expand_runs,
     read_running,
     reads_directly,
@@ -44,6 +45,7 @@ from primary.pages import (
 )
 from primary.shim import Smaps
 from primary.tracking import Userfault
+from primary.verification import Slice
 
 log = structlog.get_logger(__name__)
 
@@ -188,9 +190,11 @@ class TrackedProcess:
             rows = np.flatnonzero(good & same)
             writer.add(self.key, block[rows], content, rows)
 
-    def prepare(self) -> None:
-        """Lay everything out for the freeze."""
+    def prepare(self, due: Slice | None = None) -> None:
+        """Lay everything out for the freeze; the pages that are `due` are read too where they are clean."""
         self.space.knows(self.book.known_bounds)
+        rows = due.rows(self.book.numbers) if due is not None else np.empty(0, dtype=np.intp)
+        self.space.checks(bounds_of(self.book.numbers[rows[self.book.known[rows]]]))
         self.space.make_room(len(self.book.known_bounds) + 1024)
 
     def smaps(self) -> Smaps | None:
@@ -237,6 +241,22 @@ class TrackedProcess:
             runs = self.space.runs
             self.book.restrict(expand_runs(runs))
             self.book.forget(expand_runs(runs[(runs["flags"] & DIRTY) != 0]))
+
+    def compare(self, hasher: PageHasher, buffer: FrozenBuffer) -> tuple[int, NDArray[np.uint64]]:
+        """Compare the clean pages that were read within the freeze with what the book says of them.
+
+        Returns how many could be compared, and which of them differ: their writes were missed. Comes before
+        `assemble`, which changes the book.
+        """
+        numbers = expand_runs(self.space.checked)
+        believed = self.book.identity_of(numbers)
+        found = [np.empty(0, dtype=np.uint64)]
+        for at in range(0, len(numbers), _BLOCK_PAGES):
+            block = slice(at, at + _BLOCK_PAGES)
+            content = buffer.content(self.space.checked_at + at, len(numbers[block]))
+            missed = (hasher.identify(content) != believed[block]).any(axis=1)
+            found.append(numbers[block][missed])
+        return len(numbers), np.concatenate(found)
 
     def assemble(
         self,

@@ -11,7 +11,8 @@ other streams go on meanwhile.
         └── lost, refused ─────┴─────────────────────────────────────────────────┴──── remember ◀─────────┘
 
 Keeps this: at most one epoch in flight and one waiting; never more bytes under way than the receiver granted;
-an epoch counts as held only when the receiver said that it is committed.
+an epoch counts as held only when the receiver said that it is committed. What it holds is compared, slice by
+slice, with what was captured (`primary.store_verifier`); where it differs, everything is sent anew.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ from primary.backlog import Backlog, Offer, SharedEpoch
 from primary.inquiry import ask_held
 from primary.outgoing import Frames, Held, Seed, epoch_messages, full_bytes
 from primary.session import DEFAULT_STREAM_TIMING, RefusedError, Session, StreamTiming
+from primary.store_verifier import StoreVerifier
+from primary.verification import Verification
 
 log = structlog.get_logger(__name__)
 
@@ -90,6 +93,7 @@ class ReplicaStream:
         secret: int = 0,
         on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
         on_refused: Callable[[Refused], None] = lambda refusal: None,
+        verification: Verification | None = None,
         software: str = "outlive",
         timing: StreamTiming = DEFAULT_STREAM_TIMING,
         link_timing: LinkTiming = DEFAULT_TIMING,
@@ -97,7 +101,8 @@ class ReplicaStream:
     ) -> None:
         """`secret` is that under which the epochs' pages are identified.
 
-        Callbacks must not block.
+        `verification` decides which pages of an acknowledged epoch are compared with what is stored of it
+        (None: none are). Callbacks must not block.
         """
         self._context = context
         self._node = node
@@ -115,6 +120,7 @@ class ReplicaStream:
         self._secret = secret
         self._on_acknowledged = on_acknowledged
         self._on_refused = on_refused
+        self._verifier = StoreVerifier(peer.name, secret, verification or Verification(0))
         self._timing = timing
         self._link_timing = link_timing
         self._clock = clock or SystemClock()
@@ -338,6 +344,10 @@ class ReplicaStream:
             self._acknowledge(offer, outcome)
             if base is None and self._resync == "full":
                 self._resync = ""
+            if doubt := await self._verifier.compare(session, epoch):
+                # First of all here, so that it holds whether the replica hears of it or not.
+                self.resync(full=True)
+                await session.send(encode(doubt))
             return False
         return self._not_acknowledged(outcome, whole=base is None)
 

@@ -25,10 +25,24 @@ from common.criu.images import SpaceKey
 from common.criu.pagemap import PE_PARENT
 from common.errors import NoSpaceError, ProtocolError, StoreError
 from common.identity import PageHasher
-from common.messages import AskHeld, Begin, Buffer, Commit, HeldPages, Message, Metadata, Nack, Pages, Space
+from common.messages import (
+    AskHeld,
+    AskStored,
+    Begin,
+    Buffer,
+    Commit,
+    Doubt,
+    HeldPages,
+    Message,
+    Metadata,
+    Nack,
+    Pages,
+    Space,
+)
 from common.model import PAGE_BYTES
 from common.terms import TermGuard
-from replica.levels import CRIU_RESTORE, BaseError
+from replica.holdings import HeldPart
+from replica.levels import CRIU_RESTORE, BaseError, NotHeldError, tells_damage
 from replica.store import EpochHeader, EpochRecord, EpochStore, IncomingEpoch
 
 log = structlog.get_logger(__name__)
@@ -48,12 +62,12 @@ class Phase(enum.Enum):
 
 
 MAY_COME: Final[dict[Phase, tuple[type[Message], ...]]] = {
-    Phase.IDLE: (Begin, AskHeld),
+    Phase.IDLE: (Begin, AskHeld, AskStored, Doubt),
     Phase.FILES: (Begin, Metadata, Space, Commit),
     Phase.RUNS: (Begin, Space),
     Phase.CONTENT: (Begin, Pages),
     Phase.COMPLETE: (Begin, Space, Commit),
-    Phase.DISCARDING: (Begin, AskHeld, Metadata, Space, Pages, Commit),
+    Phase.DISCARDING: (Begin, AskHeld, AskStored, Doubt, Metadata, Space, Pages, Commit),
 }
 """The order of messages. `Begin` may always come: whoever sends it gave up the epoch before."""
 
@@ -73,7 +87,14 @@ class Told:
     bulk: bytes
 
 
-Outcome = Committed | Nack | Told
+@dataclass(frozen=True, slots=True)
+class Doubted:
+    """The leader found that what is stored is not what it captured; the store knows."""
+
+    doubt: Doubt
+
+
+Outcome = Committed | Nack | Told | Doubted
 
 
 @dataclass(slots=True)
@@ -137,6 +158,12 @@ class Assembly:
             raise ProtocolError(f"a {type(message).__name__} came when {self._phase.value}")
         if isinstance(message, AskHeld):
             return self._tell_held(message)
+        if isinstance(message, AskStored):
+            return self._tell_stored(message)
+        if isinstance(message, Doubt):
+            self._guard.check(self._workload, self._term, self._leader)
+            self._store.doubt(message.reason)
+            return Doubted(message)
         if isinstance(message, Begin):
             self.abort()
             return self._begin(message, frames)
@@ -177,6 +204,23 @@ class Assembly:
             numbers, identity, more = part.numbers, part.identity, part.more
         message = HeldPages(kind=ask.kind, ident=ask.ident, pages=len(numbers), more=more)
         return Told(message, pack_held(numbers, identity))
+
+    def _tell_stored(self, ask: AskStored) -> Told:
+        key = SpaceKey(ask.kind, ask.ident)
+        hasher = PageHasher(int.from_bytes(ask.secret, "little"))
+        problem = ""
+        part = HeldPart(np.empty(0, np.uint64), np.empty((0, 2), np.uint64), False)
+        try:
+            part = self._store.sample(ask.epoch, key, ask.first_page, ask.end_page, HELD_PAGES, hasher)
+        except StoreError as error:
+            log.debug("receive.cannot_sample", workload=self._workload, reason=error.message)
+            # Damage is an answer: what cannot be read back is not stored.
+            if isinstance(error, NotHeldError) or not tells_damage(error):
+                problem = error.message[:4096]
+        message = HeldPages(
+            kind=ask.kind, ident=ask.ident, pages=len(part.numbers), more=part.more, problem=problem
+        )
+        return Told(message, pack_held(part.numbers, part.identity))
 
     def _begin(self, begin: Begin, frames: Sequence[Buffer]) -> Outcome | None:
         if begin.term != self._term or begin.epoch.term > begin.term:

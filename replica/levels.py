@@ -5,7 +5,7 @@ address space, and `parent`, a link to the level that it stands on (none: a full
 `manifest.json`, which says what belongs to the level and makes it one, and `RESTORE`, the command.
 
     STORE/WORKLOAD/
-      format  lock
+      format  lock  doubt
       epochs/t1-e7/       a level as it was committed
       folds/t1-e7/        a level that holds what several did, of the same instant as the newest of them
       views/t1-e7         a link to the one of the two that counts: all `parent` links go through here, so
@@ -60,6 +60,10 @@ class DamagedLevelError(StoreError):
 
 class BaseError(StoreError):
     """What an epoch stands on, or takes pages of, is not as its sender believes: it has to be sent whole."""
+
+
+class NotHeldError(StoreError):
+    """An epoch is not held (any more): nothing is wrong with the store."""
 
 
 class EpochHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +154,11 @@ class Layout:
     def lock(self) -> Path:
         """Locked by whoever may write."""
         return self.root / "lock"
+
+    @property
+    def doubt(self) -> Path:
+        """That the primary found something to be stored otherwise than it was; usually not there."""
+        return self.root / "doubt"
 
     @property
     def epochs(self) -> Path:

@@ -35,6 +35,7 @@ from common.messages import (
     Ack,
     Buffer,
     Credit,
+    Doubt,
     Hello,
     Message,
     Nack,
@@ -50,7 +51,7 @@ from common.model import WorkloadSpec
 from common.terms import TermGuard
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Incoming, LinkTiming, Server
-from replica.assembly import Assembly, Committed, Outcome, Told
+from replica.assembly import Assembly, Committed, Doubted, Outcome, Told
 from replica.levels import CRIU_RESTORE
 from replica.store import EpochRecord, EpochStore
 
@@ -167,10 +168,12 @@ class Receiver:
         clock: Clock | None = None,
         on_refused: Callable[[str, str], None] = lambda address, reason: None,
         on_not_committed: Callable[[str, Nack], None] = lambda workload, nack: None,
+        on_doubt: Callable[[str, Doubt], None] = lambda workload, doubt: None,
     ) -> None:
         """`on_refused` is told of connections with a key that is no peer's.
 
         `on_not_committed` is told of epochs that this node did not keep, with the workload and the answer.
+        `on_doubt` is told when a leader found that what is stored of a workload is not what it captured.
 
         `restore_command` says how stock CRIU restores a workload; what the images need is added to it.
         """
@@ -185,6 +188,7 @@ class Receiver:
         self._limits = limits
         self._on_refused = on_refused
         self._on_not_committed = on_not_committed
+        self._on_doubt = on_doubt
         self._link_timing = link_timing
         self._clock = clock or SystemClock()
         self._sessions: dict[bytes, _Session] = {}
@@ -315,14 +319,16 @@ class Receiver:
             return
         store = await in_thread(self._stores, hello.workload)
         newest, seed = await in_thread(lambda: (store.newest, store.seed))
+        # What is in doubt is nothing to stand on: who knows of none sends everything.
+        ground = newest if newest is not None and not store.doubt_about(newest.id) else None
         session.welcomed = True
         await self._tell(
             session,
             Welcome(
                 protocol=PROTOCOL,
                 node=self._config.node.name,
-                newest=newest.id if newest else None,
-                newest_frozen_wall_s=newest.frozen_wall_s if newest else None,
+                newest=ground.id if ground else None,
+                newest_frozen_wall_s=ground.frozen_wall_s if ground else None,
                 seed=seed,
                 credit_bytes=session.window_bytes,
             ),
@@ -365,8 +371,20 @@ class Receiver:
                     done_bytes = 0
                 if isinstance(outcome, Told):
                     await self._tell(session, outcome.message, [outcome.bulk])
+                elif isinstance(outcome, Doubted):
+                    await self._take_doubt(session, outcome.doubt, store)
                 elif outcome:
                     await self._tell(session, await self._answer(session, outcome, store))
+
+    async def _take_doubt(self, session: _Session, doubt: Doubt, store: EpochStore) -> None:
+        """Let this node know, and the leader, that nobody may go for the lead with what is stored."""
+        workload = session.hello.workload
+        if self._to_be_logged(workload, "doubt"):
+            log.warning("receive.doubt", workload=workload, epoch=str(doubt.epoch), reason=doubt.reason)
+        self._on_doubt(workload, doubt)
+        if (newest := await in_thread(lambda: store.newest)) is not None:
+            restorable, reasons = await self._check(workload, newest)
+            await self._tell(session, Readiness(restorable=restorable, reasons=reasons))
 
     async def _wait(self, session: _Session, patience_s: float | None) -> tuple[list[Incoming], float]:
         """Wait for messages, and say how long that took; within an epoch neither for ever nor too often."""

@@ -35,6 +35,7 @@ from common.identity import PageHasher
 from common.model import EpochId
 from common.rate import RateLimit
 from replica.ceiling import Ceiling
+from replica.doubt import StoredDoubt, end_doubt, keep_doubt, read_doubt
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
 from replica.holdings import HeldPart, Holdings, Lender
 from replica.incoming import IncomingEpoch
@@ -46,10 +47,12 @@ from replica.levels import (
     EpochHeader,
     Layout,
     Level,
+    NotHeldError,
     Numbers,
     chain_of,
 )
 from replica.recovery import make_root, prepare, recover, recover_seed, set_aside, sweep, throw_away
+from replica.sample import Sampler
 from replica.store_reader import (
     EpochDetails,
     EpochRecord,
@@ -109,6 +112,7 @@ class EpochStore(StoreReader):
         seed: Level | None,
         fold_bytes_per_s: float,
         ceiling: Ceiling,
+        doubt: StoredDoubt | None,
     ) -> None:
         super().__init__(layout, levels, disk)
         self._min_free_bytes = min_free_bytes
@@ -128,6 +132,8 @@ class EpochStore(StoreReader):
         self._newest_levels = self.newest.levels if self.newest else 0
         self._fold_rate = RateLimit(fold_bytes_per_s)
         self._holdings: tuple[tuple[Level, ...], Holdings] | None = None
+        self._sampler = Sampler(disk)
+        self._doubt = doubt
 
     @classmethod
     def open(
@@ -158,6 +164,7 @@ class EpochStore(StoreReader):
             prepare(layout, disk)
             levels = recover(layout, disk)
             seed = recover_seed(layout, disk, levels)
+            doubt = read_doubt(layout, disk)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -172,6 +179,7 @@ class EpochStore(StoreReader):
             seed=seed,
             fold_bytes_per_s=fold_bytes_per_s,
             ceiling=ceiling or Ceiling(directory, 0),
+            doubt=doubt,
         )
 
     def close(self) -> None:
@@ -270,6 +278,44 @@ class EpochStore(StoreReader):
                     self._holdings = chain, Holdings(chain, self._disk)
                 holdings = self._holdings[1]
             return holdings.identify(key, first_row, most, hasher)
+
+    def sample(
+        self, epoch: EpochId, key: SpaceKey, first: int, end: int, most: int, hasher: PageHasher
+    ) -> HeldPart:
+        """Say what is on the disk of some pages of a committed epoch. See `Sampler.identify`.
+
+        Holds up no fold. Raises NotHeldError if the epoch is not held, StoreError if it cannot be read.
+        """
+        while True:
+            chain = chain_of(dict(self._levels), epoch)
+            if chain is None:
+                raise NotHeldError(f"{epoch} is not held any more")
+            try:
+                return self._sampler.identify(chain, key, first, end, most, hasher)
+            except StoreError:
+                if chain_of(dict(self._levels), epoch) == chain:
+                    raise
+                # A fold has taken a level's place meanwhile: what it left may be gone.
+
+    def doubt(self, reason: str) -> None:
+        """Hold all that is stored for doubtful: its primary found that it is not what was captured.
+
+        Durable when this returns. No later epoch may stand on what is stored, so everything is sent anew; as
+        soon as that is here, what is in doubt goes. Until then it stays, for an operator to decide.
+        """
+        with self._mutex:
+            self._check_open()
+            if self._levels:
+                self._doubt = StoredDoubt(epoch=max(self._levels), reason=reason)
+                keep_doubt(self._layout, self._disk, self._doubt)
+
+    def doubt_about(self, epoch: EpochId) -> str:
+        """Return why an epoch is in doubt; empty if it is not."""
+        doubt = self._doubt
+        if doubt is None:
+            return ""
+        chain = chain_of(dict(self._levels), epoch)
+        return doubt.reason if chain is not None and doubt.touches(chain) else ""
 
     def verify(self, epoch: EpochId | None = None) -> list[Problem]:
         """See `StoreReader.verify`; nothing is removed meanwhile."""
@@ -500,13 +546,16 @@ class EpochStore(StoreReader):
             raise BaseError(
                 f"epoch {header.id} stands on {header.base}, which is not here", hint="send a full epoch"
             )
+        if header.base is not None and self.doubt_about(header.base):
+            raise BaseError(f"epoch {header.id} stands on {header.base}, which is in doubt")
 
     def _has_room(self, expected_bytes: int) -> bool:
         return self._disk.free_bytes(self._layout.root) - expected_bytes >= self._min_free_bytes
 
     def _garbage(self) -> list[Level]:
         """List the levels that neither a kept epoch nor an arriving one reads, newest first."""
-        roots = sorted(self._levels)[-KEPT_EPOCHS:]
+        sound = [epoch for epoch in sorted(self._levels) if not self.doubt_about(epoch)]
+        roots = (sound or sorted(self._levels))[-KEPT_EPOCHS:]
         roots += [epoch.header.base for epoch in self._arriving if epoch.header.base in self._levels]
         needed = {level.id for root in roots for level in chain_of(self._levels, root) or ()}
         return [self._levels[epoch] for epoch in sorted(self._levels.keys() - needed, reverse=True)]
@@ -538,6 +587,9 @@ class EpochStore(StoreReader):
                 throw_away(self._layout, self._disk, self._stale[0])
                 self._stale.pop(0)
             self._unswept = False
+            if self._doubt is not None and not any(map(self.doubt_about, self._levels)):
+                end_doubt(self._layout, self._disk)
+                self._doubt = None
         sweep(self._layout.trash, self._disk)
 
 

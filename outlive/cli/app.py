@@ -21,6 +21,7 @@ from outlive.cli.running import print_error
 from outlive.cli.status import status
 from outlive.cli.store import store
 from outlive.cli.trial import demo, lab
+from outlive.cli.verify import verify
 from outlive.cli.workloads import failover, protect, start, stop, unprotect
 
 _COMPLETION_VARIABLE = "_OUTLIVE_COMPLETE"
@@ -77,6 +78,7 @@ for _verb in (
     stop,
     failover,
     resync,
+    verify,
     store,
     config,
     keys,

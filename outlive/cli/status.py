@@ -17,12 +17,13 @@ from common.control import (
     NodeStatus,
     PeerStatus,
     ReplicaProgress,
+    VerificationProgress,
     WorkloadStatus,
 )
 from common.errors import ObjectiveMissedError, OutliveError, UnprotectedError, UnreachableError
 from common.model import EpochId
 from outlive.cli.call import Call, Verb, examples
-from outlive.cli.output import Answer, Rows, duration, yes_no
+from outlive.cli.output import Answer, Rows, duration, wall_time, yes_no
 
 REFRESH_S = 1.0
 _NOTHING = "-"
@@ -196,11 +197,27 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines.append(
             f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
         )
+    lines += [f"{name}: verification of {_verification(each)}" for each in workload.verification]
     if workload.exit_code is not None:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:
         lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
     return lines
+
+
+def _verification(progress: VerificationProgress) -> str:
+    """Return how far one comparison is, as the rest of a sentence."""
+    what = f"replica {progress.replica}" if progress.replica else "memory"
+    parts = []
+    if progress.pages_due:
+        parts.append(f"{100 * progress.pages_done // progress.pages_due} % of a round")
+    if progress.ended_wall_s is not None:
+        parts.append(f"the last whole one ended {wall_time(progress.ended_wall_s)}")
+    if progress.pages_different:
+        parts.append(f"{progress.pages_different} pages were different: outlive events")
+    if progress.problem:
+        parts.append(f"cannot go on: {progress.problem}")
+    return f"{what}: {', '.join(parts) or 'not begun'}"
 
 
 def _replica_sentences(name: str, replica: ReplicaProgress) -> list[str]:

@@ -391,6 +391,92 @@ class TestWhileItRuns:
             read_running(child.pid, region.runs, memoryview(bytearray(PAGE_BYTES)))
 
 
+class TestChecked:
+    """Clean pages that are read within the freeze, to be compared with what is believed of them."""
+
+    async def found(self, reader: Reader, region: Region, *pages: int) -> dict[int, bytes]:
+        """Freeze, asking for pages; which of them came, and with what content."""
+        reader.space.checks(bounds_of(region.numbers[list(pages)]))
+        reader.freeze(region)
+        numbers = expand_runs(reader.space.checked)
+        return {
+            int(number) - region.start // PAGE_BYTES: bytes(
+                reader.buffer.content(reader.space.checked_at + row, 1)
+            )
+            for row, number in enumerate(numbers)
+        }
+
+    def protected(self, reader: Reader, region: Region, *pages: int) -> None:
+        """Have pages written, protected and known."""
+        region.write(*pages)
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+
+    async def test_those_that_are_clean_come_with_their_content(self, reader: Reader) -> None:
+        region = reader.child.map(16)
+        self.protected(reader, region, *range(16))
+        region.write(5, value=2)
+        found = await self.found(reader, region, 2, 3, 5, 6, 9)
+        assert found == {page: content(page) for page in (2, 3, 6, 9)}
+        assert reader.space.checked_at == reader.space.content_at + reader.space.dirty_pages
+
+    async def test_those_that_are_gone_unknown_or_not_asked_for_do_not_come(self, reader: Reader) -> None:
+        region = reader.child.map(16)
+        self.protected(reader, region, *range(8))
+        region.advise(3, 1, _DONT_NEED)
+        reader.know(region, 0, 1, 2, 3, 4, 5)
+        assert set(await self.found(reader, region, 2, 3, 4, 6, 7, 12)) == {2, 4}
+        assert await self.found(reader, region) == {}
+
+    async def test_what_may_not_be_read_comes_too(self, reader: Reader) -> None:
+        region = reader.child.alone(8)
+        self.protected(reader, region, *range(8))
+        region.protect(_NOT_ACCESSIBLE)
+        assert await self.found(reader, region, 1, 2) == {1: content(1), 2: content(2)}
+
+    async def test_without_room_behind_the_dirty_ones_nothing_comes_and_nothing_fails(
+        self, reader: Reader
+    ) -> None:
+        region = reader.child.map(16)
+        self.protected(reader, region, *range(16))
+        reader.space.checks(bounds_of(region.numbers[:8]))
+        dirty = reader.freeze(region)
+        others = FrozenCall(reader.buffer).run([reader.space])
+        reader.buffer = FrozenBuffer(others + 64)
+        reader.buffer.pages = others + 7  # there is memory behind, which is not to be written to
+        assert await self.found(reader, region, *range(8)) == {}
+        reader.buffer = FrozenBuffer(others + 64)
+        assert set(await self.found(reader, region, *range(8))) == set(range(8))
+        assert dirty.dirty == {}
+
+    async def test_more_than_there_is_room_for_at_first_come_in_order(self, reader: Reader) -> None:
+        region = reader.child.map(6000)
+        reader.child.do(
+            f"[poke({region.start} + page * {PAGE_BYTES}, page.to_bytes(2, 'little'))"
+            " for page in range(6000)] and None"
+        )
+        reader.cover()
+        reader.written(region)
+        reader.know(region)
+        wanted = list(range(0, 6000, 2))
+        found = await self.found(reader, region, *wanted)
+        assert list(found) == wanted
+        assert all(int.from_bytes(data[:2], "little") == page for page, data in found.items())
+
+    async def test_two_processes_stand_one_behind_the_other(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        self.protected(reader, region, *range(8))
+        second = Space(reader.child.pid)
+        second.knows(bounds_of(region.numbers))
+        reader.space.checks(bounds_of(region.numbers[2:4]))
+        second.checks(bounds_of(region.numbers[5:6]))
+        with reader.child.stopped():
+            FrozenCall(reader.buffer).run([reader.space, second])
+        assert reader.space.checked_at + 2 == second.checked_at
+        assert bytes(reader.buffer.content(second.checked_at, 1)) == content(5)
+
+
 class TestFrozen:
     async def test_pages_that_are_known_and_unwritten_are_clean(self, reader: Reader) -> None:
         region = reader.child.map(8)

@@ -32,11 +32,16 @@ from common.control import (
     StopWorkload,
     TermHistory,
     TimelineEntry,
+    VerificationProgress,
+    Verify,
+    Verifying,
+    WorkloadMetrics,
     WorkloadStatus,
 )
 from common.control_channel import ControlServer
 from common.model import EpochId
 from outlive.cli import follow
+from outlive.cli import verify as verify_module
 from outlive.cli.app import run
 from outlive.cli.status import COLUMNS
 
@@ -593,3 +598,106 @@ def test_history_of_a_node_without_workloads_says_that_there_is_none(
 
 def test_history_of_the_unknown_is_an_error(node: FakeNode) -> None:
     assert node.run("history", "nothing") == 5
+
+
+# --- verify -----------------------------------------------------------------------------------------
+
+
+def comparing(replica: str, rounds: int, done: int = 0, different: int = 0) -> VerificationProgress:
+    """How far a comparison of 1,000 pages is that had 3 rounds before."""
+    return VerificationProgress(
+        replica=replica,
+        pages_done=done,
+        pages_due=1000 if done else 0,
+        epochs=1,
+        rounds=rounds,
+        pages_compared=1000 * rounds + done,
+        pages_different=different,
+    )
+
+
+def led(epochs: int, *verification: VerificationProgress) -> AgentMetrics:
+    """What an agent answers that leads redis."""
+    workload = WorkloadMetrics(
+        name="redis",
+        backend="fast",
+        epochs_captured=epochs,
+        epochs_acknowledged=epochs,
+        freeze_ms=(),
+        epoch_ms=(),
+        interval_ms=(),
+        memory_bytes=1,
+        streams=(),
+        verification=verification,
+    )
+    return AgentMetrics(node="a", pid=7, rss_bytes=0, cpu_s=0.0, workloads=(workload,))
+
+
+@pytest.fixture
+def verifying(silent: FakeNode, monkeypatch: pytest.MonkeyPatch) -> FakeNode:
+    """A node whose agent has 3 rounds behind it."""
+    monkeypatch.setattr(verify_module, "_POLL_S", 0.01)
+    silent.listen(silent.config.agent_endpoint)
+    silent.answers[Verify] = Verifying(before={"redis": (comparing("", 3), comparing("b", 3))})
+    return silent
+
+
+def test_verify_is_followed_until_everything_was_compared(verifying: FakeNode, capsys: Captured) -> None:
+    verifying.answers[AskStatus] = in_turn(
+        led(10),
+        led(11, comparing("", 3, 500), comparing("b", 3, 250)),
+        led(12, comparing("", 4), comparing("b", 3, 750)),
+        led(13, comparing("", 4), comparing("b", 4)),
+    )
+    assert verifying.run("verify", "--now", "--workload", "redis") == 0
+    told = capsys.readouterr()
+    assert verifying.asked == [Verify(workload="redis")]
+    assert told.err.splitlines() == ["redis memory 50 %, redis b 25 %", "redis b 75 %"]
+    assert [line.split() for line in told.out.splitlines()[1:3]] == [
+        ["redis", "memory", "1000", "0", "3"],
+        ["redis", "b", "1000", "0", "3"],
+    ]
+
+
+def test_verify_exits_with_its_own_code_if_anything_was_different(
+    verifying: FakeNode, capsys: Captured
+) -> None:
+    verifying.answers[AskStatus] = in_turn(led(10), led(12, comparing("", 4), comparing("b", 4, different=2)))
+    assert verifying.run("verify", "--now", "--output", "json") == 18
+    answer = read_json(capsys)
+    assert (answer["pages_verified"], answer["pages_different"]) == (2000, 2)
+    assert [each["replica"] for each in answer["verified"]] == ["", "b"]  # type: ignore[attr-defined]
+    assert answer["took_s"] >= 0  # type: ignore[operator]
+
+
+def test_verify_says_when_the_agent_began_anew(verifying: FakeNode) -> None:
+    verifying.answers[AskStatus] = in_turn(led(10), led(1, comparing("", 0), comparing("b", 0)))
+    assert verifying.run("verify", "--now") == 4
+    verifying.answers[AskStatus] = in_turn(led(10), led(1))
+    assert verifying.run("verify", "--now") == 4
+
+
+def test_verify_is_given_up_after_its_time(verifying: FakeNode, capsys: Captured) -> None:
+    stuck = replace(comparing("b", 3, 250), problem="no descriptor left")
+    verifying.answers[AskStatus] = led(10, comparing("", 4), stuck)
+    assert verifying.run("verify", "--now", "--timeout", "0.1") == 4
+    assert "redis b 25 % (no descriptor left)" in capsys.readouterr().err
+
+
+def test_verify_without_now_is_a_wrong_command_line(silent: FakeNode) -> None:
+    assert silent.run("verify") == 2
+
+
+def test_status_says_how_far_verification_is(node: FakeNode, capsys: Captured) -> None:
+    memory = comparing("", 0, 340)
+    store = replace(comparing("b", 1, different=3), ended_wall_s=1_764_000_000.5)
+    node.answers[AskStatus] = node_status(replace(LEADING, verification=(memory, store)))
+    assert node.run("status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "redis: verification of memory: 34 % of a round" in lines
+    (line,) = [line for line in lines if "verification of replica b" in line]
+    assert "the last whole one ended 20" in line
+    assert line.endswith("3 pages were different: outlive events")
+    assert node.run("status", "--output", "json") == 0
+    workload = read_json(capsys)["workloads"][0]  # type: ignore[index]
+    assert [each["pages_done"] for each in workload["verification"]] == [340, 0]

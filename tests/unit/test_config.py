@@ -131,6 +131,7 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + WORKLOAD + "epoch_interval_ms = 1\n", "epoch_interval_ms"),
         (NODE + WORKLOAD + "freeze_deadline_ms = 1\n", "freeze_deadline_ms"),
         (NODE + "[store]\nmax_bytes = -1\n", "store.max_bytes"),
+        (NODE + "[capture]\nverify_epochs = -1\n", "capture.verify_epochs"),
         (NODE + WORKLOAD + "rpo_ms = 999\n", "rpo_ms"),
         (NODE + WORKLOAD + "max_takeover_lag_ms = -1\n", "max_takeover_lag_ms"),
         (NODE + WORKLOAD + 'on_exit = "explode"\n', "explode"),

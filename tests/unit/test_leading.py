@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.config import Node, NodeConfig, Peer
@@ -16,10 +17,12 @@ from common.events import Event, EventLog, EventRecord, read_events
 from common.model import EpochId, WorkloadSpec
 from outlive import leading
 from outlive.leading import Leading, clear_images
+from outlive.verifying import Verifier
 from primary.backlog import Backlog, SharedEpoch
 from primary.capture import CapturedEpoch
 from primary.numbering import EpochNumbers
 from primary.stream import StreamCounters
+from primary.verification import HURRIED_PAGES
 from tests.unit.wire_fakes import TASK, captured, page, until
 
 TERM = 4
@@ -114,6 +117,7 @@ class Scene:
         self.streams: dict[str, StreamInMemory] = {}
         self.file = directory / "events.jsonl"
         self.log = EventLog(self.file, "agent")
+        self.verifier = Verifier("redis", 500, self.log)
         declared = {"nodes": ("a", "b", "c"), "epoch_interval_ms": 20} | fields
         spec = WorkloadSpec(name="redis", command=("x",), **declared)  # type: ignore[arg-type]
         self.leading = Leading(
@@ -128,6 +132,7 @@ class Scene:
             numbers=EpochNumbers(directory / "mark"),
             make_stream=self._make_stream,  # type: ignore[arg-type]
             events=self.log,
+            verifier=self.verifier,
         )
 
     def _make_stream(self, peer: Peer, on_acknowledged: Callable[[EpochId], None]) -> StreamInMemory:
@@ -419,3 +424,19 @@ async def test_a_node_that_is_no_peer_is_told_of_and_hinders_no_other(tmp_path: 
         stranger = scene.leading.progress()[-1]
         assert (stranger.node, stranger.connected) == ("z", False)
         assert "[[peers]]" in stranger.reasons[0]
+
+
+async def test_everything_is_compared_at_once_if_a_replica_is_there(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.verifier.store_of("b")
+    scene.verifier.store_of("c")
+    scene.streams["c"].connected = False
+    assert [each.replica for each in scene.leading.verify()] == ["b"], "stock: memory is not compared"
+    scene.backend.name = "fast"
+    assert [each.replica for each in scene.leading.verify()] == ["", "b"]
+    assert [each.replica for each in scene.leading.metrics().verification] == ["", "b", "c"]
+    assert (
+        scene.verifier.memory.plan(lambda: {TASK: np.arange(9000, dtype=np.uint64)})[0].pages == HURRIED_PAGES
+    )
+    scene.streams["b"].connected = False
+    assert scene.leading.verify() == (), "no epoch would come"

@@ -30,11 +30,13 @@ from common.messages import (
     PROTOCOL,
     Ack,
     AskHeld,
+    AskStored,
     Beat,
     BeatWorkload,
     Begin,
     Commit,
     Credit,
+    Doubt,
     HeldPages,
     Hello,
     Message,
@@ -117,6 +119,13 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
         AskHeld(epoch=None, seed=4711, secret=bytes(range(8)), kind="shmem", ident=1, first_row=0),
         (),
     ),
+    "ask-stored": (
+        AskStored(
+            epoch=EpochId(3, 42), secret=bytes(range(8)), kind="task", ident=1, first_page=16, end_page=1065
+        ),
+        (),
+    ),
+    "doubt": (Doubt(epoch=EpochId(3, 42), reason="b has stored 1 page otherwise"), ()),
     "held": (HeldPages(kind="task", ident=1, pages=1, more=True), (b"\x00\x01\x02",)),
     "metadata": (Metadata(name="core-1.img", size=5), (b"\x50hello",)),
     "space": (Space(kind="task", ident=1, pages=3, changed=1), (b"\x00\x01\x02",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from common.control import ReplicaProgress, WorkloadReport, WorkloadStatus
+from common.control import ReplicaProgress, VerificationProgress, WorkloadReport, WorkloadStatus
 from common.model import EpochId, WorkloadSpec
 from common.role_events import AgentReport, Heard, KeeperStarted, Tick
 from common.role_table import step
@@ -91,3 +91,17 @@ def test_the_data_at_risk_of_a_leader_that_is_gone_grows() -> None:
     role, _ = step(role, AgentReport(WorkloadReport(name="w", spec=SPEC, running=False, **stored)), later)  # type: ignore[arg-type]
     role, _ = step(role, Tick(), later)
     assert workload_status(role, later).data_at_risk_s == 11.0
+
+
+def test_what_is_in_doubt_counts_as_not_restorable_and_all_is_at_risk() -> None:
+    role = role_of("b")
+    sound = seen(role, stored=EpochId(2, 9), stored_wall_s=990.0, restorable=True)
+    assert (sound.restorable, sound.data_at_risk_s) == (True, 10.0)
+    status = seen(role, stored=EpochId(2, 9), stored_wall_s=990.0, restorable=True, doubt="of it")
+    assert (status.restorable, status.data_at_risk_s) == (False, None)
+    assert "of it" in status.reasons
+
+
+def test_how_far_verification_is_shows_where_the_workload_is_led() -> None:
+    progress = VerificationProgress(replica="b", pages_done=5, pages_due=9, epochs=1, rounds=2)
+    assert seen(role_of("a"), READY, verification=(progress,)).verification == (progress,)

@@ -293,6 +293,30 @@ def test_an_operator_may_take_over_with_any_lag() -> None:
     assert any(isinstance(effect, RunFence) for effect in asked)
 
 
+DOUBT = "t1-e9 is in doubt: b has stored 1 page otherwise"
+
+
+def test_a_replica_whose_store_is_in_doubt_does_not_take_over_by_itself_and_says_why() -> None:
+    driver = follower()
+    driver.report(stored=EpochId(1, 9), restorable=True, doubt=DOUBT)
+    asked = driver.after(0.5)
+    assert driver.state == "waiting"
+    assert not any(isinstance(effect, RunFence) for effect in asked)
+    assert driver.role.reason == f"{DOUBT}: outlive failover w --accept-data-loss"
+    driver.report(stored=EpochId(1, 10), restorable=True)  # it was sent anew
+    driver.after(0.5)
+    assert driver.state == "acquiring"
+
+
+def test_an_operator_may_take_over_with_what_is_in_doubt() -> None:
+    driver = follower()
+    driver.report(stored=EpochId(1, 9), restorable=True, doubt=DOUBT)
+    driver.after(0.5)
+    asked = driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert driver.state == "acquiring"
+    assert any(isinstance(effect, RunFence) for effect in asked)
+
+
 def test_the_agents_last_word_counts_too_while_the_keeper_is_dead() -> None:
     driver = behind(0.5)
     driver.feed(Heard(node="a", origin="agent", boot_id="boot-a", wall_s=LEADERS_CLOCK_S + 60))

@@ -18,7 +18,7 @@ from common.container import Incarnation
 from common.control import Order
 from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermError, WorkloadError
 from common.events import Event, EventLog, read_events
-from common.messages import PROTOCOL, Hello, Nack
+from common.messages import PROTOCOL, Doubt, Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from outlive import workload_agent
 from outlive.workload_agent import WorkloadAgent
@@ -119,6 +119,7 @@ class StoreOfRecords:
 
     def __init__(self) -> None:
         self.held: list[EpochRecord] = []
+        self.doubts: dict[EpochId, str] = {}
         self.holders = 0
         self.closed = False
 
@@ -128,6 +129,9 @@ class StoreOfRecords:
 
     def records(self) -> list[EpochRecord]:
         return list(self.held)
+
+    def doubt_about(self, epoch: EpochId) -> str:
+        return self.doubts.get(epoch, "")
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -163,6 +167,9 @@ class LeadingInMemory:
             self.state = "ended"
 
     def progress(self) -> tuple[()]:
+        return ()
+
+    def verification(self) -> tuple[()]:
         return ()
 
     def metrics(self) -> None:
@@ -666,3 +673,41 @@ async def test_what_stands_against_a_restore_is_reported_and_told_once(scene: Sc
     told = scene.events()
     assert [name for name, _ in told] == [Event.REPLICA_RESTORABLE, Event.REPLICA_NOT_RESTORABLE]
     assert "port 6379 is taken" in told[1][1]
+
+
+async def test_what_is_in_doubt_is_told_reported_and_over_with_the_next_whole_epoch(scene: Scene) -> None:
+    scene.store.held = [record(1)]
+    await scene.agent.judge(record(1))
+    scene.store.doubts[EpochId(1, 1)] = "1 page is another"
+    scene.agent.doubted(Doubt(epoch=EpochId(1, 1), reason="1 page is another"))
+    scene.agent.doubted(Doubt(epoch=EpochId(1, 1), reason="1 page is another"))  # told once
+    assert await scene.agent.judge(record(1)) == (False, ("t1-e1 is in doubt: 1 page is another",))
+    report = scene.agent.report()
+    assert report.restorable, "an operator could restore it"
+    assert report.doubt == "t1-e1 is in doubt: 1 page is another"
+    scene.store.held.append(record(2))
+    assert await scene.agent.judge(record(2)) == (True, ())
+    assert scene.agent.report().doubt == ""
+    await scene.agent.judge(record(2))
+    told = [name for name, _ in scene.events()]
+    assert told == [Event.REPLICA_RESTORABLE, Event.VERIFY_DOUBTED, Event.VERIFY_MENDED]
+
+
+async def test_an_epoch_in_doubt_does_not_take_the_place_of_a_sound_one(scene: Scene) -> None:
+    scene.store.held = [record(8), record(9)]
+    scene.store.doubts[EpochId(1, 8)] = "of it"
+    scene.containers.unrestorable = {EpochId(1, 9)}
+    await scene.obeyed(order(1, "lead", "restore"))
+    assert scene.containers.done == ["restore t1-e9 of /epochs/9"]
+    assert scene.agent.report().order_failed == 1
+
+
+async def test_an_operator_gets_what_is_in_doubt_if_there_is_nothing_else(scene: Scene) -> None:
+    scene.store.held = [record(9)]
+    scene.store.doubts[EpochId(1, 9)] = "of it"
+    await scene.obeyed(order(1, "lead", "restore"))
+    assert scene.agent.report().order_done == 1
+
+
+async def test_only_who_leads_verifies(scene: Scene) -> None:
+    assert scene.agent.verify() is None

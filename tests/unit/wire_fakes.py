@@ -153,6 +153,9 @@ class StoreInMemory:
         self.seed_name = 0
         self.asked: list[EpochId | int] = []
         self.told_at_once = 1 << 20
+        self.fail_sample: Exception | None = None
+        self.doubts: list[str] = []
+        self.doubtful_until: EpochId | None = None
 
     @property
     def newest(self) -> StoredEpoch | None:
@@ -174,12 +177,39 @@ class StoreInMemory:
             first_row + len(part) < len(numbers),
         )
 
+    def sample(self, epoch, key, first, end, most, hasher):
+        if self.fail_sample:
+            raise self.fail_sample
+        memory = self.epochs[epoch].memory.get(key, {})
+        numbers = [number for number in sorted(memory) if first <= number < end]
+        part = numbers[: min(most, self.told_at_once)]
+        identity = b"".join(identity_of(memory[key_page]) for key_page in part)
+        return HeldPart(
+            np.array(part, dtype=np.uint64),
+            np.frombuffer(identity, dtype=np.uint64).reshape(len(part), 2),
+            len(part) < len(numbers),
+        )
+
+    def doubt(self, reason):
+        self.doubts.append(reason)
+        self.doubtful_until = self.newest.id
+
+    def doubt_about(self, epoch):
+        chain = []
+        while epoch is not None:
+            chain.append(epoch)
+            epoch = self.epochs[epoch].base
+        touched = self.doubtful_until is not None and min(chain) <= self.doubtful_until
+        return self.doubts[-1] if touched else ""
+
     def begin(self, header, *, expected_bytes=0, restore_command=("criu", "restore"), seed=0):
         self.begun += 1
         if self.fail_begin:
             raise self.fail_begin
         if header.base is not None and header.base not in self.epochs:
             raise BaseError(f"{header.base} is not held")
+        if header.base is not None and self.doubt_about(header.base):
+            raise BaseError(f"{header.base} is in doubt")
         return _IncomingInMemory(self, header, self.seeds[seed] if seed else {})
 
 

@@ -19,7 +19,20 @@ import numpy as np
 
 from common.bulk import EpochDigest, pack, unpack
 from common.criu.images import SpaceKey
-from common.messages import PROTOCOL, Ack, AskHeld, Commit, HeldPages, Nack, Refused, Welcome, decode, encode
+from common.messages import (
+    PROTOCOL,
+    Ack,
+    AskHeld,
+    AskStored,
+    Commit,
+    Doubt,
+    HeldPages,
+    Nack,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
 from common.model import EpochId
 from primary.capture import PageTable
 from primary.outgoing import Seed
@@ -407,6 +420,38 @@ async def _asks_nonsense(ends: Ends, receiver: Receiver) -> None:
                     raise WrongCommitError(f"a question was answered by {answer}")
 
 
+async def _verifies_nonsense(ends: Ends, receiver: Receiver) -> None:
+    """It asks for pages that cannot be, and doubts what is stored, before and after it is sent anew."""
+    most = 1 << 53
+    with ends.speaking() as speaker:
+        await speaker.greet()
+        epoch = ends.epoch()
+        await speaker.sends_whole(ends.messages(epoch, None))
+        for asked in (epoch.id, EpochId(9, 9)):
+            for first, end in ((most, most), (5, 1), (most - 1, most), (0, 0)):
+                for key in (*SPACES, SpaceKey("task", most)):
+                    ask = AskStored(
+                        epoch=asked,
+                        secret=bytes(8),
+                        kind=key.kind,
+                        ident=key.ident,
+                        first_page=first,
+                        end_page=end,
+                    )
+                    await speaker.send(encode(ask))
+                    answer = await speaker.hear()
+                    if not isinstance(answer, HeldPages) or answer.pages or answer.more:
+                        raise WrongCommitError(f"a question was answered by {answer}")
+        for named in (EpochId(1 << 53, 1 << 53), epoch.id):
+            await speaker.send(encode(Doubt(epoch=named, reason="of it")))
+        for frames in ends.messages(following := ends.epoch(), epoch):
+            await speaker.send(frames)
+        if not isinstance(answer := await speaker.hear(), Nack) or answer.code != "base":
+            raise WrongCommitError(f"{following.id} stands on what is in doubt and was answered by {answer}")
+        await speaker.sends_whole(ends.messages(whole := ends.epoch(), None))
+        await speaker.sends_whole(ends.messages(ends.epoch(), whole))
+
+
 async def _takes_from_a_seed_that_is_gone(ends: Ends, receiver: Receiver) -> None:
     """Two epochs break off; the next one takes pages from what was kept of the first under its name."""
     ends.pages = 150
@@ -456,6 +501,7 @@ PEERS: dict[str, Peer] = {
     "300 greetings": _greets_300_times,
     "an epoch that trickles": _trickles,
     "questions without sense": _asks_nonsense,
+    "a verification without sense": _verifies_nonsense,
     "pages of a seed that is gone": _takes_from_a_seed_that_is_gone,
     "a base that is gone": _loses_its_base,
 }
