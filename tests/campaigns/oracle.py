@@ -95,6 +95,9 @@ async def run_seed(
         replica = Replica(subject.directory / "store", subject.config, subject.spec)
         number = 0
         while number < epochs and refused < 5 * epochs and not wrong:
+            if ending := subject.ending():
+                wrong.append(f"after epoch {number} the program ended with {ending}")
+                break
             epoch = EpochId(1, number + refused + 1)
             try:
                 if chance.randrange(every) == 0:

@@ -27,6 +27,7 @@ from common.bundle import WorkloadPaths
 from common.config import Node, NodeConfig
 from common.container import (
     cgroup_directories,
+    exit_code,
     kill_workload,
     restore_workload,
     start_workload,
@@ -154,6 +155,14 @@ class Subject:
         pages = sum(len(space.numbers) for space in twin.spaces)
         twin.release()
         return captured, wrong, pages
+
+    def ending(self) -> str:
+        """Say how its program ended, and its last words; empty if it runs."""
+        code = exit_code(self.config, self.spec.name)
+        if code is None:
+            return ""
+        log = WorkloadPaths(self.config, self.spec.name).log
+        return f"exit code {code}: {log.read_text()[-1500:].strip() if log.exists() else ''}"
 
     async def close(self) -> None:
         """Let go of the workload."""

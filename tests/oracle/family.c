@@ -78,14 +78,30 @@ void fail(const char *format, ...)
 	}
 }
 
+/* Print the mappings around an address. */
+static void say_mappings(const void *address)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[3][256] = { "", "", "" };
+	for (int at = 0; maps && fgets(line[at % 3], sizeof line[0], maps); at++)
+		if (strtoull(strchr(line[at % 3], '-') + 1, NULL, 16) > (u64)address) {
+			dprintf(2, "%s%s%s", line[(at + 1) % 3], line[(at + 2) % 3], line[at % 3]);
+			if (fgets(line[0], sizeof line[0], maps))
+				dprintf(2, "%s", line[0]);
+			return;
+		}
+}
+
 static void on_fault(int number, siginfo_t *info, void *context)
 {
 	char text[ERROR_BYTES];
 	(void)context;
-	int size = snprintf(text, sizeof text, "oracle %d: signal %d at %p, thread %d, path %s\n", (int)getpid(), number,
-			    info->si_addr, me ? me->number : -1, me ? path_names[me->path] : "-");
+	int size = snprintf(text, sizeof text, "oracle %d: signal %d (%d) at %p, thread %d, path %s\n", (int)getpid(),
+			    number, info->si_code, info->si_addr, me ? me->number : -1,
+			    me ? path_names[me->path] : "-");
 	if (write(2, text, (size_t)size) < 0)
 		_exit(FAULT);
+	say_mappings(info->si_addr);
 	if (my_child)
 		memcpy(my_child->error, text, sizeof text);
 	_exit(FAULT);
