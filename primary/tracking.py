@@ -32,6 +32,8 @@ _FEATURES: Final = 1 << 15 | 1 << 13 | 1 << 12
 """WP_ASYNC, WP_UNPOPULATED, WP_HUGETLBFS_SHMEM (<linux/userfaultfd.h>)."""
 _MODE_WRITE_PROTECT: Final = 2
 _USER_MODE_ONLY: Final = 1
+_USER_SPACE_END: Final = 1 << 63
+"""What is above, [vsyscall], is the kernel's own."""
 _SYSCALL: Final = {"x86_64": 323, "aarch64": 282}
 
 
@@ -53,18 +55,19 @@ class Userfault:
 
         Returns the ranges that were not tracked before, tracked now or not, and whether any is tracked now.
         If none is, the descriptor is another address space's: the process has executed a program.
+
+        No mapping is ever tracked in part, not even one that grew since `vmas` was read: the kernel would
+        make two of it, and mremap(2) of what the process knows as one would fail, or stop half-way.
         """
-        fresh: list[tuple[int, int]] = []
-        tracked = 0
-        for start, end, flags, _ in vmas.tolist():
-            if not flags & OWNED:
-                continue
-            if is_tracked(pagemap, start):
-                tracked += 1
-                continue
-            fresh.append((start, end))
-            tracked += self._register(start, end) and is_tracked(pagemap, start)
-        return fresh, tracked > 0
+        owned = [(start, end) for start, end, flags, _ in vmas.tolist() if flags & OWNED]
+        fresh = [(start, end) for start, end in owned if not is_tracked(pagemap, start)]
+        for first, last in _rooms(vmas):
+            within = [(start, end) for start, end in fresh if first <= start < last]
+            if within and not self._register(first, last):
+                for start, end in within:
+                    self._register(start, end)
+        tracked = len(owned) > len(fresh) or any(is_tracked(pagemap, start) for start, _ in fresh)
+        return fresh, tracked
 
     def _register(self, start: int, end: int) -> bool:
         request = bytearray(struct.pack("<QQQQ", start, end - start, _MODE_WRITE_PROTECT, 0))
@@ -79,6 +82,23 @@ class Userfault:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _rooms(vmas: NDArray[np.void]) -> list[tuple[int, int]]:
+    """Return the ranges that hold owned mappings and no others, each from one of the others to the next."""
+    rooms: list[tuple[int, int]] = []
+    before = first = last = 0
+    for start, end, flags, _ in vmas.tolist():
+        if flags & OWNED:
+            first = first or before or start
+            last = end
+        elif start < _USER_SPACE_END:
+            if first:
+                rooms.append((first, start))
+            before, first = end, 0
+    if first:
+        rooms.append((first, last))
+    return rooms
 
 
 def problem() -> str:

@@ -934,6 +934,53 @@ class TestTracking:
             os.fstat(read_end)
 
 
+class TestNoMappingIsTrackedInPart:
+    """What grew or got a neighbour since the mappings were listed stays one mapping, as without tracking."""
+
+    def room(self, child: Child, lower: int, pages: int, upper: int) -> Region:
+        """Map pages with free room on both sides."""
+        around = child.map(lower + pages + upper)
+        region = Region(child, around.start + lower * PAGE_BYTES, pages)
+        if lower:
+            child.do(f"libc.munmap({around.start}, {lower * PAGE_BYTES})")
+        child.do(f"libc.munmap({region.end}, {upper * PAGE_BYTES})")
+        return region
+
+    def pieces(self, reader: Reader, region: Region) -> int:
+        return len(reader.mappings_of(region))
+
+    async def test_one_that_grew(self, reader: Reader) -> None:
+        region = self.room(reader.child, 0, 16, 64)
+        region.write(3)
+        listed = reader.space.mappings()
+        assert reader.child.do(f"libc.mremap({region.start}, {16 << 12}, {48 << 12}, 0, 0)") == region.start
+        reader.userfault.cover(reader.pagemap, listed)
+        grown = Region(reader.child, region.start, 48)
+        assert self.pieces(reader, grown) == 1
+        assert reader.written(grown) == {3}
+        moved = reader.child.do(f"done(libc.mremap({region.start}, {48 << 12}, {4096 << 12}, 1, 0))")
+        assert moved > 0, os.strerror(-moved)
+
+    @pytest.mark.parametrize("above", [False, True])
+    async def test_one_that_got_a_neighbour(self, reader: Reader, above: bool) -> None:
+        region = self.room(reader.child, 32, 16, 32)
+        listed = reader.space.mappings()
+        at = region.end if above else region.start - (16 << 12)
+        reader.child.map(16, at=at)
+        both = Region(reader.child, min(at, region.start), 32)
+        before = self.pieces(reader, both)
+        reader.userfault.cover(reader.pagemap, listed)
+        assert self.pieces(reader, both) == before == 1
+
+    async def test_shared_memory_between_is_not_tracked_at_all(self, reader: Reader) -> None:
+        region = reader.child.map(48)
+        shared = reader.child.map(16, flags=0x01 | _ANONYMOUS, at=region.start + (16 << 12))
+        region.write(1, 40)
+        reader.cover()
+        assert not is_tracked(reader.pagemap, shared.start)
+        assert reader.written(region) == {1, 40}
+
+
 class TestReadsDirectly:
     def test_finds_a_file_that_is_open_so(self, child: Child, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(bytes(PAGE_BYTES))
