@@ -206,8 +206,8 @@ class Replica:
 def differences(ours: CapturedEpoch, theirs: CapturedEpoch) -> Iterator[str]:
     """Say in what two epochs of one instant differ, page for page.
 
-    A page of zeros in anonymous memory is the same as none: the kernel itself puts some in between two
-    captures of frozen memory (khugepaged, where a mapping is not tracked yet), and takes them away.
+    A page of zeros in anonymous or shared memory is the same as none: the kernel itself puts some in between
+    two captures of frozen memory (khugepaged, where a mapping is not tracked yet), and takes them away.
     """
     mine = {space.key: space for space in ours.spaces}
     twin = {space.key: space for space in theirs.spaces}
@@ -221,7 +221,8 @@ def differences(ours: CapturedEpoch, theirs: CapturedEpoch) -> Iterator[str]:
             ("not in CRIU's image", one, np.setdiff1d(one.numbers, other.numbers)),
         ):
             zero = (space.identity[np.searchsorted(space.numbers, numbers)] == 0).all(axis=1)
-            numbers = numbers[~(zero & _within_anonymous(vmas, numbers))]
+            nothing = zero & (_within_anonymous(vmas, numbers) if key.kind == "task" else True)
+            numbers = numbers[~nothing]
             if len(numbers):
                 yield f"{key.pagemap_name}: {len(numbers)} pages {what}, {_told(vmas, int(numbers[0]))}"
         _, here, there = np.intersect1d(one.numbers, other.numbers, return_indices=True)
