@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from common.errors import CaptureError
 from common.model import PAGE_BYTES
+from primary.frames import Frames
 from primary.native import built
 
 OWNED: Final = 1
@@ -32,7 +33,8 @@ READABLE: Final = 4
 
 DIRTY: Final = 1
 UNREADABLE: Final = 2
-"""Flags of a run, as `native/pages.c` has them."""
+WRITTEN: Final = 4
+"""Flags of a run, as `native/pages.c` has them; the last one is told by scans with `Frames` only."""
 
 RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unused", "<u4")])
 """Neighbouring pages that are treated alike: bytes from `start` to `end` (exclusive)."""
@@ -67,6 +69,7 @@ class _Space(ctypes.Structure):
         ("vmas", ctypes.c_void_p),
         ("vmas_room", ctypes.c_uint64),
         ("vmas_count", ctypes.c_uint64),
+        ("soft", ctypes.c_void_p),
     )
 
 
@@ -105,10 +108,15 @@ def load() -> None:
 class Space:
     """Room for what is found out about one process; used by one thread at a time."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, frames: Frames | None = None) -> None:
+        """With `frames`, it is scanned by soft-dirty bits, else by PAGEMAP_SCAN."""
         self.pid = pid
+        self.frames = frames
         self.protects = False
-        """Protect what is written within the freeze: for processes that devices may write into."""
+        """Protect what is written within the freeze: for processes that devices may write into.
+
+        With `frames`: clear the soft-dirty bits after the scan. The process must stand still then.
+        """
         self._known = np.empty(0, dtype=np.uint64)
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
         self._vmas = _touched(_FIRST_VMAS, VMA)
@@ -146,6 +154,8 @@ class Space:
             self._vmas = _touched(len(self._vmas) * 2, VMA)
         elif error == errno.ENOBUFS:
             self._runs = _touched(len(self._runs) * 2, RUN)
+        elif error == errno.ENOSPC and self.frames is not None:
+            self.frames.grow()
         else:
             return False
         return True
@@ -198,11 +208,14 @@ class Space:
         native.runs, native.runs_room = self._runs.ctypes.data, len(self._runs)
         native.text, native.text_room = self._text.ctypes.data, len(self._text)
         native.vmas, native.vmas_room = self._vmas.ctypes.data, len(self._vmas)
+        native.soft = self.frames.prepared(clears=self.protects) if self.frames is not None else None
         return native
 
     def took(self, native: _Space) -> None:
         """Remember what the library found."""
         self._native = native
+        if self.frames is not None and self.protects and not native.error:
+            self.frames.cleared()
 
     @property
     def error(self) -> int:
@@ -220,6 +233,11 @@ class Space:
         return int(self._native.dirty_pages)
 
     @property
+    def present_pages(self) -> int:
+        """How many pages it has, dirty or not."""
+        return int(self._native.present_pages)
+
+    @property
     def content_at(self) -> int:
         """Number of the first one in the buffer."""
         return int(self._native.content_at)
@@ -229,6 +247,8 @@ class Space:
         wanted = max(runs, 2 * int(self._native.runs_count) if not self.error else 0)
         if wanted > len(self._runs):
             self._runs = _touched(2 * wanted, RUN)
+        if self.frames is not None:
+            self.frames.make_room(self.present_pages * 5 // 4 + 1024, len(self._runs) // 2)
 
 
 class FrozenBuffer:
