@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from common.config import NodeConfig, Peer
-from common.control import ReplicaProgress, StreamMetrics, WorkloadMetrics
+from common.control import CaptureStatus, ReplicaProgress, StreamMetrics, WorkloadMetrics
 from common.errors import OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
@@ -57,7 +57,10 @@ class Leading:
         numbers: EpochNumbers,
         make_stream: Callable[[Peer, Callable[[EpochId], None]], ReplicaStream],
         events: EventLog,
+        capture_status: Callable[[], CaptureStatus | None] = lambda: None,
     ) -> None:
+        self.capture_status = capture_status
+        """What captures now."""
         self.spec = spec
         self.term = term
         self.incarnation = incarnation

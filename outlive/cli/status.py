@@ -196,6 +196,11 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines.append(
             f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
         )
+    if workload.capture is not None:
+        tracker = f", tracker {workload.capture.tracker}" if workload.capture.tracker else ""
+        lines.append(
+            f"{name}: captured by the {workload.capture.backend} backend{tracker}: {workload.capture.reason}"
+        )
     if workload.exit_code is not None:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:

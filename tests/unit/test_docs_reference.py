@@ -107,8 +107,8 @@ def test_the_status_page_has_the_fixed_words() -> None:
 
 def test_the_status_page_has_every_json_key() -> None:
     text = section(read("reference/status.md"), "JSON")
-    top, *tables = re.split(r"^Each of `(?:\w+)`:$", text, flags=re.MULTILINE)
-    kinds = [control.PeerStatus, control.WorkloadStatus, control.ReplicaProgress]
+    top, *tables = re.split(r"^(?:Each of )?`(?:\w+)`:$", text, flags=re.MULTILINE)
+    kinds = [control.PeerStatus, control.WorkloadStatus, control.CaptureStatus, control.ReplicaProgress]
     assert len(tables) == len(kinds)
     for kind, table in zip(kinds, tables, strict=True):
         assert [row[0].strip("`") for row in rows(table)] == list(kind.__struct_fields__)
