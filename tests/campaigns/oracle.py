@@ -1,6 +1,6 @@
 """The memory oracle: what the fast backend captures is, page for page, what stock CRIU dumps at that instant.
 
-    python -m tests.campaigns.oracle --epochs 2000 --seeds 3 [--seed 1] [--every 4] [--output json]
+    python -m tests.campaigns.oracle --epochs 2000 --seeds 3 [--seed 1] [--every 4] [--tracker soft-dirty]
 
 A program that changes its memory in every way there is (`tests/oracle/mutator.c`) runs in a container and
 is captured by the fast backend, epoch after epoch, as the agent does it. In a sample of epochs the
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -48,6 +49,7 @@ from primary.dumping import Dumped, Dumper
 from primary.fast import FastBackend
 from primary.outgoing import Held, epoch_messages
 from primary.stock import StockBackend
+from primary.tracking import TrackerName, choose
 from replica.assembly import Assembly, Committed
 from replica.store import EpochStore
 from tests.oracle.build import ask, build
@@ -72,6 +74,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     untouched: tuple[str, ...]
     """Paths of the program that were never taken."""
     freeze_p50_ms: float
+    stops: int
+    """Epochs for which it stood still once more, ahead of the freeze."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +83,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     schema_version: int
     backend: str
+    tracker: str
     seconds: float
     runs: tuple[Run, ...]
 
@@ -148,7 +153,9 @@ class Unwatched:
 class Subject:
     """The program in its container, and the two backends."""
 
-    def __init__(self, config: NodeConfig, spec: WorkloadSpec, init_pid: int) -> None:
+    def __init__(
+        self, config: NodeConfig, spec: WorkloadSpec, init_pid: int, tracker: TrackerName | None
+    ) -> None:
         self.config, self.spec = config, spec
         self.directory = Path(config.node.state_dir).parent
         self.freezer = Freezer(config)
@@ -165,7 +172,9 @@ class Subject:
             )
 
         self._fast_dumper, self._stock_dumper = dumper(with_shim=True), dumper(with_shim=False)
-        self.fast = FastBackend(config, self._fast_dumper, workload=NAME, incarnation="first", hasher=hasher)
+        self.fast = FastBackend(
+            config, self._fast_dumper, workload=NAME, incarnation="first", hasher=hasher, tracker=tracker
+        )
         self.stock = StockBackend(self._stock_dumper, workload=NAME, incarnation="first", hasher=hasher)
 
     async def compare(self, epoch: EpochId, since: EpochId | None) -> tuple[CapturedEpoch, list[str], int]:
@@ -256,6 +265,7 @@ async def run_seed(
     *,
     options: tuple[str, ...] = (),
     restores: bool = False,
+    tracker: TrackerName | None = None,
     talk: bool = False,
 ) -> Run:
     """Capture so many epochs of one program."""
@@ -263,10 +273,10 @@ async def run_seed(
         options = (*options, "--no-file-changes")
     chance = random.Random(seed)
     wrong: list[str] = []
-    compared = pages = refused = checks = steps = restored = 0
+    compared = pages = refused = checks = steps = restored = stops = 0
     freezes: list[float] = []
     missing: list[str] = []
-    async with running(seed, options) as (subject, port):
+    async with running(seed, options, tracker) as (subject, port):
         replica = Replica(subject.directory / "store", subject.config, subject.spec)
         number = 0
         while number < epochs and refused < 5 * epochs and not wrong:
@@ -286,6 +296,7 @@ async def run_seed(
                 continue
             number += 1
             freezes.append(captured.freeze.total_ms)
+            stops += captured.freeze.ahead_ms > 0
             # A slow replica takes only some of them.
             if chance.randrange(3) or number % 50 == 0:
                 try:
@@ -320,6 +331,7 @@ async def run_seed(
         wrong=tuple(wrong),
         untouched=tuple(sorted(missing)),
         freeze_p50_ms=float(np.median(freezes)) if freezes else 0.0,
+        stops=stops,
     )
 
 
@@ -377,7 +389,9 @@ def _remove_cgroups(config: NodeConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(seed: int, options: tuple[str, ...]) -> AsyncIterator[tuple[Subject, int]]:
+async def running(
+    seed: int, options: tuple[str, ...], tracker: TrackerName | None
+) -> AsyncIterator[tuple[Subject, int]]:
     """Run the program in a container; nothing of it is left afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="outlive-oracle-"))
     images = Path(tempfile.mkdtemp(prefix="outlive-oracle-", dir="/dev/shm"))
@@ -414,7 +428,7 @@ async def running(seed: int, options: tuple[str, ...]) -> AsyncIterator[tuple[Su
                 break
             except OSError:
                 await asyncio.sleep(0.05)
-        subject = Subject(config, spec, init_pid)
+        subject = Subject(config, spec, init_pid, tracker)
         try:
             yield subject, port
         finally:
@@ -431,15 +445,21 @@ async def running(seed: int, options: tuple[str, ...]) -> AsyncIterator[tuple[Su
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def run_campaign(first_seed: int, seeds: int, epochs: int, every: int, *, talk: bool) -> Report:
+async def run_campaign(
+    first_seed: int, seeds: int, epochs: int, every: int, tracker: TrackerName, *, talk: bool
+) -> Report:
     """Run seed after seed; of every two, one has its images restored."""
     started_s = time.monotonic()
     runs = [
-        await run_seed(first_seed + each, epochs, every, restores=each % 2 == 0, talk=talk)
+        await run_seed(first_seed + each, epochs, every, restores=each % 2 == 0, tracker=tracker, talk=talk)
         for each in range(seeds)
     ]
     return Report(
-        schema_version=1, backend="fast", seconds=round(time.monotonic() - started_s, 1), runs=tuple(runs)
+        schema_version=1,
+        backend="fast",
+        tracker=tracker,
+        seconds=round(time.monotonic() - started_s, 1),
+        runs=tuple(runs),
     )
 
 
@@ -450,6 +470,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--every", type=int, default=4, help="one epoch of so many is compared")
+    parser.add_argument("--tracker", choices=get_args(TrackerName), help="else the best that works here")
     parser.add_argument("--revive", help=argparse.SUPPRESS)
     options = parser.parse_args()
     configure_logs("warning")
@@ -457,7 +478,12 @@ def main() -> int:
         print(asyncio.run(_revive(options.revive)))
         return 0
     print(f"seed {options.seed}", file=sys.stderr)
-    report = asyncio.run(run_campaign(options.seed, options.seeds, options.epochs, options.every, talk=True))
+    tracker = options.tracker or choose("auto").name
+    if tracker is None:
+        parser.error(choose("auto").reason)
+    report = asyncio.run(
+        run_campaign(options.seed, options.seeds, options.epochs, options.every, tracker, talk=True)
+    )
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
     return 0 if report.passed else 1
 
