@@ -34,6 +34,8 @@ _ROOM_FACTOR = 1.1
 """Room for the images' pages, and a tenth for everything else."""
 _STILL_WITHIN_S = 0.1
 """A cgroup that does not freeze that fast is let go: one of its tasks waits for a disk."""
+_STILL_DEADLINE_MS = 2000
+"""When the keeper thaws it if we do not: a stop takes milliseconds, and no criu notices our death."""
 
 
 class FreezeGuard(Protocol):
@@ -205,7 +207,7 @@ class Dumper:
         if self._ahead is None:
             raise NotFrozenError("criu could not be started")
         criu_pid = self._ahead.criu.pid
-        await self._guard.announce(criu_pid, self._spec.thaw_deadline_ms)
+        await self._guard.announce(criu_pid, min(_STILL_DEADLINE_MS, self._spec.thaw_deadline_ms))
         begun_s = time.monotonic()
         try:
             await in_thread(self._still, work)

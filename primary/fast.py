@@ -109,9 +109,9 @@ class FastBackend:
                 return await self._attempt(epoch, since)
             except TooDirtyError as error:
                 log.info("capture.too_dirty", workload=self._workload, epoch=str(epoch), pages=error.pages)
-                if attempt == _ATTEMPTS - 1 or not self._tracker.copies_ahead:
+                if attempt == _ATTEMPTS - 1:
                     self._grow_buffer(error.pages * 2)
-                elif error.pages <= _MOST_FROZEN_PAGES:
+                elif error.pages <= _MOST_FROZEN_PAGES or not self._tracker.copies_ahead:
                     self._grow_buffer(error.pages * 5 // 4)
         raise CaptureError(f"epoch {epoch} of {self._workload}: its freeze would be too long")
 
@@ -251,7 +251,7 @@ class FastBackend:
         dirty = self._call.run(spaces)
         if not self._stood_still():
             for process in self._taken:
-                process.book.forget_all()
+                process.forget_all()
             raise CaptureError("the workload did not stand still while its memory was read")
         for space in spaces:
             if space.error in _TOO_LITTLE_ROOM:

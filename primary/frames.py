@@ -90,6 +90,10 @@ class Frames:
         self._now.ranges, self._now.pages = int(noted.ranges), int(noted.pages)
         self._before, self._now = self._now, self._before
 
+    def forget(self) -> None:
+        """Hold what the last clear noted for doubtful: everything counts as written, until the next one."""
+        self._before.ranges = self._before.pages = 0
+
     def make_room(self, pages: int, ranges: int) -> None:
         """Have room for at least that many. Never within a freeze: it takes memory."""
         if self._tracks and (pages > len(self._now.frames) or 2 * ranges > len(self._now.bounds)):

@@ -214,8 +214,11 @@ class Space:
     def took(self, native: _Space) -> None:
         """Remember what the library found."""
         self._native = native
-        if self.frames is not None and self.protects and not native.error:
-            self.frames.cleared()
+        if self.frames is not None and self.protects:
+            if native.error:  # the bits may be cleared all the same
+                self.frames.forget()
+            else:
+                self.frames.cleared()
 
     @property
     def error(self) -> int:

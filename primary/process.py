@@ -150,13 +150,19 @@ class TrackedProcess:
             self._smaps = None
         return self._smaps
 
+    def forget_all(self) -> None:
+        """Hold all of its memory for doubtful."""
+        self.book.forget_all()
+        if self.space.frames is not None:
+            self.space.frames.forget()
+
     # --- after a freeze -----------------------------------------------------------------------------
 
     def not_taken(self) -> None:
         """The epoch came to nothing: what was protected for it is unknown."""
         self.space.grow(self.space.error)
         if self.space.protects and self.space.error:
-            self.book.forget_all()
+            self.forget_all()
         elif self.space.protects:
             runs = self.space.runs
             self.book.restrict(expand_runs(runs))

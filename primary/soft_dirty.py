@@ -177,7 +177,7 @@ class SoftDirtyTracker:
             raise
         except BaseException:
             for process in processes:
-                process.book.forget_all()
+                process.forget_all()
             raise
         await in_thread(self._take_note, processes)
         return stopped_ms
@@ -201,7 +201,7 @@ class SoftDirtyTracker:
                 if seen:
                     wanted = np.setdiff1d(wanted, _written(process), assume_unique=True)
                 elif reads_directly(process.pid):  # since when is not known
-                    book.forget_all()
+                    process.forget_all()
                     continue
                 copied += process.copy(hasher, writer, wanted)
             except CaptureError as error:

@@ -204,6 +204,14 @@ class TestWhatIsWritten:
         pagemap.holds(11, PRESENT | 2)
         assert pagemap.scan((10, 13)) == [(10, 11, False), (11, 12, True), (12, 13, False)]
 
+    def test_is_everything_where_the_last_clear_is_doubtful(self, pagemap: Pagemap) -> None:
+        pagemap.holds(10, PRESENT | 1, PRESENT | 2)
+        pagemap.clear((10, 12))
+        pagemap.frames.forget()
+        assert pagemap.scan((10, 12)) == [(10, 12, True)]
+        pagemap.clear((10, 12))
+        assert pagemap.scan((10, 12)) == [(10, 12, False)]
+
     def test_is_judged_by_the_last_clear_not_the_last_scan(self, pagemap: Pagemap) -> None:
         pagemap.holds(10, PRESENT | 1)
         pagemap.clear((10, 11))

@@ -100,30 +100,22 @@ class TestAnotherStop:
         assert look.is_worth_a_stop is worth
 
 
-class Book:
-    """Notes what is forgotten."""
-
-    def __init__(self) -> None:
-        self.forgotten = 0
-
-    def forget_all(self) -> None:
-        self.forgotten += 1
-
-
 class Process:
     """A process of which much is written."""
 
     def __init__(self) -> None:
         self.pid = 1
-        self.book: Any = Book()
         self.space: Any = None
-        self.noted = 0
+        self.noted = self.forgotten = 0
 
     def prepare(self) -> None:
         """Have no need to."""
 
     def not_taken(self) -> None:
         self.noted += 1
+
+    def forget_all(self) -> None:
+        self.forgotten += 1
 
 
 class TestAStop:
@@ -141,7 +133,7 @@ class TestAStop:
             return 2.5
 
         assert await self.stopped(process, still) == 2.5
-        assert (process.noted, process.book.forgotten) == (1, 0)
+        assert (process.noted, process.forgotten) == (1, 0)
 
     async def test_in_which_not_all_stood_still_forgets_everything(self, process: Process) -> None:
         async def thawed(work: object) -> float:
@@ -149,7 +141,7 @@ class TestAStop:
 
         with pytest.raises(CaptureError):
             await self.stopped(process, thawed)
-        assert (process.noted, process.book.forgotten) == (0, 1)
+        assert (process.noted, process.forgotten) == (0, 1)
 
     async def test_that_did_not_come_about_forgets_nothing(self, process: Process) -> None:
         async def not_frozen(work: object) -> float:
@@ -157,4 +149,4 @@ class TestAStop:
 
         with pytest.raises(NotFrozenError):
             await self.stopped(process, not_frozen)
-        assert (process.noted, process.book.forgotten) == (0, 0)
+        assert (process.noted, process.forgotten) == (0, 0)
