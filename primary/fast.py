@@ -50,7 +50,7 @@ _ATTEMPTS = 4
 _FIRST_BUFFER_PAGES = 2048
 _MOST_FROZEN_PAGES = 8192
 """Dirty pages that are copied within a freeze without a second thought: about 25 ms."""
-_TOO_LITTLE_ROOM = (errno.E2BIG, errno.EMLINK, errno.ENOBUFS)
+_TOO_LITTLE_ROOM = (errno.E2BIG, errno.EMLINK, errno.ENOBUFS, errno.ENOSPC)
 _BACKFILL_S = 0.1
 """How long an epoch may wait for pages that only a new replica needs."""
 _REMOVER = ThreadPoolExecutor(1, "images")
@@ -249,10 +249,7 @@ class FastBackend:
             self._taken.append(process)
         spaces = [process.space for process in self._taken]
         dirty = self._call.run(spaces)
-        if not self._stood_still():
-            for process in self._taken:
-                process.forget_all()
-            raise CaptureError("the workload did not stand still while its memory was read")
+        self._see_that_all_stood_still()
         for space in spaces:
             if space.error in _TOO_LITTLE_ROOM:
                 raise TooDirtyError(0)
@@ -261,12 +258,19 @@ class FastBackend:
         if dirty > self._buffer.pages:
             raise TooDirtyError(dirty)
 
-    def _stood_still(self) -> bool:
-        """Tell whether nobody has let the workload go on since criu stopped it.
+    def _see_that_all_stood_still(self) -> None:
+        """Raise if a process whose bits were cleared runs again, and hold everything for doubtful.
 
-        It matters where bits were cleared: a write between reading and clearing them would never be told.
+        A write between reading and clearing them would never be told.
         """
-        return all(process.is_stopped for process in self._taken if process.space.frames is not None)
+        moving = {each.pid: each.state for each in self._taken if each.space.protects}
+        moving = {pid: state for pid, state in moving.items() if state not in "tT"}
+        if not moving:
+            return
+        for process in self._taken:
+            process.forget_all()
+        names = ", ".join(f"{pid} (in state {state})" for pid, state in moving.items())
+        raise CaptureError(f"processes did not stand still while their memory was read: {names}")
 
     def _after_failure(self) -> None:
         """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""

@@ -115,7 +115,8 @@ class Space:
         self.protects = False
         """Protect what is written within the freeze: for processes that devices may write into.
 
-        With `frames`: clear the soft-dirty bits after the scan. The process must stand still then.
+        With `frames`: clear the soft-dirty bits after the scan. The process must stand still then, and there
+        must be room for its frames.
         """
         self._known = np.empty(0, dtype=np.uint64)
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)

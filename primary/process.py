@@ -75,12 +75,12 @@ class TrackedProcess:
             return False
 
     @property
-    def is_stopped(self) -> bool:
-        """Whether a tracer holds it, or a signal has stopped it: so it is between criu's freeze and thaw."""
+    def state(self) -> str:
+        """The letter that proc(5) has for it: `t` while a tracer holds it; `X` if it is gone."""
         try:
-            return _stat(self.pid)[0] in "tT"
+            return _stat(self.pid)[0]
         except CaptureError:
-            return False
+            return "X"
 
     # --- while it runs ------------------------------------------------------------------------------
 

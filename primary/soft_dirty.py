@@ -54,6 +54,8 @@ _FEW_PAGES: Final = 512
 _PAGES_A_DIRTY_ONE: Final = 64
 """Scanning and clearing that many pages takes about as long as copying one."""
 _TRIES: Final = 8
+_PASSES: Final = (errno.EBADMSG, errno.EIO)
+"""Its mappings changed while they were read; another program begins in it."""
 
 
 class StandStill(Protocol):
@@ -96,10 +98,12 @@ class SoftDirtyTracker:
         self._call = FrozenCall(FrozenBuffer(0))
 
     def space(self, pid: int) -> Space:
-        """See `primary.tracking.Tracker.space`."""
-        space = Space(pid, Frames(self._zero_frame))
-        space.protects = True
-        return space
+        """See `primary.tracking.Tracker.space`.
+
+        A process that is first seen at a freeze is not cleared there, which would need room for its frames:
+        all that it has still reads as written afterwards.
+        """
+        return Space(pid, Frames(self._zero_frame))
 
     async def take_up(self, process: TrackedProcess) -> None:
         """Do nothing: the kernel tracks always."""
@@ -161,7 +165,7 @@ class SoftDirtyTracker:
                 self._call.run([space])
                 if not space.error:
                     return
-                if not space.grow(space.error) and space.error != errno.EBADMSG:
+                if not space.grow(space.error) and space.error not in _PASSES:
                     break
         finally:
             space.protects = True

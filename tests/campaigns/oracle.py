@@ -266,6 +266,7 @@ async def run_seed(
     options: tuple[str, ...] = (),
     restores: bool = False,
     tracker: TrackerName | None = None,
+    check_every: int = 50,
     talk: bool = False,
 ) -> Run:
     """Capture so many epochs of one program."""
@@ -298,13 +299,15 @@ async def run_seed(
             freezes.append(captured.freeze.total_ms)
             stops += captured.freeze.ahead_ms > 0
             # A slow replica takes only some of them.
-            if chance.randrange(3) or number % 50 == 0:
+            if chance.randrange(3) or number % check_every == 0:
                 try:
                     await asyncio.to_thread(replica.take, captured)
                 except (CaptureError, AssertionError) as error:
                     wrong.append(f"epoch {number}: {error}")
             captured.release()
-            if number % 50 == 0:
+            if talk and number % 10 == 0:
+                print(f"seed {seed}: {number}/{epochs}, {compared} compared", file=sys.stderr)
+            if number % check_every == 0:
                 answer = await asyncio.to_thread(ask, port, "check")
                 checks += 1
                 steps, missing = answer["steps"], answer["missing"]
@@ -315,8 +318,6 @@ async def run_seed(
                     found = await restored_elsewhere(subject, newest.path, newest.id, port)
                     restored += 1
                     wrong += [f"epoch {number}, restored: {found}"] if found else []
-                if talk:
-                    print(f"seed {seed}: {number}/{epochs}, {compared} compared", file=sys.stderr)
             await asyncio.sleep(chance.uniform(0.0, 0.1))
         replica.store.close()
     return Run(

@@ -141,12 +141,14 @@ BUGS: dict[str, Bug] = {
 }
 
 
-async def hunt(name: str, seed: int, epochs: int) -> Found:
+async def hunt(name: str, seed: int, epochs: int, *, options: tuple[str, ...] = ()) -> Found:
     """Run the oracle with one bug planted."""
     bug = BUGS[name]
     with bug.plant():
         try:
-            run = await run_seed(seed, epochs, 3, options=("--only", bug.paths), tracker=bug.tracker)
+            run = await run_seed(
+                seed, epochs, 3, options=("--only", bug.paths, *options), tracker=bug.tracker
+            )
         except Exception as error:  # whatever breaks, the bug showed
             return Found(bug=name, found=True, epochs=0, by=f"{type(error).__name__}: {error}"[:200])
     return Found(bug=name, found=bool(run.wrong), epochs=run.epochs, by="; ".join(run.wrong)[:200])

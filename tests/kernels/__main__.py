@@ -36,7 +36,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60, help="of each seed")
     parser.add_argument("--every", type=int, default=2, help="one epoch of so many is compared")
-    parser.add_argument("--seeds", type=int, default=2, help="every other one is restored too")
+    parser.add_argument("--check-every", type=int, default=20, help="restored and asked after so many")
+    parser.add_argument("--seeds", type=int, default=2, help="every other one without direct I/O")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--huge-pages", default="never,always", help="one boot for each")
     parser.add_argument("--limit-s", type=float, default=1800.0, help="for each boot")
@@ -55,6 +56,7 @@ def main() -> int:
                 seeds=options.seeds,
                 epochs=options.epochs,
                 every=options.every,
+                check_every=options.check_every,
                 bugs=first and not options.no_bugs,
                 tests=not options.no_tests,
             )

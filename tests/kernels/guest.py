@@ -60,7 +60,10 @@ modprobe squashfs
 mount -t squashfs -o ro /dev/vdb /mnt
 exec sh "/mnt$root/tests/kernels/init.sh"
 """
-_PAYLOAD = (".venv", ".criu", "common", "primary", "replica", "outlive", "native", "setup", "tests", "bench")
+_PAYLOAD = (
+    *(".venv", ".criu", "pyproject.toml", "common", "primary", "replica", "outlive", "native", "setup"),
+    *("tests", "bench"),
+)
 _REPORT_BYTES = 4 << 20
 _BUILD_LIMIT_S = 1200
 
@@ -157,7 +160,7 @@ def boot(guest: Guest, plan: str, *, huge_pages: str, limit_s: float, log: Path)
                 text=True,
                 timeout=limit_s,
                 check=True,
-                preexec_fn=lambda: os.nice(10),
+                preexec_fn=lambda: os.nice(5),
             )
         except subprocess.TimeoutExpired as error:
             raise GuestError(f"the guest did not end within {limit_s:.0f} s; its console: {log}") from error
