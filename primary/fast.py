@@ -19,6 +19,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class FastBackend:
         self._workload = workload
         self._incarnation = incarnation
         self._hasher = hasher
-        self._tracker = make(tracker, dumper.stand_still)
+        self._tracker = make(tracker, self._stand_still)
         self._stopped_ms = 0.0
         """How long the workload stood still since the last epoch, before freezes."""
         self._processes: dict[int, TrackedProcess] = {}
@@ -139,7 +140,7 @@ class FastBackend:
             await self._find_processes()
             await in_thread(self._begin, since)
             processes = list(self._processes.values())
-            self._stopped_ms += await self._tracker.copy_ahead(processes, self._hasher, self._writer_of())
+            await self._tracker.copy_ahead(processes, self._hasher, self._writer_of())
             await in_thread(self._backfill, since)
             channel = await self._dumper.spawned()
             if channel is None:
@@ -187,6 +188,17 @@ class FastBackend:
         )
 
     # --- while it runs ------------------------------------------------------------------------------
+
+    async def _stand_still(self, work: Callable[[], None]) -> None:
+        """Have it stand still ahead of the freeze, and count how long, whatever comes of it."""
+        begun_s = time.monotonic()
+        try:
+            stopped_ms = await self._dumper.stand_still(work)
+        except BaseException:
+            stopped_ms = (time.monotonic() - begun_s) * 1000  # at most: how far it came is not known
+            raise
+        finally:
+            self._stopped_ms += stopped_ms
 
     async def _find_processes(self) -> None:
         """Take up processes that came, let go of those that went, and see that all are tracked."""
@@ -244,6 +256,8 @@ class FastBackend:
                 raise CaptureError(f"the mappings of process {report.pid} could not be read while frozen")
             process = self._processes.get(report.pid)
             if process is None or not process.is_same:  # it has come since
+                if process is not None:
+                    self._tracker.let_go(process)
                 space = self._tracker.space(report.pid)
                 process = self._processes[report.pid] = TrackedProcess(report.pid, space)
             self._taken.append(process)

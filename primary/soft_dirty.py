@@ -59,10 +59,10 @@ _PASSES: Final = (errno.EBADMSG, errno.EIO)
 
 
 class StandStill(Protocol):
-    """Has the workload stand still; `Dumper.stand_still`."""
+    """Has the workload stand still."""
 
-    def __call__(self, work: Callable[[], None]) -> Awaitable[float]:
-        """See `Dumper.stand_still`."""
+    def __call__(self, work: Callable[[], None]) -> Awaitable[None]:
+        """Do `work` while all stands still. Raises as `Dumper.stand_still` does."""
         ...
 
 
@@ -113,10 +113,9 @@ class SoftDirtyTracker:
 
     async def copy_ahead(
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
-    ) -> float:
+    ) -> None:
         """See `primary.tracking.Tracker.copy_ahead`."""
         here = list(processes)
-        stopped_ms = 0.0
         look = await in_thread(self._look, here)
         # What an abandoned freeze has cleared, and nobody copied.
         if await in_thread(self._copy, here, hasher, writer, True):
@@ -125,7 +124,7 @@ class SoftDirtyTracker:
             if not look.is_worth_a_stop:
                 break
             try:
-                stopped_ms += await self._stop(here)
+                await self._stop(here)
             except NotFrozenError as error:
                 log.info("tracking.no_stop", reason=error.message)
                 break
@@ -133,7 +132,6 @@ class SoftDirtyTracker:
             before, look = look, await in_thread(self._look, here)
             if look.written > before.written // 2:
                 break
-        return stopped_ms
 
     # --- in threads ---------------------------------------------------------------------------------
 
@@ -171,12 +169,12 @@ class SoftDirtyTracker:
             space.protects = True
         raise CaptureError(f"process {process.pid} cannot be scanned: {os.strerror(space.error)}")
 
-    async def _stop(self, processes: list[TrackedProcess]) -> float:
-        """Begin anew, with everything at rest; return how many ms that took."""
+    async def _stop(self, processes: list[TrackedProcess]) -> None:
+        """Begin anew, with everything at rest."""
         for process in processes:
             process.prepare()
         try:
-            stopped_ms = await self._stand_still(partial(self._clear, processes))
+            await self._stand_still(partial(self._clear, processes))
         except NotFrozenError:
             raise
         except BaseException:
@@ -184,7 +182,6 @@ class SoftDirtyTracker:
                 process.forget_all()
             raise
         await in_thread(self._take_note, processes)
-        return stopped_ms
 
     def _clear(self, processes: list[TrackedProcess]) -> None:
         self._call.run([process.space for process in processes])

@@ -56,8 +56,8 @@ class Tracker(Protocol):
 
     async def copy_ahead(
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
-    ) -> float:
-        """Copy what was written, while it runs; return for how many ms all stood still for that.
+    ) -> None:
+        """Copy what was written, while it runs.
 
         Processes that end meanwhile are passed over. Raises CaptureError.
         """
@@ -94,9 +94,8 @@ class NoTracker:
 
     async def copy_ahead(
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
-    ) -> float:
+    ) -> None:
         """Copy nothing: it would have to be copied again."""
-        return 0.0
 
     def let_go(self, process: TrackedProcess) -> None:
         """Do nothing."""

@@ -151,10 +151,9 @@ class UserfaultTracker:
 
     async def copy_ahead(
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
-    ) -> float:
+    ) -> None:
         """See `primary.tracking.Tracker.copy_ahead`: nothing ever stands still for it."""
         await in_thread(self._copy_all, list(processes), hasher, writer)
-        return 0.0
 
     def _copy_all(self, processes: list[TrackedProcess], hasher: PageHasher, writer: LayerWriter) -> None:
         """Copy what was written, a few times over if it is much."""

@@ -340,14 +340,13 @@ class Stops:
         self.count = 0
         self.failure: BaseException | None = None
 
-    async def __call__(self, work: object) -> float:
+    async def __call__(self, work: object) -> None:
         assert callable(work)
         self.count += 1
         with self.child.stopped():
             work()
         if self.failure:
             raise self.failure
-        return 1.5
 
 
 @needs_soft_dirty
@@ -364,11 +363,12 @@ class TestCopyingAhead:
         process = TrackedProcess(child.pid, tracker.space(child.pid))
         region = child.map(4000)
         child.do(f"poke({region.start}, b'x' * {4000 * PAGE_BYTES})")
-        assert await tracker.copy_ahead([process], PageHasher(), writer) == 1.5
+        await tracker.copy_ahead([process], PageHasher(), writer)
         assert stops.count == 1
         assert np.isin(region.numbers, process.book.numbers[process.book.known]).all()
         region.write(7, 9)
-        assert await tracker.copy_ahead([process], PageHasher(), writer) == 0.0
+        await tracker.copy_ahead([process], PageHasher(), writer)
+        assert stops.count == 1, "little was written since"
         unknown = process.book.numbers[~process.book.known]
         assert {7, 9} <= region.index(unknown)
         assert len(region.index(unknown)) < 20
@@ -402,14 +402,14 @@ class TestCopyingAhead:
         process = TrackedProcess(child.pid, tracker.space(child.pid))
         region = child.map(4000)
         child.do(f"poke({region.start}, b'x' * {4000 * PAGE_BYTES})")
-        assert await tracker.copy_ahead([process], PageHasher(), writer) == 0.0
+        await tracker.copy_ahead([process], PageHasher(), writer)
         assert stops.count == 0
 
     async def test_a_process_that_has_ended_is_passed_over(self, child: Child, writer: LayerWriter) -> None:
         tracker = SoftDirtyTracker(Stops(child))
         process = TrackedProcess(child.pid, tracker.space(child.pid))
         child.end()
-        assert await tracker.copy_ahead([process], PageHasher(), writer) == 0.0
+        await tracker.copy_ahead([process], PageHasher(), writer)
 
 
 @needs_soft_dirty
@@ -421,5 +421,5 @@ async def test_no_tracker_copies_nothing_ahead(child: Child, tmp_path: Path) -> 
     tracker = NoTracker()
     process = TrackedProcess(child.pid, tracker.space(child.pid))
     await tracker.take_up(process)
-    assert await tracker.copy_ahead([process], PageHasher(), LayerWriter(tmp_path)) == 0.0
+    await tracker.copy_ahead([process], PageHasher(), LayerWriter(tmp_path))
     assert len(process.book.numbers) == 0

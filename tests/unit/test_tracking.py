@@ -80,7 +80,7 @@ class TestMade:
             make(None, _stand_still)
 
 
-async def _stand_still(work: object) -> float:
+async def _stand_still(work: object) -> None:
     raise AssertionError("nothing is to be stopped")
 
 
@@ -124,29 +124,29 @@ class TestAStop:
         monkeypatch.setattr("primary.soft_dirty.zero_frame", lambda: 1)
         return Process()
 
-    async def stopped(self, process: Process, stand_still: Any) -> float:
+    async def stop(self, process: Process, stand_still: Any) -> None:
         tracker = SoftDirtyTracker(stand_still)
-        return await tracker._stop([process])  # type: ignore[list-item]
+        await tracker._stop([process])  # type: ignore[list-item]
 
     async def test_that_was_one_notes_what_was_cleared(self, process: Process) -> None:
-        async def still(work: object) -> float:
-            return 2.5
+        async def still(work: object) -> None:
+            """All is at rest."""
 
-        assert await self.stopped(process, still) == 2.5
+        await self.stop(process, still)
         assert (process.noted, process.forgotten) == (1, 0)
 
     async def test_in_which_not_all_stood_still_forgets_everything(self, process: Process) -> None:
-        async def thawed(work: object) -> float:
+        async def thawed(work: object) -> None:
             raise CaptureError("it was thawed by somebody else")
 
         with pytest.raises(CaptureError):
-            await self.stopped(process, thawed)
+            await self.stop(process, thawed)
         assert (process.noted, process.forgotten) == (0, 1)
 
     async def test_that_did_not_come_about_forgets_nothing(self, process: Process) -> None:
-        async def not_frozen(work: object) -> float:
+        async def not_frozen(work: object) -> None:
             raise NotFrozenError("one of its tasks waits for a disk")
 
         with pytest.raises(NotFrozenError):
-            await self.stopped(process, not_frozen)
+            await self.stop(process, not_frozen)
         assert (process.noted, process.forgotten) == (0, 0)
