@@ -133,9 +133,13 @@ BUGS: dict[str, Bug] = {
     ),
     "the kernel's page of zeros counts as content": Bug(
         lambda: altered(
-            ("soft_dirty.c", "(entry & ENTRY_FRAME) != soft->zero_frame", "(entry & ENTRY_FRAME) != 1")
+            (
+                "soft_dirty.c",
+                "(entry & ENTRY_FRAME) != soft->zero_frame",
+                "(entry & ENTRY_FRAME) != soft->zero_frame + 1",
+            )
         ),
-        "read_fresh,mmap,store_page,zero_page,madvise_dontneed",
+        "zero_read,zero_write,mmap,dontneed,store_page",
         "soft-dirty",
     ),
 }

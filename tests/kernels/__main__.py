@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--no-bugs", action="store_true", help="plant no bugs")
     parser.add_argument("--no-tests", action="store_true", help="the oracle only")
     options = parser.parse_args()
-    started_s = time.monotonic()
+    started_s, commit = time.monotonic(), _commit()
     say(f"seed {options.seed}")
     reports: list[Report] = []
     try:
@@ -70,7 +70,7 @@ def main() -> int:
     passed = all(report.passed for report in reports)
     found = Kernels(
         schema_version=1,
-        commit=_commit(),
+        commit=commit,
         seconds=round(time.monotonic() - started_s, 1),
         passed=passed,
         guests=tuple(reports),
