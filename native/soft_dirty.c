@@ -6,8 +6,8 @@
  * In: a pagemap, and which frame each page had when the bits were last cleared. Out: pages that there are, each
  * written since or not. A page is not written only if its bit is clear and it still is in the frame that it was
  * in: the bit alone does not tell of page tables that mremap(2) moves as a whole (2 MiB and more, both ends
- * aligned), whose pages come to another address with their bits as they were; nor of pages that the kernel has
- * merged (KSM).
+ * aligned), whose pages come to another address with their bits as they were; nor, it seems, of pages that the
+ * kernel has merged (KSM).
  *
  * What is no content: the kernel's page of zeros, pages that are a file's still, guard pages. The huge page of
  * zeros shows as a file's in every kernel that has soft-dirty bits and no PAGEMAP_SCAN.
