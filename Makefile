@@ -3,11 +3,12 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench sim kill-series torture oracle clean
+.PHONY: help setup demo check test bench sim kill-series torture oracle test-kernels clean
 
 SEEDS := 5000
 ROUNDS := 120
 EPOCHS := 700
+KERNEL_EPOCHS := 60
 SCALE := full
 
 help:  ## what can be made
@@ -48,6 +49,9 @@ oracle: setup  ## the fast backend against stock CRIU, page for page, and plante
 	@$(BIN)/python -m tests.campaigns.oracle --epochs $(EPOCHS)
 	@$(BIN)/python -m tests.campaigns.oracle_planted
 
+test-kernels: setup  ## the soft-dirty tracker on Debian 12's kernel 6.1, in qemu, against stock CRIU; JSON on stdout
+	@$(BIN)/python -m tests.kernels --epochs $(KERNEL_EPOCHS)
+
 clean:  ## remove what setup and the tools made in this checkout
-	rm -rf .venv .criu native/build .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .criu .kernels native/build .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -81,6 +81,8 @@ class Capture(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`auto`: memory is copied while the workload runs, where kernel and CRIU allow it."""
     verify_epochs: int = 500
     """In how many epochs all pages are compared with what is believed, and stored, of them; 0: never."""
+    tracker: Literal["auto", "userfaultfd", "soft-dirty", "none"] = "auto"
+    """How `auto` finds out what is written meanwhile; `auto` again: the first of them that the kernel has."""
 
 
 class Heartbeat(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -218,6 +220,11 @@ def _problems(config: NodeConfig) -> list[str]:
             found.append(f"{owner}: address {node.address!r} is not an IP address")
     found += _port_problems(config)
     found += _path_problems(config)
+    if config.capture.backend == "stock" and config.capture.tracker != "auto":
+        found.append(
+            f'capture.tracker = "{config.capture.tracker}": the stock backend tracks nothing, so write '
+            'backend = "auto" too, or leave it out'
+        )
     if config.heartbeat.interval_ms < 5:
         found.append("heartbeat.interval_ms: at least 5")
     if config.heartbeat.suspect_after_ms < 3 * config.heartbeat.interval_ms:

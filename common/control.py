@@ -53,6 +53,17 @@ class VerificationProgress(msgspec.Struct, frozen=True, kw_only=True):
     """Why nothing could be compared at the last epoch; empty if it could."""
 
 
+class CaptureStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What captures a workload, as its agent has chosen."""
+
+    backend: str
+    """`fast` or `stock`."""
+    tracker: str
+    """How the fast one finds what is written, as `capture.tracker` has it; empty for the stock one."""
+    reason: str
+    """Why these, in a sentence."""
+
+
 class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent knows of one workload, told to its keeper at every report."""
 
@@ -77,6 +88,8 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """Why not, one sentence each; and why newer epochs cannot be stored, whether it is restorable or not."""
     captured: EpochId | None = None
     """Newest epoch captured here (primary)."""
+    capture: CaptureStatus | None = None
+    """What captures it (primary)."""
     capture_failures: int = 0
     """Captures that failed in a row."""
     replicas: tuple[ReplicaProgress, ...] = ()
@@ -305,6 +318,8 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether less is at risk than the workload's objective allows."""
     rpo_ms: int = 0
     """That objective."""
+    capture: CaptureStatus | None = None
+    """What captures it; None: nothing does, it is not led here."""
     captured: EpochId | None = None
     stored: EpochId | None = None
     replicas: tuple[ReplicaProgress, ...] = ()

@@ -33,6 +33,7 @@ def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> Wo
         data_at_risk_s=None if record.mark == "stopped" else _data_at_risk_s(role, now),
         rpo=objective,
         rpo_ms=role.spec.objective_ms,
+        capture=report.capture if report is not None else None,
         captured=report.captured if report is not None else None,
         stored=report.stored if report is not None else None,
         replicas=tuple(_judged(role, replica) for replica in replicas),

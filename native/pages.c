@@ -6,11 +6,12 @@
  *   running   outlive_scan        what was written since the last protection, and protect it anew
  *             outlive_read        copy pages; says of each whether it could be read
  *   frozen    outlive_capture     of all processes of the tree: which pages there are, which of them are dirty,
- *                                 and the content of the dirty ones, and of a few clean ones to be compared
+ *                                 and the content of the dirty ones, and of a few clean ones to be compared; with
+ *                                 no room for content, only a look
  *
  * A page counts as dirty unless all of this is so: it can be tracked (WPALLOWED), it was not written since it was
  * protected, it is no marker in a file mapping, and the caller knows its content (`known`). Whatever is in doubt
- * is dirty.
+ * is dirty. Where the kernel has soft-dirty bits instead, soft_dirty.c says what was written.
  *
  * No call keeps state between calls, none allocates memory while frozen but in what the caller gave.
  */
@@ -26,6 +27,7 @@
 
 #include "maps.h"
 #include "pagemap_scan.h"
+#include "soft_dirty.h"
 
 #define PAGE 4096u
 #define REGIONS 512u /* of one ioctl */
@@ -35,6 +37,7 @@
 enum {
 	RUN_DIRTY = 1,
 	RUN_UNREADABLE = 2, /* in a mapping without read permission */
+	RUN_WRITTEN = 4,    /* dirty by what the kernel says, not only because it is not known; told for soft-dirty only */
 };
 
 /* Neighbouring pages that are treated alike. */
@@ -45,7 +48,7 @@ struct run {
 };
 
 enum {
-	SPACE_PROTECT = 1, /* protect what is found written: for who may be read into by devices while it runs */
+	SPACE_PROTECT = 1, /* protect what is found written, or clear the soft-dirty bits */
 };
 
 struct space {
@@ -74,6 +77,7 @@ struct space {
 	uint64_t checked_count;
 	uint64_t checked_pages; /* out: 0 if there was no room for them in the buffer, or they could not be read */
 	uint64_t checked_at;    /* out: page in the buffer from which they stand, in order */
+	struct soft_dirty *soft; /* NULL: PAGEMAP_SCAN and write protection; else soft_dirty.h, or no tracking at all */
 };
 
 static int open_of(int pid, const char *name, int flags)
@@ -357,6 +361,41 @@ static int scan_vma(struct space *space, int fd, int memory, const struct vma *v
 	return protect(fd, vma->start, vma->end, vma->flags & VMA_FILE);
 }
 
+struct soft_scan {
+	struct space *space;
+	uint64_t pair;
+	uint32_t flags; /* of the mapping */
+};
+
+static int found_by_soft_dirty(void *context, uint64_t start, uint64_t end, bool written)
+{
+	struct soft_scan *scan = context;
+
+	if (written)
+		return append(scan->space, start, end, scan->flags | RUN_DIRTY | RUN_WRITTEN);
+	return append_clean(scan->space, &scan->pair, start, end, scan->flags);
+}
+
+static int scan_by_soft_dirty(struct space *space)
+{
+	struct soft_scan scan = { space, 0, 0 };
+	int failure = 0;
+	const int fd = open_of(space->pid, "pagemap", O_RDONLY);
+
+	if (fd < 0)
+		return errno;
+	soft_dirty_begin(space->soft);
+	for (uint64_t at = 0; at < space->vmas_count && !failure; at++) {
+		const struct vma *vma = &space->vmas[at];
+
+		scan.flags = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
+		if (vma->flags & VMA_OWNED)
+			failure = soft_dirty_scan(space->soft, fd, vma->start, vma->end, found_by_soft_dirty, &scan);
+	}
+	close(fd);
+	return failure;
+}
+
 static int scan_space(struct space *space)
 {
 	uint64_t pair = 0;
@@ -365,6 +404,8 @@ static int scan_space(struct space *space)
 	space->runs_count = space->dirty_pages = space->present_pages = 0;
 	if (failure)
 		return failure;
+	if (space->soft)
+		return scan_by_soft_dirty(space);
 	const int fd = open_of(space->pid, "pagemap", O_RDWR);
 	const int memory = open_of(space->pid, "mem", O_RDONLY);
 	if (fd < 0 || memory < 0)
@@ -504,6 +545,10 @@ int64_t outlive_capture(struct space *spaces, uint64_t count, uint8_t *buffer, u
 		spaces[at].content_at = dirty;
 		dirty += spaces[at].dirty_pages;
 	}
+	/* All are scanned before any is cleared: two processes may share their memory. */
+	for (uint64_t at = 0; at < count; at++)
+		if (!spaces[at].error && spaces[at].soft && spaces[at].options & SPACE_PROTECT)
+			spaces[at].error = soft_dirty_clear(spaces[at].pid);
 	if (dirty > buffer_pages)
 		return (int64_t)dirty;
 	for (uint64_t at = 0; at < count; at++)

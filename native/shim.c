@@ -441,25 +441,39 @@ int ioctl(int fd, unsigned long request, ...)
 	return libc_ioctl(fd, request, argument);
 }
 
-static bool is_other(const struct process *of, uint64_t address)
+/* Whether no mapping between start and end is another's than the agent's. */
+static bool none_other(const struct process *of, uint64_t start, uint64_t end)
 {
 	size_t low = 0;
 	size_t high = of->count;
 
 	while (low < high) {
 		const size_t middle = (low + high) / 2;
-		if (of->others[middle].end <= address)
+		if (of->others[middle].end <= start)
 			low = middle + 1;
 		else
 			high = middle;
 	}
-	return low < of->count && of->others[low].start <= address;
+	return low == of->count || of->others[low].start >= end;
+}
+
+static bool is_other(const struct process *of, uint64_t address)
+{
+	return !none_other(of, address, address + PAGE);
 }
 
 /* Eight bytes a page; zeros say that there is none. */
 static ssize_t read_at(int fd, void *buffer, size_t size, off_t offset)
 {
 	struct process *of = shared && fd >= 0 && fd < (int)DESCRIPTORS ? pagemap_of[fd] : NULL;
+	const uint64_t first = (uint64_t)offset / sizeof(uint64_t) * PAGE;
+
+	if (of && of->hides && none_other(of, first, first + size / sizeof(uint64_t) * PAGE)) {
+		/* The kernel would walk its page tables for nothing, while everything is frozen. */
+		of->report->scans++;
+		memset(buffer, 0, size);
+		return (ssize_t)size;
+	}
 	const ssize_t got = libc_pread(fd, buffer, size, offset);
 
 	if (!of || !of->hides || got <= 0)

@@ -72,7 +72,7 @@ from outlive.leading import Leading, clear_images
 from outlive.store_room import prepare_store_room
 from outlive.verifying import Verifier
 from outlive.workload_agent import WorkloadAgent
-from primary.backend import ChosenBackend, fast_problem
+from primary.backend import BackendChoice, ChosenBackend, choose_backend
 from primary.dumping import Dumper
 from primary.fast import FastBackend
 from primary.numbering import EpochNumbers
@@ -176,8 +176,7 @@ class Agent:
         self._heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
         self._guard = TermGuard(self._heard.record, self._heard.read_all())
         self._attachments: dict[str, bytes] = {}
-        self._not_fast = ""
-        """Why the fast backend is not used; empty if it is."""
+        self._choice = BackendChoice(None, "not chosen yet")
         self._keeper_lost = False
         self._context = zmq.asyncio.Context()
         self._receiver = Receiver(
@@ -210,11 +209,7 @@ class Agent:
         await asyncio.to_thread(clear_images, images)
         version = await (await spawn(self._criu)).version()
         criu_version = str(version)
-        if self._config.capture.backend == "stock":
-            self._not_fast = 'the configuration says capture.backend = "stock"'
-        else:
-            # A criu without the shim comes first: what it finds out about the kernel is kept for all others.
-            self._not_fast = await asyncio.to_thread(fast_problem, version)
+        self._choice = await asyncio.to_thread(choose_backend, self._config.capture, version)
         self._attachments = {ORIGIN_FILE: encode_origin(read_origin(criu_version))}
         self._events.append(Event.AGENT_STARTED, reason=f"CRIU {criu_version}, PID {os.getpid()}")
         log.info("agent.started", node=self._config.node.name, criu=criu_version)
@@ -336,6 +331,7 @@ class Agent:
             ),
             events=self._events,
             verifier=verifier,
+            capture_status=backend.status,
         )
 
     def _make_backend(self, spec: WorkloadSpec, run: str, init_pid: int, verifier: Verifier) -> ChosenBackend:
@@ -358,15 +354,16 @@ class Agent:
                 incarnation=run,
                 hasher=self._hasher,
                 verification=verifier.memory,
+                tracker=self._choice.tracker,
             )
 
         stock = StockBackend(
             dumper(with_shim=False), workload=spec.name, incarnation=run, hasher=self._hasher
         )
         return ChosenBackend(
-            None if self._not_fast else fast,
+            None if self._choice.tracker is None else fast,
             stock,
-            self._not_fast or "this kernel and CRIU can do it",
+            self._choice,
             on_change=lambda name, reason: self._events.append(
                 Event.CAPTURE_BACKEND, workload=spec.name, reason=f"{name}: {reason}"
             ),

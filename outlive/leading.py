@@ -22,7 +22,13 @@ import msgspec
 import structlog
 
 from common.config import NodeConfig, Peer
-from common.control import ReplicaProgress, StreamMetrics, VerificationProgress, WorkloadMetrics
+from common.control import (
+    CaptureStatus,
+    ReplicaProgress,
+    StreamMetrics,
+    VerificationProgress,
+    WorkloadMetrics,
+)
 from common.errors import OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
@@ -59,7 +65,10 @@ class Leading:
         make_stream: Callable[[Peer, Callable[[EpochId], None]], ReplicaStream],
         events: EventLog,
         verifier: Verifier,
+        capture_status: Callable[[], CaptureStatus | None] = lambda: None,
     ) -> None:
+        self.capture_status = capture_status
+        """What captures now."""
         self.spec = spec
         self.term = term
         self.incarnation = incarnation

@@ -215,6 +215,7 @@ class WorkloadAgent:
             stored_wall_s=newest.frozen_wall_s if newest is not None else None,
             restorable=newest is not None and self._restorable,
             reasons=(*self._reasons, *refused),
+            capture=leading.capture_status() if leading is not None else None,
             captured=leading.captured if leading is not None else None,
             capture_failures=leading.failures if leading is not None else 0,
             replicas=leading.progress() if leading is not None else (),

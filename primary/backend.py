@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
+from common.config import Capture
+from common.control import CaptureStatus
 from common.criu.rpc import CriuVersion
 from common.errors import CaptureError, UnsupportedError
 from common.model import EpochId
-from primary import pages, tracking
+from primary import pages
 from primary.capture import CaptureBackend, CapturedEpoch
 from primary.injection import program
 from primary.native import built
 from primary.shim import KNOWN_VERSIONS
+from primary.tracking import TrackerName, choose
 
 log = structlog.get_logger(__name__)
 
@@ -28,18 +32,41 @@ _FAILURES: Final = 3
 _AGAIN_S: Final = 60.0
 
 
-def fast_problem(version: CriuVersion) -> str:
-    """Say why the fast backend cannot work on this node; empty if it can."""
+@dataclass(frozen=True, slots=True)
+class BackendChoice:
+    """Which backend captures on this node, and why."""
+
+    tracker: TrackerName | None
+    """How the fast one finds what is written; None: the stock one captures."""
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Both in one line."""
+        if self.tracker is None:
+            return f"stock backend: {self.reason}"
+        return f"fast backend, tracker {self.tracker}: {self.reason}"
+
+
+def choose_backend(capture: Capture, version: CriuVersion) -> BackendChoice:
+    """Choose by what the configuration says and this node can do. `version` is that of criu.
+
+    A criu without the shim is to be started before: what it finds out about the kernel is kept for all.
+    """
+    if capture.backend == "stock":
+        return BackendChoice(None, 'the configuration says capture.backend = "stock"')
     if (version.major, version.minor) not in KNOWN_VERSIONS:
         known = ", ".join(f"{major}.{minor}" for major, minor in KNOWN_VERSIONS)
-        return f"CRIU {version} is not one that the shim knows ({known})"
+        return BackendChoice(None, f"CRIU {version} is not one that the shim knows ({known})")
     try:
         built("outlive-shim.so")
-        program()
         pages.load()
+        choice = choose(capture.tracker)
+        if choice.name == "userfaultfd":
+            program()
     except (UnsupportedError, OSError) as error:
-        return str(error)
-    return tracking.problem()
+        return BackendChoice(None, str(error))
+    return BackendChoice(choice.name, choice.reason)
 
 
 class ChosenBackend:
@@ -49,12 +76,12 @@ class ChosenBackend:
         self,
         make_fast: Callable[[], CaptureBackend] | None,
         stock: CaptureBackend,
-        reason: str,
+        choice: BackendChoice,
         *,
         on_change: Callable[[str, str], None] = lambda name, reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`make_fast` is None where it cannot work, and `reason` says why; `on_change` is told of changes."""
+        """`make_fast` is None where `choice` is the stock one; `on_change` is told of changes, and why."""
         self._make_fast = make_fast
         self._stock = stock
         self._fast: CaptureBackend | None = None
@@ -62,10 +89,16 @@ class ChosenBackend:
         self._clock = clock
         self._failures = 0
         self._again_s = 0.0
+        self._tracker = choice.tracker or ""
         self.name = "fast" if make_fast is not None else "stock"
-        self.reason = reason
+        self.reason = choice.reason
         """Why this one, in a sentence."""
-        on_change(self.name, reason)
+        on_change(self.name, self.reason if not self._tracker else f"tracker {self._tracker}: {self.reason}")
+
+    def status(self) -> CaptureStatus:
+        """Return what captures now."""
+        tracker = self._tracker if self.name == "fast" else ""
+        return CaptureStatus(backend=self.name, tracker=tracker, reason=self.reason)
 
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         """See `CaptureBackend.capture`."""

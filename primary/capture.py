@@ -99,11 +99,13 @@ class FreezeTimes:
     """From the request to criu until its answer: what an epoch takes, not what it freezes."""
     hook_ms: float = 0.0
     """The part of `frozen_ms` that is ours: reading what is dirty, while criu waits."""
+    ahead_ms: float = 0.0
+    """All stops of their own before that, in which the soft-dirty tracker begins anew."""
 
     @property
     def total_ms(self) -> float:
-        """First freeze action to last thaw."""
-        return self.freezing_ms + self.frozen_ms
+        """All the time in which it stood still for this epoch: at once, unless there were stops ahead."""
+        return self.ahead_ms + self.freezing_ms + self.frozen_ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,17 @@ from common.container import standard_streams
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
 from common.errors import CaptureError, NoSpaceError, OutliveError
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from common.threads import in_thread
 from primary.capture import FreezeTimes, MetadataFile
+from primary.freezer import Freezer, NotFrozenError
 from primary.shim import ShimChannel
 
 _ROOM_FACTOR = 1.1
 """Room for the images' pages, and a tenth for everything else."""
+_STILL_WITHIN_S = 0.1
+"""A cgroup that does not freeze that fast is let go: one of its tasks waits for a disk."""
+_STILL_DEADLINE_MS = 2000
+"""When the keeper thaws it if we do not: a stop takes milliseconds, and no criu notices our death."""
 
 
 class FreezeGuard(Protocol):
@@ -98,6 +104,7 @@ class Dumper:
         self._with_shim = with_shim
         self._paths = WorkloadPaths(config, spec.name)
         self._ahead: _Ahead | None = None
+        self._freezer = Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
         """The workload's cgroup, if that is frozen already: CRIU must be told, and leaves it frozen."""
         self.directory = Path(config.node.image_dir) / spec.name
@@ -188,6 +195,30 @@ class Dumper:
         with contextlib.suppress(OutliveError):  # the next dump tries again, and says so
             await self.spawned()
         return Dumped(result, frozen_wall_s, wall_ms, hook_ms)
+
+    async def stand_still(self, work: Callable[[], None]) -> float:
+        """Freeze the workload's cgroup for as long as `work` takes, in a thread; return how many ms that was.
+
+        The keeper watches as it does at a dump: the criu that waits for the next one stands for the freeze.
+        Raises NotFrozenError if nothing was frozen; CaptureError, and what `work` raises, if what it did is
+        worth nothing: it may not have stood still. It runs then as well.
+        """
+        await self.spawned()
+        if self._ahead is None:
+            raise NotFrozenError("criu could not be started")
+        criu_pid = self._ahead.criu.pid
+        await self._guard.announce(criu_pid, min(_STILL_DEADLINE_MS, self._spec.thaw_deadline_ms))
+        begun_s = time.monotonic()
+        try:
+            await in_thread(self._still, work)
+        finally:
+            stopped_ms = (time.monotonic() - begun_s) * 1000
+            await self._guard.end(criu_pid)
+        return stopped_ms
+
+    def _still(self, work: Callable[[], None]) -> None:
+        with self._freezer.held(_STILL_WITHIN_S):
+            work()
 
     async def close(self) -> None:
         """End the criu that waits for the next epoch. Idempotent."""

@@ -1,6 +1,6 @@
 """The fast memory backend: pages are copied while the workload runs; frozen, only what was written since.
 
-    running   find the processes, track them, copy what was written (pre-copy)     primary.process
+    running   find the processes, track them, copy what was written (pre-copy)     primary.tracking
               criu is asked to dump, and hides the pages that are ours              native/shim.c
     frozen    criu writes everything but memory; at its `post-dump` hook the pages
               that are dirty still are copied, in one call, and a few clean ones    native/pages.c
@@ -23,7 +23,9 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,7 @@ from primary.layers import LayerChain, LayeredPages, LayerWriter
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
 from primary.shim import ShimChannel
+from primary.tracking import TrackerName, make
 from primary.verification import Mismatch, Verification
 
 log = structlog.get_logger(__name__)
@@ -53,12 +56,9 @@ _ATTEMPTS = 4
 _FIRST_BUFFER_PAGES = 2048
 _MOST_FROZEN_PAGES = 8192
 """Dirty pages that are copied within a freeze without a second thought: about 25 ms."""
-_TOO_LITTLE_ROOM = (errno.E2BIG, errno.EMLINK, errno.ENOBUFS)
+_TOO_LITTLE_ROOM = (errno.E2BIG, errno.EMLINK, errno.ENOBUFS, errno.ENOSPC)
 _BACKFILL_S = 0.1
 """How long an epoch may wait for pages that only a new replica needs."""
-_ROUNDS = 3
-_FEW_PAGES = 512
-"""No further round of pre-copy for so few: copying them frozen takes less than 2 ms."""
 _REMOVER = ThreadPoolExecutor(1, "images")
 
 
@@ -88,13 +88,20 @@ class FastBackend:
         incarnation: str,
         hasher: PageHasher,
         verification: Verification | None = None,
+        tracker: TrackerName | None = None,
     ) -> None:
-        """`dumper` says what to capture, with the shim; `verification`, what is compared (None: nothing)."""
+        """`dumper` says what to capture, with the shim; `verification`, what is compared (None: nothing).
+
+        Without a `tracker`, the best that works here. Raises UnsupportedError if it, or none, does.
+        """
         self._config = config
         self._dumper = dumper
         self._workload = workload
         self._incarnation = incarnation
         self._hasher = hasher
+        self._tracker = make(tracker, self._stand_still)
+        self._stopped_ms = 0.0
+        """How long the workload stood still since the last epoch, before freezes."""
         self._processes: dict[int, TrackedProcess] = {}
         self._shared: dict[SpaceKey, PageBook] = {}
         self._metadata_bytes = 0
@@ -120,7 +127,7 @@ class FastBackend:
                 log.info("capture.too_dirty", workload=self._workload, epoch=str(epoch), pages=error.pages)
                 if attempt == _ATTEMPTS - 1:
                     self._room_pages = max(self._room_pages, error.pages * 2)
-                elif error.pages <= _MOST_FROZEN_PAGES:
+                elif error.pages <= _MOST_FROZEN_PAGES or not self._tracker.copies_ahead:
                     self._room_pages = max(self._room_pages, error.pages * 5 // 4)
         raise CaptureError(f"epoch {epoch} of {self._workload}: {_ATTEMPTS} attempts at it came to nothing")
 
@@ -128,7 +135,7 @@ class FastBackend:
         """Stop tracking, and let go of everything; the workload is not touched. Idempotent."""
         await self._dumper.close()
         for process in self._processes.values():
-            process.close()
+            self._tracker.let_go(process)
         self._processes.clear()
         self._shared.clear()
         self._taken.clear()
@@ -146,7 +153,10 @@ class FastBackend:
         try:
             directory = await in_thread(self._dumper.make_room, epoch, self._metadata_bytes)
             await self._find_processes()
-            await in_thread(self._copy_ahead, since)
+            await in_thread(self._begin, since)
+            processes = list(self._processes.values())
+            await self._tracker.copy_ahead(processes, self._hasher, self._writer_of())
+            await in_thread(self._backfill, since)
             channel = await self._dumper.spawned()
             if channel is None:
                 raise CaptureError("criu was started without the shim")
@@ -154,11 +164,11 @@ class FastBackend:
             self._taken = []
             try:
                 dumped = await self._dumper.dump(directory, self._take_frozen)
+                await in_thread(self._compare, epoch)
+                spaces = await in_thread(self._assemble, epoch, directory)
             except BaseException:
                 await in_thread(self._after_failure)
                 raise
-            await in_thread(self._compare, epoch)
-            spaces = await in_thread(self._assemble, epoch, directory)
             stands_on = await in_thread(self._stands_on, spaces)
             return self._captured(epoch, dumped, directory, spaces, stands_on)
         except BaseException as error:
@@ -178,13 +188,14 @@ class FastBackend:
         chain = self._chain_of(directory.parent)
         metadata = metadata_in(directory)
         self._metadata_bytes = sum(file.size_bytes for file in metadata)
+        stopped_ms, self._stopped_ms = self._stopped_ms, 0.0
         return CapturedEpoch(
             workload=self._workload,
             id=epoch,
             incarnation=self._incarnation,
             stands_on=stands_on,
             frozen_wall_s=dumped.frozen_wall_s,
-            freeze=dumped.times,
+            freeze=replace(dumped.times, ahead_ms=stopped_ms),
             spaces=spaces,
             metadata=metadata,
             pages=_EpochPages(
@@ -194,47 +205,50 @@ class FastBackend:
 
     # --- while it runs ------------------------------------------------------------------------------
 
+    async def _stand_still(self, work: Callable[[], None]) -> None:
+        """Have it stand still ahead of the freeze, and count how long, whatever comes of it."""
+        begun_s = time.monotonic()
+        try:
+            stopped_ms = await self._dumper.stand_still(work)
+        except BaseException:
+            stopped_ms = (time.monotonic() - begun_s) * 1000  # at most: how far it came is not known
+            raise
+        finally:
+            self._stopped_ms += stopped_ms
+
     async def _find_processes(self) -> None:
         """Take up processes that came, let go of those that went, and see that all are tracked."""
         pids = await in_thread(workload_pids, self._config, self._workload)
         for pid in self._processes.keys() - set(pids):
-            self._processes.pop(pid).close()
+            self._tracker.let_go(self._processes.pop(pid))
         for pid in pids:
             process = self._processes.get(pid)
             fresh = process is None or not process.is_same
             if process is None or fresh:
                 if process is not None:
-                    process.close()
+                    self._tracker.let_go(process)
                 try:
-                    process = self._processes[pid] = TrackedProcess(pid)
+                    process = self._processes[pid] = TrackedProcess(pid, self._tracker.space(pid))
                 except CaptureError:  # it has ended since
                     self._processes.pop(pid, None)
                     continue
             if fresh or process.borrows:
                 process.borrows_from(other for other in self._processes.values() if other is not process)
             try:
-                await process.track()
+                await self._tracker.take_up(process)
             except CaptureError:
-                self._processes.pop(pid).close()
+                self._tracker.let_go(self._processes.pop(pid))
 
-    def _copy_ahead(self, since: EpochId | None) -> None:
-        """Copy what was written, a few times over if it is much; and what only a new replica needs."""
-        chain, writer = self._chain_of(self._dumper.directory), self._writer_of()
+    def _begin(self, since: EpochId | None) -> None:
+        """Let go of what all replicas have."""
+        chain = self._chain_of(self._dumper.directory)
         if since is not None:
             chain.drop_through(since)
         chain.merge(self._present())
-        for process in list(self._processes.values()):
-            try:
-                before = None
-                for _ in range(_ROUNDS):
-                    copied = process.copy_written(self._hasher, writer)
-                    if copied <= _FEW_PAGES or (before is not None and copied > before // 2):
-                        break
-                    before = copied
-            except CaptureError as error:
-                if process.has_memory:
-                    raise
-                log.debug("capture.process_ended", pid=process.pid, error=str(error))
+
+    def _backfill(self, since: EpochId | None) -> None:
+        """Copy what only a new replica needs."""
+        chain, writer = self._chain_of(self._dumper.directory), self._writer_of()
         self._wants_all = chain.stands_on is not None and (since is None or since < chain.stands_on)
         if self._wants_all:
             until_s = time.monotonic() + _BACKFILL_S
@@ -266,10 +280,14 @@ class FastBackend:
                 raise CaptureError(f"the mappings of process {report.pid} could not be read while frozen")
             process = self._processes.get(report.pid)
             if process is None or not process.is_same:  # it has come since
-                process = self._processes[report.pid] = TrackedProcess(report.pid)
+                if process is not None:
+                    self._tracker.let_go(process)
+                space = self._tracker.space(report.pid)
+                process = self._processes[report.pid] = TrackedProcess(report.pid, space)
             self._taken.append(process)
         spaces = [process.space for process in self._taken]
         dirty = self._dirty_pages = self._call.run(spaces)
+        self._see_that_all_stood_still()
         for space in spaces:
             if space.error in _TOO_LITTLE_ROOM:
                 raise TooDirtyError(0)
@@ -278,6 +296,20 @@ class FastBackend:
         if dirty > self._buffer.pages:
             raise TooDirtyError(dirty)
         self._room_pages = max(self._room_pages, dirty)
+
+    def _see_that_all_stood_still(self) -> None:
+        """Raise if a process whose bits were cleared runs again, and hold everything for doubtful.
+
+        A write between reading and clearing them would never be told.
+        """
+        moving = {each.pid: each.state for each in self._taken if each.space.protects}
+        moving = {pid: state for pid, state in moving.items() if state not in "tT"}
+        if not moving:
+            return
+        for process in self._taken:
+            process.forget_all()
+        names = ", ".join(f"{pid} (in state {state})" for pid, state in moving.items())
+        raise CaptureError(f"processes did not stand still while their memory was read: {names}")
 
     def _after_failure(self) -> None:
         """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""
@@ -302,7 +334,6 @@ class FastBackend:
         if self._dirty_pages + self._due_pages <= self._buffer.pages:  # else there was no room to read them
             self._verification.looked_at(compared)
         if unseen:
-            self._after_failure()
             raise UnseenWriteError(f"pages changed unseen before epoch {epoch}")
 
     def _assemble(self, epoch: EpochId, directory: Path) -> tuple[SpacePages, ...]:

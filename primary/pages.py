@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from common.errors import CaptureError
 from common.model import PAGE_BYTES
+from primary.frames import Frames
 from primary.native import built
 
 OWNED: Final = 1
@@ -32,7 +33,8 @@ READABLE: Final = 4
 
 DIRTY: Final = 1
 UNREADABLE: Final = 2
-"""Flags of a run, as `native/pages.c` has them."""
+WRITTEN: Final = 4
+"""Flags of a run, as `native/pages.c` has them; the last one is told by scans with `Frames` only."""
 
 RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unused", "<u4")])
 """Neighbouring pages that are treated alike: bytes from `start` to `end` (exclusive)."""
@@ -75,6 +77,7 @@ class _Space(ctypes.Structure):
         ("checked_count", ctypes.c_uint64),
         ("checked_pages", ctypes.c_uint64),
         ("checked_at", ctypes.c_uint64),
+        ("soft", ctypes.c_void_p),
     )
 
 
@@ -113,10 +116,16 @@ def load() -> None:
 class Space:
     """Room for what is found out about one process; used by one thread at a time."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, frames: Frames | None = None) -> None:
+        """With `frames`, it is scanned by soft-dirty bits, else by PAGEMAP_SCAN."""
         self.pid = pid
+        self.frames = frames
         self.protects = False
-        """Protect what is written within the freeze: for processes that devices may write into."""
+        """Protect what is written within the freeze: for processes that devices may write into.
+
+        With `frames`: clear the soft-dirty bits after the scan. The process must stand still then, and there
+        must be room for its frames.
+        """
         self._known = np.empty(0, dtype=np.uint64)
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
         self._vmas = _touched(_FIRST_VMAS, VMA)
@@ -163,6 +172,8 @@ class Space:
             self._vmas = _touched(len(self._vmas) * 2, VMA)
         elif error == errno.ENOBUFS:
             self._runs = _touched(len(self._runs) * 2, RUN)
+        elif error == errno.ENOSPC and self.frames is not None:
+            self.frames.grow()
         else:
             return False
         return True
@@ -218,11 +229,17 @@ class Space:
         native.check, native.check_pairs = self._check.ctypes.data, len(self._check) // 2
         native.checked, native.checked_room = self._checked.ctypes.data, len(self._checked)
         native.checked_count = 0
+        native.soft = self.frames.prepared(clears=self.protects) if self.frames is not None else None
         return native
 
     def took(self, native: _Space) -> None:
         """Remember what the library found."""
         self._native = native
+        if self.frames is not None and self.protects:
+            if native.error:  # the bits may be cleared all the same
+                self.frames.forget()
+            else:
+                self.frames.cleared()
 
     @property
     def error(self) -> int:
@@ -238,6 +255,11 @@ class Space:
     def dirty_pages(self) -> int:
         """How many of them are dirty."""
         return int(self._native.dirty_pages)
+
+    @property
+    def present_pages(self) -> int:
+        """How many pages it has, dirty or not."""
+        return int(self._native.present_pages)
 
     @property
     def content_at(self) -> int:
@@ -259,6 +281,8 @@ class Space:
         wanted = max(runs, 2 * int(self._native.runs_count) if not self.error else 0)
         if wanted > len(self._runs):
             self._runs = _touched(2 * wanted, RUN)
+        if self.frames is not None:
+            self.frames.make_room(self.present_pages * 5 // 4 + 1024, len(self._runs) // 2)
 
 
 class FrozenBuffer:

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from common.criu.images import MemoryMap, PageImage, SpaceKey
-from common.errors import CaptureError, OutliveError
+from common.errors import CaptureError
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.book import PageBook
 from primary.capture import SpacePages
 from primary.criu_pages import keep, page_flags, take_criu_pages
-from primary.injection import take_userfaultfd
 from primary.layers import LayerChain, LayerWriter
 from primary.pages import (
     DIRTY,
@@ -40,44 +38,31 @@ from primary.pages import (
     bounds_of,
     expand_runs,
     read_running,
-    reads_directly,
     runs_of,
 )
 from primary.shim import Smaps
-from primary.tracking import Userfault
 from primary.verification import Slice
-
-log = structlog.get_logger(__name__)
 
 _BLOCK_PAGES: Final = 512
 _SMAPS_AGE_S: Final = 1.0
 _SMAPS_SHARE: Final = 20.0
 """The flags of unchanged mappings are read anew after a second, and after 20 times as long as that takes."""
-_TRACK_AGAIN_S: Final = 5.0
 _KCMP: Final = {"x86_64": 312, "aarch64": 272}
 _KCMP_VM: Final = 1
-_SMALL_PAGES: Final = 1024
-"""A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 
 
 class TrackedProcess:
     """What is known of one process; its methods block, and are called by one thread at a time."""
 
-    def __init__(self, pid: int) -> None:
-        """Raises CaptureError if there is no such process."""
+    def __init__(self, pid: int, space: Space) -> None:
+        """`space` is what its tracker scans it with. Raises CaptureError if there is no such process."""
         self.pid = pid
         self._started = _started_ticks(pid)
         self.key = SpaceKey("task", _pid_within(pid))
         self.book = PageBook(self.key)
-        self.space = Space(pid)
-        self.problem = ""
-        """Why its writes are not tracked; empty if they are."""
+        self.space = space
         self.borrows = False
         """It lives in the address space of another process of the workload, until it executes a program."""
-        self._userfault: Userfault | None = None
-        self._reads_directly = False
-        self._seen = False
-        self._track_at_s = 0.0
         self._smaps: Smaps | None = None
         self._smaps_until_s = 0.0
 
@@ -93,7 +78,7 @@ class TrackedProcess:
     def has_memory(self) -> bool:
         """Whether it has any: one that is ending has none, before it is a zombie."""
         try:
-            with _open(self.pid, "pagemap", os.O_RDONLY):
+            with open_of(self.pid, "pagemap", os.O_RDONLY):
                 return self.is_same
         except CaptureError:
             return False
@@ -107,63 +92,38 @@ class TrackedProcess:
         self.borrows = any(_share_memory(self.pid, other.pid) for other in others if not other.borrows)
         return self.borrows
 
-    async def track(self) -> None:
-        """Take a userfaultfd out of it, unless there is one. A failure is remembered, not raised."""
-        if self.borrows or self._userfault is not None or time.monotonic() < self._track_at_s:
-            return
-        if not self._seen and _resident_pages(self.pid) < _SMALL_PAGES:
-            self._seen = True  # most small processes end before the next epoch
-            return
+    @property
+    def state(self) -> str:
+        """The letter that proc(5) has for it: `t` while a tracer holds it; `X` if it is gone."""
         try:
-            self._userfault = Userfault((await take_userfaultfd(self.pid)).descriptor)
-            self.problem = ""
-        except OutliveError as error:
-            self._track_at_s = time.monotonic() + _TRACK_AGAIN_S
-            if self.problem != error.message:
-                log.info("tracking.not_begun", pid=self.pid, reason=error.message)
-            self.problem = error.message
-
-    def close(self) -> None:
-        """Stop tracking. Harmless when repeated."""
-        if self._userfault is not None:
-            self._userfault.close()
-            self._userfault = None
+            return _stat(self.pid)[0]
+        except CaptureError:
+            return "X"
 
     # --- while it runs ------------------------------------------------------------------------------
 
-    def copy_written(self, hasher: PageHasher, writer: LayerWriter) -> int:
-        """Find what was written, protect it, and then copy it; return how many pages that were."""
-        vmas = self.space.mappings()
-        with _open(self.pid, "pagemap", os.O_RDWR) as pagemap:
-            if self._userfault is not None:
-                fresh, tracked = self._userfault.cover(pagemap, vmas)
-                for start, end in fresh:
-                    self.book.forget_range(start, end)
-                if not tracked:  # it has executed another program since
-                    self.close()
-                    self.book.forget_all()
-            if self._userfault is None:
-                return 0
-            self.space.protects = self._read_directly()
+    def copy(
+        self,
+        hasher: PageHasher,
+        writer: LayerWriter,
+        wanted: NDArray[np.uint64],
+        owned: NDArray[np.void] | None = None,
+    ) -> int:
+        """Copy pages (ascending) that were protected before, or cleared; return how many were wanted.
+
+        `owned` are its mappings that are ours, if they are known. A page that cannot be read stays unknown.
+        """
+        if owned is None:
+            vmas = self.space.mappings()
             owned = vmas[(vmas["flags"] & OWNED) != 0]
-            wanted = self.book.numbers[~self.book.known]
-            if not self.space.protects:
-                try:
-                    runs = self.space.written(pagemap, owned)
-                except BaseException:  # some may be protected now that nobody was told of
-                    self.book.forget_all()
-                    raise
-                written = np.unique(expand_runs(runs))
-                self.book.expect(written)
-                self.book.forget(written)
-                wanted = np.union1d(wanted, written)
-                if self._read_directly():  # since when is not known, so nothing of this round is
-                    self.space.protects = True
-                    self.book.forget_all()
-                    return 0
-            with _open(self.pid, "mem", os.O_RDONLY) as memory:
-                self.space.settle(pagemap, memory, owned)
-        self._copy(hasher, writer, wanted, owned)
+        self.book.expect(wanted)
+        buffer = memoryview(bytearray(min(len(wanted), _BLOCK_PAGES) * PAGE_BYTES))
+        for at in range(0, len(wanted), _BLOCK_PAGES):
+            block, runs = _within(wanted[at : at + _BLOCK_PAGES], owned)
+            if len(block):
+                content = buffer[: len(block) * PAGE_BYTES]
+                good = read_running(self.pid, runs, content)
+                keep(hasher, writer, self.book, block, content, good)
         return len(wanted)
 
     def copy_uncovered(
@@ -210,25 +170,11 @@ class TrackedProcess:
             self._smaps = None
         return self._smaps
 
-    def _read_directly(self) -> bool:
-        """Whether devices may write into its memory past the tracking: a file is open with O_DIRECT, or was.
-
-        Who opens one for a moment does so again, and perhaps between two looks.
-        """
-        self._reads_directly = self._reads_directly or reads_directly(self.pid)
-        return self._reads_directly
-
-    def _copy(
-        self, hasher: PageHasher, writer: LayerWriter, wanted: NDArray[np.uint64], owned: NDArray[np.void]
-    ) -> None:
-        self.book.expect(wanted)
-        buffer = memoryview(bytearray(min(len(wanted), _BLOCK_PAGES) * PAGE_BYTES))
-        for at in range(0, len(wanted), _BLOCK_PAGES):
-            block, runs = _within(wanted[at : at + _BLOCK_PAGES], owned)
-            if len(block):
-                content = buffer[: len(block) * PAGE_BYTES]
-                good = read_running(self.pid, runs, content)
-                keep(hasher, writer, self.book, block, content, good)
+    def forget_all(self) -> None:
+        """Hold all of its memory for doubtful."""
+        self.book.forget_all()
+        if self.space.frames is not None:
+            self.space.frames.forget()
 
     # --- after a freeze -----------------------------------------------------------------------------
 
@@ -236,7 +182,7 @@ class TrackedProcess:
         """The epoch came to nothing: what was protected for it is unknown."""
         self.space.grow(self.space.error)
         if self.space.protects and self.space.error:
-            self.book.forget_all()
+            self.forget_all()
         elif self.space.protects:
             runs = self.space.runs
             self.book.restrict(expand_runs(runs))
@@ -329,7 +275,8 @@ def _within(
 
 
 @contextlib.contextmanager
-def _open(pid: int, name: str, flags: int) -> Iterator[int]:
+def open_of(pid: int, name: str, flags: int) -> Iterator[int]:
+    """Open a file of /proc/PID. Raises CaptureError if that fails."""
     try:
         file = os.open(f"/proc/{pid}/{name}", flags | os.O_CLOEXEC)
     except OSError as error:
@@ -342,10 +289,7 @@ def _open(pid: int, name: str, flags: int) -> Iterator[int]:
 
 def _started_ticks(pid: int) -> int:
     """Return when a process was started; raises CaptureError if it has ended, waited for or not."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError as error:
-        raise CaptureError(f"there is no process {pid} any more") from error
+    fields = _stat(pid)
     if fields[0] in "ZX":
         raise CaptureError(f"process {pid} has ended")
     return int(fields[19])
@@ -362,7 +306,16 @@ def _share_memory(one: int, other: int) -> bool:
     return bool(same == 0)
 
 
-def _resident_pages(pid: int) -> int:
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the third on, its state."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        raise CaptureError(f"there is no process {pid} any more") from error
+
+
+def resident_pages(pid: int) -> int:
+    """Return how much memory a process has; raises CaptureError if there is none."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except OSError as error:

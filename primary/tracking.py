@@ -1,118 +1,149 @@
-"""Tracking of writes by userfaultfd, in asynchronous write-protect mode (Linux 6.7 and newer).
+"""How the writes of a workload are found: what all trackers have in common, and which one is used, and why.
 
-In: a userfaultfd of a process's address space (`primary.injection`), and the process's mappings. Out: which
-mappings are tracked, and which of them only since now. The kernel lets every write through and remembers it;
-`primary.pages` asks which pages were written.
+    userfaultfd   writes are let through and remembered, page by page; asked and begun anew while it runs
+    soft-dirty    the same bit in page tables; begun anew for a whole process, and only while it stands still
+    none          nothing is remembered: every page counts as written, and is copied within the freeze
 
-What must hold: a mapping that was not tracked a moment ago has pages of which nothing is known, whatever
-stood at its place before (munmap and mmap, mremap, exec, fork). `cover` returns those mappings; its caller
-forgets their pages. When the descriptor closes, with the agent or before, everything reads as written.
+In: what the configuration wants, and what this kernel has, found out by trying it on this process. Out: a
+`Tracker` for each backend. What each costs stands in docs/concepts/capture.md.
 """
 
 from __future__ import annotations
 
-import array
-import ctypes
-import fcntl
-import os
-import platform
-import struct
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from common.errors import UnsupportedError
+from common.identity import PageHasher
+from primary import userfault
+from primary.frames import Frames
+from primary.layers import LayerWriter
+from primary.pagemap import pagemap_problem, soft_dirty_problem, zero_frame
+from primary.pages import Space
+from primary.process import TrackedProcess
+from primary.soft_dirty import SoftDirtyTracker, StandStill
+from primary.userfault import UserfaultTracker
 
-from common.errors import CaptureError
-from primary.pages import OWNED, is_tracked
-
-_UFFD_API: Final = 0xAA
-_UFFDIO_API: Final = 0xC018AA3F
-_UFFDIO_REGISTER: Final = 0xC020AA00
-_FEATURES: Final = 1 << 15 | 1 << 13 | 1 << 12
-"""WP_ASYNC, WP_UNPOPULATED, WP_HUGETLBFS_SHMEM (<linux/userfaultfd.h>)."""
-_MODE_WRITE_PROTECT: Final = 2
-_USER_MODE_ONLY: Final = 1
-_USER_SPACE_END: Final = 1 << 63
-"""What is above, [vsyscall], is the kernel's own."""
-_SYSCALL: Final = {"x86_64": 323, "aarch64": 282}
+TrackerName = Literal["userfaultfd", "soft-dirty", "none"]
 
 
-class Userfault:
-    """A userfaultfd that was taken out of a process; tracks until `close`."""
+class Tracker(Protocol):
+    """Finds what the processes of one workload write; used by one task at a time.
 
-    def __init__(self, descriptor: int) -> None:
-        """Own the descriptor. Raises CaptureError if the kernel lacks the asynchronous mode."""
-        self._descriptor = descriptor
-        request = array.array("Q", [_UFFD_API, _FEATURES, 0])
-        try:
-            fcntl.ioctl(descriptor, _UFFDIO_API, request)
-        except OSError as error:
-            os.close(descriptor)
-            raise CaptureError(f"writes cannot be tracked by userfaultfd here: {error.strerror}") from error
+    What must hold: a page whose content was read, and of which the book of its process was not told since
+    that it was written or is in doubt, still holds that content, until the next freeze reports it dirty.
+    """
 
-    def cover(self, pagemap: int, vmas: NDArray[np.void]) -> tuple[list[tuple[int, int]], bool]:
-        """Track all owned mappings that can be; `pagemap` is /proc/PID/pagemap, open.
+    @property
+    def name(self) -> TrackerName:
+        """What the configuration calls it."""
+        ...
 
-        Returns the ranges that were not tracked before, tracked now or not, and whether any is tracked now.
-        If none is, the descriptor is another address space's: the process has executed a program.
+    copies_ahead: bool
+    """Whether copying while it runs leaves less for the freeze."""
 
-        No mapping is ever tracked in part, not even one that grew since `vmas` was read: the kernel would
-        make two of it, and mremap(2) of what the process knows as one would fail, or stop half-way.
+    def space(self, pid: int) -> Space:
+        """Make what a process is scanned with at a freeze."""
+        ...
+
+    async def take_up(self, process: TrackedProcess) -> None:
+        """See that its writes are watched, where that can be; else it is captured whole.
+
+        Raises CaptureError if it has ended.
         """
-        owned = [(start, end) for start, end, flags, _ in vmas.tolist() if flags & OWNED]
-        fresh = [(start, end) for start, end in owned if not is_tracked(pagemap, start)]
-        for first, last in _rooms(vmas):
-            within = [(start, end) for start, end in fresh if first <= start < last]
-            if within and not self._register(first, last):
-                for start, end in within:
-                    self._register(start, end)
-        tracked = len(owned) > len(fresh) or any(is_tracked(pagemap, start) for start, _ in fresh)
-        return fresh, tracked
+        ...
 
-    def _register(self, start: int, end: int) -> bool:
-        request = bytearray(struct.pack("<QQQQ", start, end - start, _MODE_WRITE_PROTECT, 0))
-        try:
-            fcntl.ioctl(self._descriptor, _UFFDIO_REGISTER, request)
-        except OSError:
-            return False  # another userfaultfd's, a device's, or gone since: it stays untracked, so dirty
-        return True
+    async def copy_ahead(
+        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+    ) -> None:
+        """Copy what was written, while it runs.
 
-    def close(self) -> None:
-        """Stop tracking. Harmless when repeated."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        Processes that end meanwhile are passed over. Raises CaptureError.
+        """
+        ...
+
+    def let_go(self, process: TrackedProcess) -> None:
+        """Stop watching a process. Harmless when repeated."""
+        ...
 
 
-def _rooms(vmas: NDArray[np.void]) -> list[tuple[int, int]]:
-    """Return the ranges that hold owned mappings and no others, each from one of the others to the next."""
-    rooms: list[tuple[int, int]] = []
-    before = first = last = 0
-    for start, end, flags, _ in vmas.tolist():
-        if flags & OWNED:
-            first = first or before or start
-            last = end
-        elif start < _USER_SPACE_END:
-            if first:
-                rooms.append((first, start))
-            before, first = end, 0
-    if first:
-        rooms.append((first, last))
-    return rooms
+@dataclass(frozen=True, slots=True)
+class TrackerChoice:
+    """Which tracker, and why; or why none of those that are wanted works here."""
+
+    name: TrackerName | None
+    reason: str
 
 
-def problem() -> str:
-    """Say why writes cannot be tracked by userfaultfd on this kernel; empty if they can."""
-    number = _SYSCALL.get(platform.machine())
-    if number is None:
-        return f"userfaultfd on {platform.machine()} is not known here"
-    descriptor = ctypes.CDLL(None, use_errno=True).syscall(
-        number, os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY
-    )
-    if descriptor < 0:
-        return f"userfaultfd: {os.strerror(ctypes.get_errno())}"
-    try:
-        Userfault(descriptor).close()
-    except CaptureError as error:
-        return error.message
-    return ""
+class NoTracker:
+    """Watches nothing."""
+
+    name: TrackerName = "none"
+    copies_ahead = False
+
+    def __init__(self) -> None:
+        self._zero_frame = zero_frame()
+
+    def space(self, pid: int) -> Space:
+        """See `Tracker.space`."""
+        return Space(pid, Frames(self._zero_frame, tracks=False))
+
+    async def take_up(self, process: TrackedProcess) -> None:
+        """Do nothing."""
+
+    async def copy_ahead(
+        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+    ) -> None:
+        """Copy nothing: it would have to be copied again."""
+
+    def let_go(self, process: TrackedProcess) -> None:
+        """Do nothing."""
+
+
+_PROBLEMS: Final[Mapping[TrackerName, Callable[[], str]]] = {
+    "userfaultfd": userfault.problem,
+    "soft-dirty": soft_dirty_problem,
+    "none": pagemap_problem,
+}
+
+
+def choose(
+    wanted: Literal["auto"] | TrackerName,
+    *,
+    problems: Mapping[TrackerName, Callable[[], str]] = _PROBLEMS,
+) -> TrackerChoice:
+    """Choose by what works here; `problems` say why something does not, empty if it does."""
+    if wanted != "auto":
+        problem = problems[wanted]()
+        if problem:
+            return TrackerChoice(
+                None, f'capture.tracker = "{wanted}" cannot be done here: {_tell(wanted, problem)}'
+            )
+        return TrackerChoice(wanted, f'the configuration says capture.tracker = "{wanted}"')
+    found: list[str] = []
+    # Not `none`: with everything copied within the freeze, the stock backend does as well.
+    for name in ("userfaultfd", "soft-dirty"):
+        problem = problems[name]()
+        if not problem:
+            return TrackerChoice(name, "; ".join((*found, f"this kernel has {name}")))
+        found.append(_tell(name, problem))
+    return TrackerChoice(None, f"writes cannot be tracked on this kernel: {'; '.join(found)}")
+
+
+def make(name: TrackerName | None, stand_still: StandStill) -> Tracker:
+    """Make the tracker of a backend; without a name the best that works here. Raises UnsupportedError."""
+    if name is None:
+        choice = choose("auto")
+        if choice.name is None:
+            raise UnsupportedError(choice.reason)
+        name = choice.name
+    if name == "userfaultfd":
+        return UserfaultTracker()
+    if name == "soft-dirty":
+        return SoftDirtyTracker(stand_still)
+    return NoTracker()
+
+
+def _tell(name: TrackerName, problem: str) -> str:
+    return problem if problem.startswith(name) else f"{name}: {problem}"

@@ -15,10 +15,10 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent.parent / "native"
 _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 _SHARED = ("-fPIC", "-shared")
-_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "outlive-shim.so": ("shim.c", _SHARED),
-    "outlive-pages.so": ("pages.c", _SHARED),
-    "outlive-inject": ("inject.c", ()),
+_PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "outlive-shim.so": (("shim.c",), _SHARED),
+    "outlive-pages.so": (("pages.c", "soft_dirty.c"), _SHARED),
+    "outlive-inject": (("inject.c",), ()),
 }
 
 
@@ -42,10 +42,10 @@ def build(directory: Path = SOURCES / "build", compiler: str = "cc") -> None:
     (directory / ".stamp").unlink(missing_ok=True)
     if shutil.which(compiler) is None:
         raise BuildError(f"there is no C compiler ({compiler})")
-    for part, (source, flags) in _PARTS.items():
+    for part, (sources, flags) in _PARTS.items():
         made = directory / f"{part}.new"
         finished = subprocess.run(
-            [compiler, *_FLAGS, *flags, "-o", str(made), str(SOURCES / source)],
+            [compiler, *_FLAGS, *flags, "-o", str(made), *(str(SOURCES / source) for source in sources)],
             capture_output=True,
             text=True,
             check=False,

@@ -198,6 +198,11 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
             f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
         )
     lines += [f"{name}: verification of {_verification(each)}" for each in workload.verification]
+    if workload.capture is not None:
+        tracker = f", tracker {workload.capture.tracker}" if workload.capture.tracker else ""
+        lines.append(
+            f"{name}: captured by the {workload.capture.backend} backend{tracker}: {workload.capture.reason}"
+        )
     if workload.exit_code is not None:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:

@@ -21,6 +21,7 @@ from common.criu.rpc import spawn
 from common.errors import OutliveError
 from outlive.doctor.at_rest import kept_at_rest
 from outlive.doctor.report import Check, node_check
+from primary.backend import choose_backend
 
 _OLDEST_CRIU = (4, 2, 0)
 _PROGRAM_DEADLINE_S = 5.0
@@ -97,8 +98,18 @@ async def _check_criu(config: NodeConfig) -> list[Check]:
     else:
         soft_dirty = "yes" if features.mem_track else "no"
         lazy = "yes" if features.lazy_pages else "no"
-        detail = f"stock backend in use; soft-dirty {soft_dirty}, userfaultfd for lazy restore {lazy}"
+        detail = f"criu finds soft-dirty {soft_dirty}, userfaultfd for lazy restore {lazy}"
         found.append(node_check("dirty memory", "ok", detail))
+    choice = await asyncio.to_thread(choose_backend, config.capture, version)
+    wanted = config.capture.backend == "auto" and choice.tracker is None
+    found.append(
+        node_check(
+            "capture",
+            "warn" if wanted else "ok",
+            choice.sentence,
+            "docs/concepts/capture.md says what each backend and tracker takes" if wanted else "",
+        )
+    )
     return found
 
 

@@ -1,6 +1,6 @@
 """The memory oracle: what the fast backend captures is, page for page, what stock CRIU dumps at that instant.
 
-    python -m tests.campaigns.oracle --epochs 2000 --seeds 3 [--seed 1] [--every 4] [--output json]
+    python -m tests.campaigns.oracle --epochs 2000 --seeds 3 [--seed 1] [--every 4] [--tracker soft-dirty]
 
 A program that changes its memory in every way there is (`tests/oracle/mutator.c`) runs in a container and
 is captured by the fast backend, epoch after epoch, as the agent does it. In a sample of epochs the
@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -35,6 +36,7 @@ import numpy as np
 from common.errors import CaptureError
 from common.model import EpochId
 from outlive.cli.running import configure_logs
+from primary.tracking import TrackerName, choose
 from tests.campaigns.twins import Replica, Subject, restored_elsewhere, running_subject
 from tests.oracle.build import ask, build
 
@@ -57,6 +59,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     untouched: tuple[str, ...]
     """Paths of the program that were never taken."""
     freeze_p50_ms: float
+    stops: int
+    """Epochs for which it stood still once more, ahead of the freeze."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +68,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     schema_version: int
     backend: str
+    tracker: str
     seconds: float
     runs: tuple[Run, ...]
 
@@ -80,6 +85,8 @@ async def run_seed(
     *,
     options: tuple[str, ...] = (),
     restores: bool = False,
+    tracker: TrackerName | None = None,
+    check_every: int = 50,
     talk: bool = False,
 ) -> Run:
     """Capture so many epochs of one program."""
@@ -87,11 +94,11 @@ async def run_seed(
         options = (*options, "--no-file-changes")
     chance = random.Random(seed)
     wrong: list[str] = []
-    compared = pages = refused = checks = steps = restored = 0
+    compared = pages = refused = checks = steps = restored = stops = 0
     freezes: list[float] = []
     reasons: Counter[str] = Counter()
     missing: list[str] = []
-    async with running(seed, options) as (subject, port):
+    async with running(seed, options, tracker) as (subject, port):
         replica = Replica(subject.directory / "store", subject.config, subject.spec)
         number = 0
         while number < epochs and refused < 5 * epochs and not wrong:
@@ -115,14 +122,17 @@ async def run_seed(
                 continue
             number += 1
             freezes.append(captured.freeze.total_ms)
+            stops += captured.freeze.ahead_ms > 0
             # A slow replica takes only some of them.
-            if chance.randrange(3) or number % 50 == 0:
+            if chance.randrange(3) or number % check_every == 0:
                 try:
                     await asyncio.to_thread(replica.take, captured)
                 except (CaptureError, AssertionError) as error:
                     wrong.append(f"epoch {number}: {error}")
             captured.release()
-            if number % 50 == 0:
+            if talk and number % 10 == 0:
+                print(f"seed {seed}: {number}/{epochs}, {compared} compared", file=sys.stderr)
+            if number % check_every == 0:
                 answer = await asyncio.to_thread(ask, port, "check")
                 checks += 1
                 steps, missing = answer["steps"], answer["missing"]
@@ -133,8 +143,6 @@ async def run_seed(
                     found = await restored_elsewhere(subject, newest.path, newest.id, port=port)
                     restored += 1
                     wrong += [f"epoch {number}, restored: {found}"] if found else []
-                if talk:
-                    print(f"seed {seed}: {number}/{epochs}, {compared} compared", file=sys.stderr)
             await asyncio.sleep(chance.uniform(0.0, 0.1))
         replica.store.close()
     if number < epochs and not wrong:
@@ -152,11 +160,14 @@ async def run_seed(
         wrong=tuple(wrong),
         untouched=tuple(sorted(missing)),
         freeze_p50_ms=float(np.median(freezes)) if freezes else 0.0,
+        stops=stops,
     )
 
 
 @contextlib.asynccontextmanager
-async def running(seed: int, options: tuple[str, ...]) -> AsyncIterator[tuple[Subject, int]]:
+async def running(
+    seed: int, options: tuple[str, ...], tracker: TrackerName | None
+) -> AsyncIterator[tuple[Subject, int]]:
     """Run the program in a container, and wait until it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
@@ -167,7 +178,7 @@ async def running(seed: int, options: tuple[str, ...]) -> AsyncIterator[tuple[Su
         words = ("--seed", str(seed), "--scratch", str(scratch), "--port", str(port), "--memory-mib", "48")
         return (str(build(directory / "program")), *words, *options)
 
-    async with running_subject(command) as subject:
+    async with running_subject(command, tracker) as subject:
         for _ in range(200):
             try:
                 await asyncio.to_thread(ask, port, "counters")
@@ -177,15 +188,21 @@ async def running(seed: int, options: tuple[str, ...]) -> AsyncIterator[tuple[Su
         yield subject, port
 
 
-async def run_campaign(first_seed: int, seeds: int, epochs: int, every: int, *, talk: bool) -> Report:
+async def run_campaign(
+    first_seed: int, seeds: int, epochs: int, every: int, tracker: TrackerName, *, talk: bool
+) -> Report:
     """Run seed after seed; of every two, one has its images restored."""
     started_s = time.monotonic()
     runs = [
-        await run_seed(first_seed + each, epochs, every, restores=each % 2 == 0, talk=talk)
+        await run_seed(first_seed + each, epochs, every, restores=each % 2 == 0, tracker=tracker, talk=talk)
         for each in range(seeds)
     ]
     return Report(
-        schema_version=1, backend="fast", seconds=round(time.monotonic() - started_s, 1), runs=tuple(runs)
+        schema_version=1,
+        backend="fast",
+        tracker=tracker,
+        seconds=round(time.monotonic() - started_s, 1),
+        runs=tuple(runs),
     )
 
 
@@ -196,11 +213,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--every", type=int, default=4, help="one epoch of so many is compared")
+    parser.add_argument("--tracker", choices=get_args(TrackerName), help="else the best that works here")
     options = parser.parse_args()
     configure_logs("warning")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what runs is cleaned up
     print(f"seed {options.seed}", file=sys.stderr)
-    report = asyncio.run(run_campaign(options.seed, options.seeds, options.epochs, options.every, talk=True))
+    tracker = options.tracker or choose("auto").name
+    if tracker is None:
+        parser.error(choose("auto").reason)
+    report = asyncio.run(
+        run_campaign(options.seed, options.seeds, options.epochs, options.every, tracker, talk=True)
+    )
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
     return 0 if report.passed else 1
 

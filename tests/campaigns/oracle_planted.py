@@ -24,6 +24,7 @@ import msgspec
 
 from outlive.cli.running import configure_logs
 from primary import pages
+from primary.tracking import TrackerName, choose
 from setup import native
 from tests.campaigns.oracle import run_seed
 
@@ -36,6 +37,8 @@ class Bug:
 
     plant: Plant
     paths: str
+    tracker: TrackerName = "userfaultfd"
+    """With which it is; only where that works can it be hunted."""
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,15 +124,35 @@ BUGS: dict[str, Bug] = {
         ),
         "mprotect_none,mprotect_back,mprotect_read,mmap,munmap,mmap_fixed,mremap_move,store_page",
     ),
+    "what soft-dirty tells is not heeded": Bug(
+        lambda: altered(
+            ("soft_dirty.c", "SOFT_DIRTY_TRACKS) || entry & ENTRY_SOFT_DIRTY)", "SOFT_DIRTY_TRACKS))")
+        ),
+        "store_word,store_page",
+        "soft-dirty",
+    ),
+    "the kernel's page of zeros counts as content": Bug(
+        lambda: altered(
+            (
+                "soft_dirty.c",
+                "(entry & ENTRY_FRAME) != soft->zero_frame",
+                "(entry & ENTRY_FRAME) != soft->zero_frame + 1",
+            )
+        ),
+        "zero_read,zero_write,mmap,dontneed,store_page",
+        "soft-dirty",
+    ),
 }
 
 
-async def hunt(name: str, seed: int, epochs: int) -> Found:
+async def hunt(name: str, seed: int, epochs: int, *, options: tuple[str, ...] = ()) -> Found:
     """Run the oracle with one bug planted."""
     bug = BUGS[name]
     with bug.plant():
         try:
-            run = await run_seed(seed, epochs, 3, options=("--only", bug.paths))
+            run = await run_seed(
+                seed, epochs, 3, options=("--only", bug.paths, *options), tracker=bug.tracker
+            )
         except Exception as error:  # whatever breaks, the bug showed
             return Found(bug=name, found=True, epochs=0, by=f"{type(error).__name__}: {error}"[:200])
     return Found(bug=name, found=bool(run.wrong), epochs=run.epochs, by="; ".join(run.wrong)[:200])
@@ -145,8 +168,8 @@ def main() -> int:
     configure_logs("warning")
     print(f"seed {options.seed}", file=sys.stderr)
     found = []
-    for name in BUGS:
-        if options.only in name:
+    for name, bug in BUGS.items():
+        if options.only in name and choose(bug.tracker).name is not None:
             found.append(asyncio.run(hunt(name, options.seed, options.epochs)))
             print(found[-1], file=sys.stderr)
     print(msgspec.json.format(msgspec.json.encode(found)).decode())

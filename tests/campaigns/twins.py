@@ -45,6 +45,7 @@ from primary.dumping import Dumped, Dumper
 from primary.fast import FastBackend
 from primary.outgoing import Held, epoch_messages
 from primary.stock import StockBackend
+from primary.tracking import TrackerName
 from replica.assembly import Assembly, Committed
 from replica.store import EpochStore
 from tests.oracle.build import ask
@@ -113,7 +114,9 @@ class Unwatched:
 class Subject:
     """A workload in its container, and the two backends."""
 
-    def __init__(self, config: NodeConfig, spec: WorkloadSpec, init_pid: int) -> None:
+    def __init__(
+        self, config: NodeConfig, spec: WorkloadSpec, init_pid: int, tracker: TrackerName | None = None
+    ) -> None:
         self.config, self.spec = config, spec
         self.directory = Path(config.node.state_dir).parent
         self.freezer = Freezer(config, spec.name)
@@ -131,7 +134,12 @@ class Subject:
 
         self._fast_dumper, self._stock_dumper = dumper(with_shim=True), dumper(with_shim=False)
         self.fast = FastBackend(
-            config, self._fast_dumper, workload=spec.name, incarnation="first", hasher=hasher
+            config,
+            self._fast_dumper,
+            workload=spec.name,
+            incarnation="first",
+            hasher=hasher,
+            tracker=tracker,
         )
         self.stock = StockBackend(self._stock_dumper, workload=spec.name, incarnation="first", hasher=hasher)
 
@@ -276,7 +284,9 @@ def _told(vmas: tuple[Vma, ...], number: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def running_subject(command: Callable[[Path], Sequence[str]]) -> AsyncIterator[Subject]:
+async def running_subject(
+    command: Callable[[Path], Sequence[str]], tracker: TrackerName | None = None
+) -> AsyncIterator[Subject]:
     """Run a command in a container; nothing of it is left afterwards.
 
     It is made with a directory in which it may lie, and of which nothing is left either.
@@ -305,7 +315,7 @@ async def running_subject(command: Callable[[Path], Sequence[str]]) -> AsyncIter
         )
         init_pid = await start_workload(config, spec)
         (images / NAME).mkdir(mode=0o700)
-        subject = Subject(config, spec, init_pid)
+        subject = Subject(config, spec, init_pid, tracker)
         try:
             yield subject
         finally:

@@ -15,7 +15,7 @@ import pytest
 from common.container import workload_pids
 from common.errors import CaptureError
 from common.model import EpochId
-from primary import tracking
+from primary import userfault
 from tests.campaigns import family
 from tests.campaigns.twins import NAME, Replica, Subject, restored_elsewhere, running_subject
 
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.timeout(300),
     pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
-    pytest.mark.skipif(bool(tracking.problem()), reason="userfaultfd cannot track writes here"),
+    pytest.mark.skipif(bool(userfault.problem()), reason="userfaultfd cannot track writes here"),
 ]
 
 

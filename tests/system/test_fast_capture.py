@@ -68,3 +68,22 @@ async def test_a_replica_that_is_to_have_everything_anew_gets_what_no_epoch_chan
         events = (await cluster.nodes["a"].cli("events")).stdout
         assert Event.CAPTURE_BACKEND in events
         assert Event.CAPTURE_FAILED not in events
+
+
+async def test_without_tracking_everything_is_copied_at_each_freeze_and_only_changes_are_sent() -> None:
+    settings = {"capture": {"backend": "auto", "tracker": "none"}}
+    async with protected_redis(("a", "b"), settings=settings, epoch_interval_ms=200, fill_mib=16) as cluster:
+        await cluster.redis("set", "kept", "yes")
+        await cluster.wait_for_epochs(5)
+        found = await cluster.nodes["a"].workload(NAME)
+        assert found is not None
+        assert found.capture is not None
+        assert (found.capture.backend, found.capture.tracker) == ("fast", "none")
+        before = (await cluster.nodes["a"].metrics()).workloads[0]
+        await cluster.wait_for_epochs(5)
+        after = (await cluster.nodes["a"].metrics()).workloads[0]
+        epochs = after.epochs_captured - before.epochs_captured
+        assert after.bytes_sent - before.bytes_sent < epochs * (8 << 20)
+        await cluster.lab.power_off("a")
+        await eventually(cluster.answers, what="redis answers after the takeover")
+        assert await cluster.redis("get", "kept") == "yes"

@@ -9,7 +9,7 @@ import pytest
 
 from bench.freeze import measure
 from bench.freeze_report import Options, swept
-from primary.tracking import problem
+from primary.userfault import problem
 from tests.system.bench_page import documented, printed
 
 pytestmark = [

@@ -25,7 +25,6 @@ import pytest
 
 from common.errors import CaptureError
 from common.model import PAGE_BYTES
-from primary import tracking
 from primary.injection import take_userfaultfd
 from primary.pages import (
     DIRTY,
@@ -42,7 +41,8 @@ from primary.pages import (
     reads_directly,
     runs_of,
 )
-from primary.tracking import Userfault
+from primary.userfault import Userfault
+from primary.userfault import problem as userfaultfd_problem
 
 pytestmark = [
     pytest.mark.system,
@@ -279,7 +279,7 @@ def child() -> Iterator[Child]:
 @pytest.fixture
 async def reader(child: Child) -> Any:
     """A reader of a child that is tracked."""
-    if problem := tracking.problem():
+    if problem := userfaultfd_problem():
         pytest.skip(problem)
     child.do("1")  # it has started
     reader = Reader(child, Userfault((await take_userfaultfd(child.pid)).descriptor))
@@ -918,7 +918,7 @@ class TestTracking:
             other.end()
 
     def test_ends_once(self) -> None:
-        if problem := tracking.problem():
+        if problem := userfaultfd_problem():
             pytest.skip(problem)
         number = {"x86_64": 323, "aarch64": 282}[platform.machine()]
         userfault = Userfault(ctypes.CDLL(None).syscall(number, os.O_CLOEXEC | os.O_NONBLOCK))

@@ -6,13 +6,16 @@ import asyncio
 
 import pytest
 
+from common.config import Capture
+from common.control import CaptureStatus
 from common.criu.rpc import CriuVersion
 from common.errors import CaptureError, NoSpaceError, UnsupportedError
 from common.model import EpochId
 from primary import backend as backend_module
-from primary.backend import ChosenBackend, fast_problem
+from primary.backend import BackendChoice, ChosenBackend, choose_backend
 from primary.capture import CapturedEpoch
 from primary.shim import KNOWN_VERSIONS
+from primary.tracking import TrackerChoice
 from tests.unit.wire_fakes import captured
 
 
@@ -50,7 +53,9 @@ class Scene:
         self.backend = ChosenBackend(
             self._make if can_be_fast else None,
             self.stock,
-            "as it should be" if can_be_fast else "this kernel is old",
+            BackendChoice("soft-dirty", "as it should be")
+            if can_be_fast
+            else BackendChoice(None, "this kernel is old"),
             on_change=lambda name, reason: self.told.append((name, reason)),
             clock=lambda: self.now_s,
         )
@@ -159,7 +164,7 @@ class TestWhereItCanBeFast:
         for _ in range(3):
             await scene.by()
         assert scene.told == [
-            ("fast", "as it should be"),
+            ("fast", "tracker soft-dirty: as it should be"),
             ("stock", "the fast backend failed 3 times: failure 3"),
             ("fast", "it works again"),
         ]
@@ -229,40 +234,77 @@ class TestWhereItCannotBeFast:
         assert await scene.by() == "stock"
 
 
-class TestWhyItCannotBeFast:
+class TestWhatIsTold:
+    async def test_of_the_fast_one_with_its_tracker(self, scene: Scene) -> None:
+        wanted = CaptureStatus(backend="fast", tracker="soft-dirty", reason="as it should be")
+        assert scene.backend.status() == wanted
+
+    async def test_of_the_stock_one_when_it_has_stepped_in(self, scene: Scene) -> None:
+        await scene.given_up()
+        wanted = CaptureStatus(
+            backend="stock", tracker="", reason="the fast backend failed 3 times: failure 3"
+        )
+        assert scene.backend.status() == wanted
+
+
+class TestWhichOneIsChosen:
     @pytest.fixture(autouse=True)
     def node(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A node on which everything is as it should be."""
         monkeypatch.setattr(backend_module, "built", lambda name: name)
         monkeypatch.setattr(backend_module, "program", lambda: "outlive-inject")
         monkeypatch.setattr(backend_module.pages, "load", lambda: None)
-        monkeypatch.setattr(backend_module.tracking, "problem", lambda: "")
+        self.trackers(monkeypatch, TrackerChoice("userfaultfd", "this kernel has userfaultfd"))
 
     VERSION = CriuVersion(*KNOWN_VERSIONS[0], 1)
+    AUTO = Capture(backend="auto")
 
-    def test_is_empty_where_it_can(self) -> None:
-        assert fast_problem(self.VERSION) == ""
+    @staticmethod
+    def trackers(monkeypatch: pytest.MonkeyPatch, choice: TrackerChoice) -> None:
+        monkeypatch.setattr(backend_module, "choose", lambda wanted: choice)
 
-    def test_names_a_criu_that_the_shim_does_not_know(self) -> None:
-        assert "CRIU 3.17" in fast_problem(CriuVersion(3, 17, 1))
+    def test_the_fast_one_where_it_can(self) -> None:
+        choice = choose_backend(self.AUTO, self.VERSION)
+        assert choice == BackendChoice("userfaultfd", "this kernel has userfaultfd")
+        assert choice.sentence == "fast backend, tracker userfaultfd: this kernel has userfaultfd"
+
+    def test_the_stock_one_where_the_configuration_says_so(self) -> None:
+        choice = choose_backend(Capture(), self.VERSION)
+        assert choice.tracker is None
+        assert choice.sentence == 'stock backend: the configuration says capture.backend = "stock"'
+
+    def test_the_stock_one_with_a_criu_that_the_shim_does_not_know(self) -> None:
+        choice = choose_backend(self.AUTO, CriuVersion(3, 17, 1))
+        assert choice.tracker is None
+        assert "CRIU 3.17" in choice.reason
 
     @pytest.mark.parametrize("part", ["built", "program"])
-    def test_names_a_part_that_was_not_built(self, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-        def missing(*_: object) -> str:
-            raise UnsupportedError(f"{part} was not built")
+    def test_the_stock_one_if_a_part_was_not_built(self, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+        self.lacks(monkeypatch, part)
+        choice = choose_backend(self.AUTO, self.VERSION)
+        assert choice.tracker is None
+        assert f"{part} was not built" in choice.reason
 
-        monkeypatch.setattr(backend_module, part, missing)
-        assert f"{part} was not built" in fast_problem(self.VERSION)
+    def test_soft_dirty_needs_no_injector(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lacks(monkeypatch, "program")
+        self.trackers(monkeypatch, TrackerChoice("soft-dirty", "it is there"))
+        assert choose_backend(self.AUTO, self.VERSION) == BackendChoice("soft-dirty", "it is there")
 
-    def test_names_a_library_that_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_stock_one_if_a_library_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def wrong() -> None:
             raise OSError("wrong ELF class")
 
         monkeypatch.setattr(backend_module.pages, "load", wrong)
-        assert "wrong ELF class" in fast_problem(self.VERSION)
+        assert choose_backend(self.AUTO, self.VERSION) == BackendChoice(None, "wrong ELF class")
 
-    def test_names_what_the_kernel_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            backend_module.tracking, "problem", lambda: "userfaultfd: Function not implemented"
-        )
-        assert fast_problem(self.VERSION) == "userfaultfd: Function not implemented"
+    def test_the_stock_one_if_the_kernel_tracks_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trackers(monkeypatch, TrackerChoice(None, "userfaultfd: Function not implemented"))
+        choice = choose_backend(self.AUTO, self.VERSION)
+        assert choice == BackendChoice(None, "userfaultfd: Function not implemented")
+
+    @staticmethod
+    def lacks(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+        def missing(*_: object) -> str:
+            raise UnsupportedError(f"{part} was not built")
+
+        monkeypatch.setattr(backend_module, part, missing)

@@ -18,6 +18,7 @@ from common.control import (
     AgentMetrics,
     AskHistory,
     AskStatus,
+    CaptureStatus,
     Done,
     Failover,
     ForgetWorkload,
@@ -323,6 +324,26 @@ def test_whether_the_objective_is_met_is_one_word(
     node: FakeNode, capsys: Captured, rpo: str, word: str
 ) -> None:
     assert row_of(node, capsys, replace(LEADING, rpo=rpo))["RPO"] == word
+
+
+def test_what_captures_is_said_in_a_sentence_and_in_json(node: FakeNode, capsys: Captured) -> None:
+    how = CaptureStatus(backend="fast", tracker="soft-dirty", reason="this kernel has soft-dirty")
+    node.answers[AskStatus] = node_status(replace(LEADING, capture=how))
+    node.run("status")
+    sentence = "redis: captured by the fast backend, tracker soft-dirty: this kernel has soft-dirty"
+    assert sentence in capsys.readouterr().out.splitlines()
+    node.run("status", "--output", "json")
+    assert read_json(capsys)["workloads"][0]["capture"]["tracker"] == "soft-dirty"
+
+
+def test_what_captures_is_said_without_a_tracker_where_there_is_none(
+    node: FakeNode, capsys: Captured
+) -> None:
+    how = CaptureStatus(backend="stock", tracker="", reason="the configuration says so")
+    node.answers[AskStatus] = node_status(replace(LEADING, capture=how))
+    node.run("status")
+    sentence = "redis: captured by the stock backend: the configuration says so"
+    assert sentence in capsys.readouterr().out.splitlines()
 
 
 def test_a_missed_objective_is_said_in_a_sentence_and_in_json(node: FakeNode, capsys: Captured) -> None:

@@ -299,6 +299,16 @@ class TestTheShim:
         _, ranges = self.dumped(criu, target.pid, channel)
         assert ranges == [vdso]
 
+    def test_hides_the_same_where_the_pagemap_is_read(
+        self, criu: Path, channel: ShimChannel, target: subprocess.Popen[bytes]
+    ) -> None:
+        vdso = self.copied_vdso(target.pid).split("-")[0]
+        _, without = self.dumped(criu, target.pid, None, "read")
+        assert vdso in without
+        assert len(without) > 3
+        _, pages = self.dumped(criu, target.pid, channel, "read")
+        assert pages == [vdso]
+
     def test_reports_a_way_of_asking_that_it_does_not_know_and_hides_nothing(
         self, criu: Path, channel: ShimChannel, target: subprocess.Popen[bytes]
     ) -> None:

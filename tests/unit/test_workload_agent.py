@@ -15,7 +15,7 @@ import pytest
 
 from common.config import Node, NodeConfig
 from common.container import Incarnation
-from common.control import Order
+from common.control import CaptureStatus, Order
 from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermError, WorkloadError
 from common.events import Event, EventLog, read_events
 from common.messages import PROTOCOL, Doubt, Hello, Nack
@@ -174,6 +174,9 @@ class LeadingInMemory:
 
     def metrics(self) -> None:
         return None
+
+    def capture_status(self) -> CaptureStatus:
+        return CaptureStatus(backend="stock", tracker="", reason="it is in memory")
 
 
 class Verdicts:
@@ -527,6 +530,7 @@ async def test_it_is_captured_exactly_while_it_runs_here_and_this_node_leads(sce
     (leading,) = scene.leadings
     assert (leading.state, leading.term) == ("running", 1)
     assert scene.agent.report().captured == leading.captured
+    assert scene.agent.report().capture == leading.capture_status()
     scene.containers.end_by_itself(0)
     await scene.repeat(lead)
     assert leading.state == "ended"

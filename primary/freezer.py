@@ -1,0 +1,80 @@
+"""The freezer of a workload's cgroup, version 1 or 2: everything stands still, without a tracer.
+
+In: the cgroup. Out: a time in which none of its tasks runs, nor is in a system call that reads from a device
+into its memory: the kernel reports a cgroup as frozen when each task has come to rest.
+
+Not guaranteed: that a task of the tree is in that cgroup; what is not, runs on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from common.container import cgroup_directories
+from common.errors import CaptureError
+
+_LOOK_AGAIN_S: Final = 0.0002
+
+
+class NotFrozenError(CaptureError):
+    """The cgroup was not frozen, so nothing was done; the workload runs on."""
+
+
+class Freezer:
+    """Freezes one cgroup, for short."""
+
+    def __init__(self, cgroup: str) -> None:
+        """`cgroup` is its path below the mount, as the configuration has it. It need not exist yet."""
+        self._cgroup = cgroup
+
+    @contextlib.contextmanager
+    def held(self, within_s: float) -> Iterator[None]:
+        """Freeze, and thaw at the end whatever happens. Blocking, for `within_s` at most until it is frozen.
+
+        Raises NotFrozenError if it does not freeze or somebody else has frozen it already, and CaptureError
+        at the end if it was thawed meanwhile: then it did not stand still for all of that time.
+        """
+        file, frozen, thawed = self._file()
+        if _is_frozen(file):
+            raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
+        try:
+            _freeze(file, frozen, within_s)
+            yield
+            if not _is_frozen(file):
+                raise CaptureError(f"{file.parent} was thawed by somebody else")
+        finally:
+            with contextlib.suppress(OSError):  # it is gone, and its tasks with it
+                file.write_text(thawed)
+
+    def _file(self) -> tuple[Path, str, str]:
+        """Return the file that freezes, and what to write into it."""
+        for directory in cgroup_directories(self._cgroup):
+            for name, frozen, thawed in (("freezer.state", "FROZEN", "THAWED"), ("cgroup.freeze", "1", "0")):
+                if (directory / name).exists():
+                    return directory / name, frozen, thawed
+        raise NotFrozenError(f"{self._cgroup} has no freezer")
+
+
+def _freeze(file: Path, word: str, within_s: float) -> None:
+    until_s = time.monotonic() + within_s
+    try:
+        file.write_text(word)
+    except OSError as error:
+        raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
+    while not _is_frozen(file):
+        if time.monotonic() > until_s:
+            raise NotFrozenError(f"{file.parent} did not freeze within {within_s * 1000:.0f} ms")
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def _is_frozen(file: Path) -> bool:
+    try:
+        if file.name == "freezer.state":
+            return file.read_text().strip() == "FROZEN"
+        return "frozen 1" in (file.parent / "cgroup.events").read_text()
+    except OSError:
+        return False  # it is gone

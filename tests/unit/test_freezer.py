@@ -1,0 +1,117 @@
+"""The freezer of a cgroup: it always thaws what it has frozen, and nothing else. On files made for it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from common.errors import CaptureError
+from primary import freezer as freezer_module
+from primary.freezer import Freezer, NotFrozenError
+
+
+class Cgroup:
+    """A directory that looks like a cgroup's, and does what the kernel would, as soon as it is looked at."""
+
+    def __init__(self, directory: Path, version: int) -> None:
+        self.directory = directory
+        self.obeys = True
+        self.version = version
+        self.words: list[str] = []
+        (directory / "freezer.state" if version == 1 else directory / "cgroup.freeze").write_text("")
+        self.let("thawed")
+
+    @property
+    def file(self) -> Path:
+        return self.directory / ("freezer.state" if self.version == 1 else "cgroup.freeze")
+
+    def let(self, state: str) -> None:
+        frozen = state == "frozen"
+        if self.version == 1:
+            self.file.write_text("FROZEN\n" if frozen else "THAWED\n")
+        else:
+            (self.directory / "cgroup.events").write_text(f"populated 1\nfrozen {int(frozen)}\n")
+
+    @property
+    def is_frozen(self) -> bool:
+        if self.version == 1:
+            return self.file.read_text().startswith("FROZEN")
+        return "frozen 1" in (self.directory / "cgroup.events").read_text()
+
+
+@pytest.fixture(params=[1, 2], ids=["v1", "v2"])
+def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cgroup:
+    cgroup = Cgroup(tmp_path, request.param)
+    monkeypatch.setattr(freezer_module, "cgroup_directories", lambda path: [tmp_path])
+    write = Path.write_text
+
+    def written(path: Path, text: str) -> int:
+        if path != cgroup.file or text.endswith("\n"):
+            return write(path, text)
+        cgroup.words.append(text)
+        if text in ("THAWED", "0"):
+            cgroup.let("thawed")
+        elif cgroup.obeys:
+            cgroup.let("frozen")
+        return len(text)
+
+    monkeypatch.setattr(Path, "write_text", written)
+    return cgroup
+
+
+def test_it_stands_still_for_as_long_as_it_is_held(cgroup: Cgroup) -> None:
+    with Freezer("/w").held(1.0):
+        assert cgroup.is_frozen
+    assert not cgroup.is_frozen
+    assert cgroup.words == (["FROZEN", "THAWED"] if cgroup.version == 1 else ["1", "0"])
+
+
+def test_it_is_waited_for(cgroup: Cgroup) -> None:
+    cgroup.obeys = False
+    later = threading.Timer(0.05, cgroup.let, ["frozen"])
+    later.start()
+    with Freezer("/w").held(2.0):
+        assert cgroup.is_frozen
+    later.join()
+    assert not cgroup.is_frozen
+
+
+def test_one_that_does_not_freeze_in_time_is_let_go(cgroup: Cgroup) -> None:
+    cgroup.obeys = False
+    with pytest.raises(NotFrozenError, match="did not freeze"), Freezer("/w").held(0.01):
+        pytest.fail("it was not frozen")
+    assert cgroup.words[-1] in ("THAWED", "0")
+
+
+def work(cgroup: Cgroup, failure: BaseException) -> None:
+    with Freezer("/w").held(1.0):
+        assert cgroup.is_frozen
+        raise failure
+
+
+@pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt(), OSError(5, "read error")])
+def test_it_is_thawed_whatever_happens(cgroup: Cgroup, failure: BaseException) -> None:
+    with pytest.raises(type(failure)):
+        work(cgroup, failure)
+    assert not cgroup.is_frozen
+
+
+def test_one_that_was_thawed_meanwhile_is_told(cgroup: Cgroup) -> None:
+    with pytest.raises(CaptureError, match="thawed by somebody else"), Freezer("/w").held(1.0):
+        cgroup.let("thawed")
+
+
+def test_one_that_somebody_else_has_frozen_is_left_alone(cgroup: Cgroup) -> None:
+    cgroup.let("frozen")
+    with pytest.raises(NotFrozenError, match="frozen already"), Freezer("/w").held(1.0):
+        pytest.fail("it is not ours to hold")
+    assert cgroup.is_frozen
+    assert cgroup.words == []
+
+
+def test_one_without_a_freezer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freezer_module, "cgroup_directories", lambda path: [tmp_path])
+    with pytest.raises(NotFrozenError, match="no freezer"), Freezer("/w").held(1.0):
+        pytest.fail("nothing is frozen")
