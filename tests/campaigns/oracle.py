@@ -1,6 +1,7 @@
 """The memory oracle: what the fast backend captures is, page for page, what stock CRIU dumps at that instant.
 
     python -m tests.campaigns.oracle --epochs 2000 --seeds 3 [--seed 1] [--every 4] [--tracker soft-dirty]
+                                    [--troubled]
 
 A program that changes its memory in every way there is (`tests/oracle/mutator.c`) runs in a container and
 is captured by the fast backend, epoch after epoch, as the agent does it. In a sample of epochs the
@@ -29,6 +30,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -37,6 +39,7 @@ from common.errors import CaptureError
 from common.model import EpochId
 from outlive.cli.running import configure_logs
 from primary.tracking import TrackerName, choose
+from primary.userfault import Userfault
 from tests.campaigns.twins import Replica, Subject, restored_elsewhere, running_subject
 from tests.oracle.build import ask, build
 
@@ -61,6 +64,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     freeze_p50_ms: float
     stops: int
     """Epochs for which it stood still once more, ahead of the freeze."""
+    troubles: dict[str, int]
+    """What was made to happen before so many attempts."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,9 +92,10 @@ async def run_seed(
     restores: bool = False,
     tracker: TrackerName | None = None,
     check_every: int = 50,
+    troubled: bool = False,
     talk: bool = False,
 ) -> Run:
-    """Capture so many epochs of one program."""
+    """Capture so many epochs of one program; `troubled`: with what can happen to a tracker and an agent."""
     if restores:
         options = (*options, "--no-file-changes")
     chance = random.Random(seed)
@@ -97,6 +103,7 @@ async def run_seed(
     compared = pages = refused = checks = steps = restored = stops = 0
     freezes: list[float] = []
     reasons: Counter[str] = Counter()
+    troubles: Counter[str] = Counter()
     missing: list[str] = []
     async with running(seed, options, tracker) as (subject, port):
         replica = Replica(subject.directory / "store", subject.config, subject.spec)
@@ -106,13 +113,18 @@ async def run_seed(
                 wrong.append(f"after epoch {number} the program ended with {ending}")
                 break
             epoch = EpochId(1, number + refused + 1)
+            trouble: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+            if troubled:
+                kind, trouble = await _trouble(subject, replica, chance)
+                troubles[kind] += 1
             try:
-                if chance.randrange(every) == 0:
-                    captured, found, size = await subject.compare(epoch, replica.holds)
-                    compared, pages = compared + 1, pages + size
-                    wrong += [f"epoch {number + 1}: {each}" for each in found]
-                else:
-                    captured = await subject.fast.capture(epoch, replica.holds)
+                with trouble:
+                    if chance.randrange(every) == 0:
+                        captured, found, size = await subject.compare(epoch, replica.holds)
+                        compared, pages = compared + 1, pages + size
+                        wrong += [f"epoch {number + 1}: {each}" for each in found]
+                    else:
+                        captured = await subject.fast.capture(epoch, replica.holds)
             except CaptureError as error:
                 refused += 1
                 reasons[re.sub(r"[0-9]+", "#", error.message)] += 1
@@ -161,7 +173,24 @@ async def run_seed(
         untouched=tuple(sorted(missing)),
         freeze_p50_ms=float(np.median(freezes)) if freezes else 0.0,
         stops=stops,
+        troubles=dict(troubles),
     )
+
+
+async def _trouble(
+    subject: Subject, replica: Replica, chance: random.Random
+) -> tuple[str, contextlib.AbstractContextManager[object]]:
+    """Make trouble, mostly none; return which, and what holds while an epoch is captured."""
+    kind = chance.choice(("none",) * 6 + ("tracker killed", "agent killed", "registrations refused"))
+    if kind == "tracker killed":
+        subject.lose_track(chance)
+    elif kind == "agent killed":
+        await subject.start_over()
+        replica.distrust()
+    elif kind == "registrations refused":
+        # All of an epoch's: the kernel refuses what it cannot track, never a part of what it could.
+        return kind, patch.object(Userfault, "_register", lambda self, start, end: False)
+    return kind, contextlib.nullcontext()
 
 
 @contextlib.asynccontextmanager
@@ -189,12 +218,20 @@ async def running(
 
 
 async def run_campaign(
-    first_seed: int, seeds: int, epochs: int, every: int, tracker: TrackerName, *, talk: bool
+    first_seed: int, seeds: int, epochs: int, every: int, tracker: TrackerName, *, troubled: bool, talk: bool
 ) -> Report:
     """Run seed after seed; of every two, one has its images restored."""
     started_s = time.monotonic()
     runs = [
-        await run_seed(first_seed + each, epochs, every, restores=each % 2 == 0, tracker=tracker, talk=talk)
+        await run_seed(
+            first_seed + each,
+            epochs,
+            every,
+            restores=each % 2 == 0,
+            tracker=tracker,
+            troubled=troubled,
+            talk=talk,
+        )
         for each in range(seeds)
     ]
     return Report(
@@ -214,6 +251,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--every", type=int, default=4, help="one epoch of so many is compared")
     parser.add_argument("--tracker", choices=get_args(TrackerName), help="else the best that works here")
+    parser.add_argument(
+        "--troubled", action="store_true", help="kill trackers and agents, refuse registrations"
+    )
     options = parser.parse_args()
     configure_logs("warning")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what runs is cleaned up
@@ -222,7 +262,15 @@ def main() -> int:
     if tracker is None:
         parser.error(choose("auto").reason)
     report = asyncio.run(
-        run_campaign(options.seed, options.seeds, options.epochs, options.every, tracker, talk=True)
+        run_campaign(
+            options.seed,
+            options.seeds,
+            options.epochs,
+            options.every,
+            tracker,
+            troubled=options.troubled,
+            talk=True,
+        )
     )
     print(msgspec.json.format(msgspec.json.encode(report)).decode())
     return 0 if report.passed else 1

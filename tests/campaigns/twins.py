@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import mmap
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -120,13 +121,17 @@ class Subject:
         self.config, self.spec = config, spec
         self.directory = Path(config.node.state_dir).parent
         self.freezer = Freezer(config, spec.name)
+        self._init_pid, self._tracker = init_pid, tracker
+        self._start_backends()
+
+    def _start_backends(self) -> None:
         hasher = PageHasher()
 
         def dumper(*, with_shim: bool) -> TwinDumper:
             return TwinDumper(
-                config,
-                spec,
-                init_pid=init_pid,
+                self.config,
+                self.spec,
+                init_pid=self._init_pid,
                 criu=locate_criu(None),
                 guard=Unwatched(),
                 with_shim=with_shim,
@@ -134,14 +139,30 @@ class Subject:
 
         self._fast_dumper, self._stock_dumper = dumper(with_shim=True), dumper(with_shim=False)
         self.fast = FastBackend(
-            config,
+            self.config,
             self._fast_dumper,
-            workload=spec.name,
+            workload=self.spec.name,
             incarnation="first",
             hasher=hasher,
-            tracker=tracker,
+            tracker=self._tracker,
         )
-        self.stock = StockBackend(self._stock_dumper, workload=spec.name, incarnation="first", hasher=hasher)
+        self.stock = StockBackend(
+            self._stock_dumper, workload=self.spec.name, incarnation="first", hasher=hasher
+        )
+
+    async def start_over(self) -> None:
+        """Forget everything, as an agent that was killed and started again."""
+        await self.close()
+        self._start_backends()
+
+    def lose_track(self, chance: random.Random) -> None:
+        """End the userfaultfd of a process behind its tracker's back: its descriptor is another file's."""
+        watched = getattr(self.fast._tracker, "_watched", {})
+        open_ones = [each.userfault for each in watched.values() if each.userfault is not None]
+        if open_ones:
+            nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(nothing, chance.choice(open_ones)._descriptor, inheritable=False)
+            os.close(nothing)
 
     async def compare(self, epoch: EpochId, since: EpochId | None) -> tuple[CapturedEpoch, list[str], int]:
         """Take one instant with both; return the fast one's epoch, what differs, how many were compared."""
@@ -198,6 +219,10 @@ class Replica:
     def holds(self) -> EpochId | None:
         """What it stands on."""
         return self._held.id if self._held else None
+
+    def distrust(self) -> None:
+        """Hold for unknown what it has: another agent's identities say nothing."""
+        self._held = None
 
     def take(self, epoch: CapturedEpoch) -> None:
         """Commit an epoch; raises AssertionError if it is not committed. Blocking."""
