@@ -8,7 +8,7 @@ PYTEST := $(BIN)/coverage run -m pytest
 SEEDS := 5000
 ROUNDS := 120
 EPOCHS := 700
-KERNEL_EPOCHS := 60
+KERNEL_EPOCHS := 24
 SCALE := full
 
 help:  ## what can be made

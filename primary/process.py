@@ -78,8 +78,8 @@ class TrackedProcess:
     def has_memory(self) -> bool:
         """Whether it has any: one that is ending has none, before it is a zombie."""
         try:
-            with open_of(self.pid, "pagemap", os.O_RDONLY):
-                return self.is_same
+            with open_of(self.pid, "pagemap", os.O_RDONLY):  # newer kernels refuse; older ones say 0 pages
+                return self.is_same and _statm(self.pid)[0] > 0
         except CaptureError:
             return False
 
@@ -316,8 +316,13 @@ def _stat(pid: int) -> list[str]:
 
 def resident_pages(pid: int) -> int:
     """Return how much memory a process has; raises CaptureError if there is none."""
+    return _statm(pid)[1]
+
+
+def _statm(pid: int) -> list[int]:
+    """Return the numbers of /proc/PID/statm: pages of its mappings, pages resident, and more."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return [int(field) for field in Path(f"/proc/{pid}/statm").read_text().split()]
     except OSError as error:
         raise CaptureError(f"there is no process {pid} any more") from error
 

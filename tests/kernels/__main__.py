@@ -1,6 +1,6 @@
 """The soft-dirty tracker on a kernel that has it, under qemu: prints one JSON object.
 
-    python -m tests.kernels [--epochs 60] [--every 2] [--seeds 2] [--seed 1] [--huge-pages never,always]
+    python -m tests.kernels [--epochs 24] [--every 2] [--seeds 2] [--seed 1] [--huge-pages never,always]
 
 In: this checkout. Out: for each setting of transparent huge pages one boot of the guest
 (`tests.kernels.guest`) and what was found in it (`tests.kernels.inside`). Exits with 1 if anything was wrong
@@ -34,13 +34,13 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
 def main() -> int:
     """Read the command line, boot, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60, help="of each seed")
+    parser.add_argument("--epochs", type=int, default=24, help="of each seed")
     parser.add_argument("--every", type=int, default=2, help="one epoch of so many is compared")
-    parser.add_argument("--check-every", type=int, default=20, help="restored and asked after so many")
+    parser.add_argument("--check-every", type=int, default=12, help="restored and asked after so many")
     parser.add_argument("--seeds", type=int, default=2, help="every other one without direct I/O")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--huge-pages", default="never,always", help="one boot for each")
-    parser.add_argument("--limit-s", type=float, default=1800.0, help="for each boot")
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="for each boot")
     parser.add_argument("--no-bugs", action="store_true", help="plant no bugs")
     parser.add_argument("--no-tests", action="store_true", help="the oracle only")
     options = parser.parse_args()
