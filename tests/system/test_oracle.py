@@ -26,6 +26,13 @@ async def test_what_is_captured_while_it_runs_is_restored_and_finds_itself_intac
     assert run.restored == 1, run
 
 
+async def test_trackers_and_agents_that_die_cost_time_and_nothing_else() -> None:
+    run = await run_seed(random.SystemRandom().randrange(1 << 32), 30, 3, troubled=True)
+    assert not run.wrong, run
+    assert run.compared, run
+    assert len(run.troubles) > 1, run
+
+
 async def test_what_a_pagemap_says_is_what_stock_criu_dumps() -> None:
     """Scans without PAGEMAP_SCAN, as on older kernels; nothing is tracked, so it works on each."""
     run = await run_seed(random.SystemRandom().randrange(1 << 32), 15, 2, tracker="none")
