@@ -27,7 +27,7 @@ from primary.capture import CapturedEpoch
 from primary.dumping import Dumper
 from primary.fast import FastBackend
 from primary.pages import expand_runs, runs_of
-from primary.tracking import problem
+from primary.userfault import problem
 from primary.verification import Mismatch, Verification
 from replica.holdings import Holdings
 from replica.levels import MANIFEST_NAME, Manifest, encode_manifest
