@@ -31,6 +31,9 @@ from tests.campaigns.torture.cases import Case, Part, Scale, run_case, say
 
 Cases = Callable[[int, Scale], Iterable[Case]]
 
+_HISTORIES = 3
+"""A bug does not show in every history: so many seeds are tried, one after the other."""
+
 
 @dataclass(frozen=True)
 class Planted:
@@ -50,10 +53,14 @@ def _look_for(bug: Planted, seed: int, scale: Scale) -> Part:
     tried = 0
     with bug.plant():
         try:
-            for tried, case in enumerate(_spread(bug.cases(seed, scale)), start=1):
-                if (outcome := run_case(case)).wrong:
-                    say(f"planted bug found: {bug.name} ({tried} cases)")
-                    return _row(bug, tried, f"found by “{case.part}” after {tried} cases: {outcome.wrong}")
+            for history in range(_HISTORIES):
+                for case in _spread(bug.cases(seed + history, scale)):
+                    tried += 1
+                    if (outcome := run_case(case)).wrong:
+                        say(f"planted bug found: {bug.name} ({tried} cases)")
+                        return _row(
+                            bug, tried, f"found by “{case.part}” after {tried} cases: {outcome.wrong}"
+                        )
         except AssertionError as error:
             # Cases are made from an undisturbed run, which is the first to tell.
             return _row(bug, 1, f"found by a run in which nothing failed: {error}")
