@@ -56,6 +56,8 @@ _ATTEMPTS = 4
 _FIRST_BUFFER_PAGES = 2048
 _MOST_FROZEN_PAGES = 8192
 """Dirty pages that are copied within a freeze without a second thought: about 25 ms."""
+_MOST_BUFFER_PAGES = 131_072
+"""Half a GiB, about 0.4 s: criu gives up when its hook is not answered for a second."""
 _TOO_LITTLE_ROOM = (errno.E2BIG, errno.EMLINK, errno.ENOBUFS, errno.ENOSPC)
 _BACKFILL_S = 0.1
 """How long an epoch may wait for pages that only a new replica needs."""
@@ -118,6 +120,13 @@ class FastBackend:
 
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         """See `CaptureBackend.capture`."""
+        try:
+            return await self._attempts(epoch, since)
+        finally:
+            if self._tracker.copies_ahead:  # what one epoch had to accept is no measure for the next
+                self._room_pages = min(self._room_pages, _MOST_FROZEN_PAGES)
+
+    async def _attempts(self, epoch: EpochId, since: EpochId | None) -> CapturedEpoch:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await self._attempt(epoch, since)
@@ -126,7 +135,7 @@ class FastBackend:
             except TooDirtyError as error:
                 log.info("capture.too_dirty", workload=self._workload, epoch=str(epoch), pages=error.pages)
                 if attempt == _ATTEMPTS - 1:
-                    self._room_pages = max(self._room_pages, error.pages * 2)
+                    self._room_pages = max(self._room_pages, min(error.pages * 2, _MOST_BUFFER_PAGES))
                 elif error.pages <= _MOST_FROZEN_PAGES or not self._tracker.copies_ahead:
                     self._room_pages = max(self._room_pages, error.pages * 5 // 4)
         raise CaptureError(f"epoch {epoch} of {self._workload}: {_ATTEMPTS} attempts at it came to nothing")
@@ -221,10 +230,10 @@ class FastBackend:
         pids = await in_thread(workload_pids, self._config, self._workload)
         for pid in self._processes.keys() - set(pids):
             self._tracker.let_go(self._processes.pop(pid))
+        undecided: list[TrackedProcess] = []
         for pid in pids:
             process = self._processes.get(pid)
-            fresh = process is None or not process.is_same
-            if process is None or fresh:
+            if process is None or not process.is_same:
                 if process is not None:
                     self._tracker.let_go(process)
                 try:
@@ -232,12 +241,18 @@ class FastBackend:
                 except CaptureError:  # it has ended since
                     self._processes.pop(pid, None)
                     continue
-            if fresh or process.borrows:
-                process.borrows_from(other for other in self._processes.values() if other is not process)
+                undecided.append(process)
+            elif process.borrows:
+                undecided.append(process)
+        owners = [process for process in self._processes.values() if process not in undecided]
+        for process in sorted(undecided, key=lambda each: each.started_ticks):  # parents before children
+            if not process.borrows_from(owners):
+                owners.append(process)
+        for process in list(self._processes.values()):
             try:
                 await self._tracker.take_up(process)
             except CaptureError:
-                self._tracker.let_go(self._processes.pop(pid))
+                self._tracker.let_go(self._processes.pop(process.pid))
 
     def _begin(self, since: EpochId | None) -> None:
         """Let go of what all replicas have."""
@@ -264,8 +279,9 @@ class FastBackend:
             if (smaps := process.smaps()) is not None:
                 texts[process.pid] = smaps
         self._due_pages = sum(each.pages for each in due.values())
-        if self._room_pages + self._due_pages > self._buffer.pages:
-            self._buffer.grow(self._room_pages + self._due_pages)
+        wanted = self._room_pages + self._due_pages
+        if not wanted <= self._buffer.pages <= 4 * wanted:
+            self._buffer.resize(wanted)
             self._call = FrozenCall(self._buffer)
         channel.plan(texts)
 
@@ -275,6 +291,7 @@ class FastBackend:
         """Copy what is dirty; raise if it is too much, or anything is in doubt: criu then gives up."""
         if channel is None:
             raise CaptureError("criu was started without the shim")
+        taken: list[TrackedProcess] = []
         for report in channel.reports():
             if not report.hides:
                 raise CaptureError(f"the mappings of process {report.pid} could not be read while frozen")
@@ -284,8 +301,9 @@ class FastBackend:
                     self._tracker.let_go(process)
                 space = self._tracker.space(report.pid)
                 process = self._processes[report.pid] = TrackedProcess(report.pid, space)
-            self._taken.append(process)
-        spaces = [process.space for process in self._taken]
+            taken.append(process)
+        spaces = [process.space for process in taken]
+        self._taken = taken  # from here on they may be protected anew
         dirty = self._dirty_pages = self._call.run(spaces)
         self._see_that_all_stood_still()
         for space in spaces:
@@ -295,6 +313,8 @@ class FastBackend:
                 raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")
         if dirty > self._buffer.pages:
             raise TooDirtyError(dirty)
+        if self._tracker.copies_ahead:
+            dirty = min(dirty, _MOST_FROZEN_PAGES)
         self._room_pages = max(self._room_pages, dirty)
 
     def _see_that_all_stood_still(self) -> None:
@@ -329,7 +349,8 @@ class FastBackend:
             compared += pages
             if len(numbers):
                 unseen = True
-                process.book.forget_all()
+                process.forget_all()
+                self._tracker.let_go(process)  # who missed one write may miss another: it begins anew
                 self._verification.found(Mismatch("", epoch, process.key, numbers, process.pid))
         if self._dirty_pages + self._due_pages <= self._buffer.pages:  # else there was no room to read them
             self._verification.looked_at(compared)

@@ -289,17 +289,14 @@ class FrozenBuffer:
     """Where dirty pages are copied to within a freeze: touched beforehand, used again and again."""
 
     def __init__(self, pages: int) -> None:
-        self.pages = 0
-        self._memory = mmap.mmap(-1, PAGE_BYTES)
-        self.grow(pages)
+        self.resize(pages)
 
-    def grow(self, pages: int) -> None:
-        """Have room for at least that many pages; what is in it is lost."""
-        if pages > self.pages:
-            self._memory = mmap.mmap(
-                -1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-            )
-            self.pages = pages
+    def resize(self, pages: int) -> None:
+        """Have room for that many pages; what is in it is lost."""
+        self._memory = mmap.mmap(
+            -1, max(pages, 1) * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        )
+        self.pages = pages
 
     def content(self, start: int, pages: int) -> memoryview:
         """View pages of it."""

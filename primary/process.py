@@ -57,7 +57,7 @@ class TrackedProcess:
     def __init__(self, pid: int, space: Space) -> None:
         """`space` is what its tracker scans it with. Raises CaptureError if there is no such process."""
         self.pid = pid
-        self._started = _started_ticks(pid)
+        self.started_ticks = _started_ticks(pid)
         self.key = SpaceKey("task", _pid_within(pid))
         self.book = PageBook(self.key)
         self.space = space
@@ -70,7 +70,7 @@ class TrackedProcess:
     def is_same(self) -> bool:
         """Whether the PID still is this process's, and it has not ended."""
         try:
-            return _started_ticks(self.pid) == self._started
+            return _started_ticks(self.pid) == self.started_ticks
         except CaptureError:
             return False
 

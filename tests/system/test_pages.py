@@ -660,7 +660,7 @@ class TestFrozen:
         untracked.buffer = FrozenBuffer(1)
         with untracked.child.stopped():
             dirty = FrozenCall(untracked.buffer).run([untracked.space])
-        untracked.buffer.grow(dirty)
+        untracked.buffer.resize(dirty)
         assert untracked.freeze(region).dirty.keys() == set(range(40))
 
     async def test_too_little_room_for_runs_is_told_and_can_be_enlarged(self, untracked: Reader) -> None:
@@ -971,6 +971,19 @@ class TestNoMappingIsTrackedInPart:
         before = self.pieces(reader, both)
         reader.userfault.cover(reader.pagemap, listed)
         assert self.pieces(reader, both) == before == 1
+
+    async def test_one_that_grew_beside_what_the_kernel_refuses_to_track(self, reader: Reader) -> None:
+        droppable = reader.child.do(f"done(libc.mmap(0, {8 << 12}, 3, {0x08 | _ANONYMOUS}, -1, 0))")
+        if droppable < 0:
+            pytest.skip(f"MAP_DROPPABLE: {os.strerror(-droppable)}")
+        reader.cover()
+        for _ in range(2):
+            region = self.room(reader.child, 0, 16, 64)
+            listed = reader.space.mappings()
+            size, grown = 16 << 12, Region(reader.child, region.start, 48)
+            assert reader.child.do(f"libc.mremap({region.start}, {size}, {48 << 12}, 0, 0)") == region.start
+            reader.userfault.cover(reader.pagemap, listed)
+            assert self.pieces(reader, grown) == 1
 
     async def test_shared_memory_between_is_not_tracked_at_all(self, reader: Reader) -> None:
         region = reader.child.map(48)

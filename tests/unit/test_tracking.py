@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.errors import CaptureError, UnsupportedError
-from primary import tracking
+from primary import tracking, userfault
 from primary.freezer import NotFrozenError
+from primary.pages import OWNED, VMA
 from primary.soft_dirty import Look, SoftDirtyTracker
 from primary.tracking import TrackerChoice, TrackerName, choose, make
 
@@ -18,6 +20,47 @@ def kernel(**problems: str) -> dict[TrackerName, Callable[[], str]]:
     """A kernel that can do everything but what has a problem."""
     names: tuple[TrackerName, ...] = ("userfaultfd", "soft-dirty", "none")
     return {name: lambda name=name: problems.get(name.replace("-", "_"), "") for name in names}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("release", "is_sound"),
+    [
+        ("6.1.0-50-amd64", False),
+        ("6.7.12", False),
+        ("6.12.9+deb13-amd64", False),
+        ("6.12.11", True),
+        ("6.12.43+deb13-amd64", True),
+        ("6.13-rc1", True),
+        ("6.18.44-fc-v769", True),
+        ("7.0", True),
+        ("10.1.2", True),
+    ],
+)
+def test_kernels_that_lose_track_of_pages_are_told(release: str, is_sound: bool) -> None:
+    assert (userfault._flaw(release) == "") is is_sound
+
+
+class TestRooms:
+    def vmas(self, *ranges: tuple[int, int, int]) -> np.ndarray:
+        return np.array([(start << 12, end << 12, flags, 0) for start, end, flags in ranges], dtype=VMA)
+
+    def rooms(self, vmas: np.ndarray, *refused: tuple[int, int]) -> list[tuple[int, int]]:
+        found = userfault._rooms(vmas, {(start << 12, end << 12) for start, end in refused})
+        return [(start >> 12, end >> 12) for start, end in found]
+
+    def test_reach_from_one_mapping_of_others_to_the_next(self) -> None:
+        vmas = self.vmas(
+            (10, 12, OWNED), (12, 13, 0), (20, 21, OWNED), (25, 26, OWNED), (30, 31, 0), (40, 41, OWNED)
+        )
+        assert self.rooms(vmas) == [(10, 12), (13, 30), (31, 41)]
+
+    def test_end_at_what_the_kernel_refuses(self) -> None:
+        vmas = self.vmas((10, 12, OWNED), (20, 21, OWNED), (25, 26, OWNED))
+        assert self.rooms(vmas, (20, 21)) == [(10, 20), (21, 26)]
+
+    def test_leave_out_what_is_the_kernels(self) -> None:
+        vmas = self.vmas((10, 12, OWNED), (1 << 51 | 5, 1 << 51 | 6, 0))
+        assert self.rooms(vmas) == [(10, 12)]
 
 
 class TestAuto:
