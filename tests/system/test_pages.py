@@ -52,7 +52,7 @@ pytestmark = [
 _BUFFER_PAGES = 32_768
 _NOT_ACCESSIBLE, _READ_ONLY, _WRITABLE = 0, 1, 3
 _PRIVATE, _FIXED, _ANONYMOUS = 0x02, 0x10, 0x20
-_DONT_NEED, _HUGE_PAGE, _GUARD_INSTALL = 4, 14, 102
+_DONT_NEED, _HUGE_PAGE, _NO_HUGE_PAGE, _GUARD_INSTALL = 4, 14, 15, 102
 _MAY_MOVE_AND_FIXED = 3
 
 _CHILD = """
@@ -932,6 +932,31 @@ class TestTracking:
             Userfault(read_end)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(read_end)
+
+
+class TestPageTablesThatWereDropped:
+    """What the kernel says nothing about is there, unless its whole page table is gone (2 MiB)."""
+
+    TABLE = 512
+
+    @pytest.mark.parametrize("advice", [_HUGE_PAGE, _NO_HUGE_PAGE], ids=["huge", "small"])
+    async def test_their_pages_are_gone_with_them(self, reader: Reader, advice: int) -> None:
+        around = reader.child.map(6 * self.TABLE)
+        skipped = -(around.start // PAGE_BYTES) % self.TABLE
+        region = Region(reader.child, around.start + skipped * PAGE_BYTES, 5 * self.TABLE)
+        assert region.advise(0, region.pages, advice) == 0
+        reader.child.do(f"ctypes.memset({region.start}, 1, {region.pages * PAGE_BYTES}) and 0")
+        reader.cover()
+        assert reader.written(region) == set(range(region.pages))
+        reader.know(region)
+        assert reader.freeze(region).present == set(range(region.pages))
+        # One table alone; and one with the first pages of the next.
+        gone = {*range(self.TABLE, 2 * self.TABLE), *range(3 * self.TABLE, 4 * self.TABLE + 7)}
+        assert region.advise(self.TABLE, self.TABLE, _DONT_NEED) == 0
+        assert region.advise(3 * self.TABLE, self.TABLE + 7, _DONT_NEED) == 0
+        found = reader.freeze(region)
+        assert found.present == set(range(region.pages)) - gone
+        assert set(found.dirty) == set()
 
 
 class TestNoMappingIsTrackedInPart:
