@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from bench.freeze_report import (
     Epoch,
@@ -47,7 +46,6 @@ from primary.capture import PageTable
 from primary.dumping import Dumped, Dumper
 from primary.fast import FastBackend
 from primary.injection import take_userfaultfd
-from primary.pages import DIRTY
 from primary.shim import ShimChannel
 from primary.stock import StockBackend
 from primary.verification import Verification
@@ -96,7 +94,10 @@ class _DirtyingDumper(Dumper):
         self.windows.clear()
 
     async def dump(
-        self, directory: Path, at_post_dump: Callable[[ShimChannel | None], None] | None = None
+        self,
+        directory: Path,
+        at_post_dump: Callable[[ShimChannel | None], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Dumped:
         """See `Dumper.dump`."""
         self.reached_s.append(time.monotonic())
@@ -104,7 +105,7 @@ class _DirtyingDumper(Dumper):
             await self._target.write_pages(self.pages)
         begun_ns = time.monotonic_ns()
         try:
-            return await super().dump(directory, at_post_dump)
+            return await super().dump(directory, at_post_dump, meanwhile)
         finally:
             self.windows.append((begun_ns, time.monotonic_ns()))
 
@@ -244,9 +245,7 @@ def _dirty_pages(backend: FastBackend | StockBackend) -> int:
     """Count what was copied within the last freeze; that is told to nobody, so it is looked up inside."""
     if isinstance(backend, StockBackend):
         return 0
-    runs = np.concatenate([process.space.runs for process in backend._taken])
-    runs = runs[(runs["flags"] & DIRTY) != 0]
-    return int((runs["end"] - runs["start"]).sum()) // _PAGE_BYTES
+    return backend._dirty_pages
 
 
 def _peak_rss_bytes() -> int:

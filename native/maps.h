@@ -22,12 +22,13 @@ enum {
 	VMA_OWNED = 1,
 	VMA_FILE = 2,     /* it maps a file: a page that is only SWAPPED there is a marker, not content */
 	VMA_READABLE = 4, /* others cannot be read with process_vm_readv */
+	VMA_EXECUTABLE = 8,
 };
 
 struct vma {
 	uint64_t start, end;
 	uint32_t flags;
-	uint32_t unused;
+	uint32_t early; /* the page reader's: all that is in it is told already */
 };
 
 static inline const char *maps_hex(const char *at, const char *end, uint64_t *value)
@@ -84,8 +85,8 @@ static inline bool maps_line(const char *line, const char *end, struct vma *vma)
 	if (permissions[3] != 'p' && permissions[3] != 's')
 		return false;
 	vma->flags = (permissions[3] == 'p' && !named ? VMA_OWNED : 0) | (inode ? VMA_FILE : 0) |
-		     (permissions[0] == 'r' ? VMA_READABLE : 0);
-	vma->unused = 0;
+		     (permissions[0] == 'r' ? VMA_READABLE : 0) | (permissions[2] == 'x' ? VMA_EXECUTABLE : 0);
+	vma->early = 0;
 	return true;
 }
 

@@ -5,9 +5,10 @@
  *
  *   running   outlive_scan        what was written since the last protection, and protect it anew
  *             outlive_read        copy pages; says of each whether it could be read
- *   frozen    outlive_capture     of all processes of the tree: which pages there are, which of them are dirty,
- *                                 and the content of the dirty ones, and of a few clean ones to be compared; with
- *                                 no room for content, only a look
+ *   frozen    outlive_early       while CRIU is at work: which pages there are where CRIU never writes, which of them
+ *                                 are dirty, and the content of the dirty ones, which are protected
+ *             outlive_capture     when CRIU is done, of all processes of the tree: which pages there are at all, and
+ *                                 the same of the rest; with no room for content, only a look
  *
  * A page counts as dirty unless all of this is so: it can be tracked (WPALLOWED), it was not written since it was
  * protected, it is no marker in a file mapping, and the caller knows its content (`known`). Whatever is in doubt
@@ -38,6 +39,7 @@ enum {
 	RUN_DIRTY = 1,
 	RUN_UNREADABLE = 2, /* in a mapping without read permission */
 	RUN_WRITTEN = 4,    /* dirty by what the kernel says, not only because it is not known; told for soft-dirty only */
+	RUN_EARLY = 8,      /* told by outlive_early, and copied then if it was dirty: it is not any more */
 };
 
 /* Neighbouring pages that are treated alike. */
@@ -49,6 +51,7 @@ struct run {
 
 enum {
 	SPACE_PROTECT = 1, /* protect what is found written, or clear the soft-dirty bits */
+	SPACE_STALE = 2,   /* out: pages were protected that could not be copied */
 };
 
 struct space {
@@ -70,13 +73,7 @@ struct space {
 	struct vma *vmas;
 	uint64_t vmas_room;
 	uint64_t vmas_count;    /* out */
-	const uint64_t *check;  /* start, end ... ascending: pages to be read too where they are clean */
-	uint64_t check_pairs;
-	struct run *checked;    /* out: those of them that are present and clean, with content if `checked_pages` */
-	uint64_t checked_room;
-	uint64_t checked_count;
-	uint64_t checked_pages; /* out: 0 if there was no room for them in the buffer, or they could not be read */
-	uint64_t checked_at;    /* out: page in the buffer from which they stand, in order */
+	struct space *early;    /* what outlive_early made of the same process, or NULL */
 	struct soft_dirty *soft; /* NULL: PAGEMAP_SCAN and write protection; else soft_dirty.h, or no tracking at all */
 };
 
@@ -187,31 +184,6 @@ static long scan_present(int fd, uint64_t start, uint64_t end, bool file, struct
 
 	*walk_end = ask.walk_end;
 	return got;
-}
-
-/* Protect again what is written in [start, end). */
-static int protect(int fd, uint64_t start, uint64_t end, bool file)
-{
-	while (start < end) {
-		struct page_region regions[64];
-		struct pm_scan_arg ask = {
-			.size = sizeof(ask),
-			.flags = PM_SCAN_WP_MATCHING,
-			.start = start,
-			.end = end,
-			.vec = (uint64_t)(uintptr_t)regions,
-			.vec_len = 64,
-			.category_mask = PAGE_IS_WRITTEN,
-			.return_mask = PAGE_IS_WRITTEN,
-		};
-		const long got = scan_content(fd, &ask, file);
-		if (got < 0)
-			return (int)-got;
-		if (ask.walk_end <= start)
-			return EIO;
-		start = ask.walk_end;
-	}
-	return 0;
 }
 
 /* A page of a file mapping that is only SWAPPED may be content that was written out, or a marker that tracking
@@ -356,9 +328,83 @@ static int scan_vma(struct space *space, int fd, int memory, const struct vma *v
 
 	if (failure == EPERM) /* nothing was appended */
 		failure = scan_closely(space, fd, memory, vma, vma->start, vma->end, pair);
-	if (failure || !(space->options & SPACE_PROTECT))
-		return failure;
-	return protect(fd, vma->start, vma->end, vma->flags & VMA_FILE);
+	return failure;
+}
+
+/* Protect what is written in [start, end), where the dirty runs from `*at` on are; what was written elsewhere since they
+ * were found, by somebody who is not frozen, must not be taken for read: ESTALE. */
+static int protect_stretch(const struct space *space, int fd, uint64_t start, uint64_t end, bool file, uint64_t *at)
+{
+	while (start < end) {
+		struct page_region regions[64];
+		const uint64_t pages = (end - start) / PAGE;
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.flags = PM_SCAN_WP_MATCHING,
+			.start = start,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = pages < 64 ? pages : 64,
+			.category_mask = PAGE_IS_WRITTEN,
+			.return_mask = PAGE_IS_WRITTEN,
+		};
+		const long got = scan_content(fd, &ask, file);
+		if (got < 0)
+			return (int)-got;
+		if (ask.walk_end <= start)
+			return EIO;
+		for (long each = 0; each < got; each++) {
+			uint64_t page = regions[each].start;
+
+			for (; *at < space->runs_count && page < regions[each].end; ++*at) {
+				const struct run *run = &space->runs[*at];
+
+				if (run->end <= page)
+					continue;
+				if (run->start > page || !(run->flags & RUN_DIRTY))
+					return ESTALE;
+				page = run->end;
+				if (page >= regions[each].end)
+					break;
+			}
+			if (page < regions[each].end)
+				return ESTALE;
+		}
+		start = ask.walk_end;
+	}
+	return 0;
+}
+
+/* Protect the dirty pages that were found in the mappings, before they are copied. An errno, SPACE_STALE with it. */
+static int protect_dirty(struct space *space, int fd)
+{
+	uint64_t at = 0, seen = 0;
+	int failure = 0;
+
+	for (uint64_t each = 0; each < space->vmas_count && !failure; each++) {
+		const struct vma *vma = &space->vmas[each];
+
+		while (at < space->runs_count && space->runs[at].end <= vma->start)
+			at++;
+		for (uint64_t next = at; next < space->runs_count && space->runs[next].start < vma->end && !failure;) {
+			const struct run *run = &space->runs[next++];
+			const uint64_t from = run->start > vma->start ? run->start : vma->start;
+			uint64_t to = run->end;
+
+			if (!(run->flags & RUN_DIRTY))
+				continue;
+			while (next < space->runs_count && space->runs[next].start < to + SCAN_NEAR * PAGE) {
+				if (space->runs[next].flags & RUN_DIRTY)
+					to = space->runs[next].end;
+				next++;
+			}
+			to = to < vma->end ? to : vma->end;
+			failure = protect_stretch(space, fd, from, to, vma->flags & VMA_FILE, &seen);
+		}
+	}
+	if (failure)
+		space->options |= SPACE_STALE;
+	return failure;
 }
 
 struct soft_scan {
@@ -396,9 +442,54 @@ static int scan_by_soft_dirty(struct space *space)
 	return failure;
 }
 
+enum told {
+	TOLD_NOTHING, /* nothing about this mapping */
+	TOLD_ALL,
+	TOLD_ANOTHER, /* of mappings that stood here, and are others now */
+};
+
+/* What outlive_early has told of a mapping. */
+static enum told told_early(const struct space *early, const struct vma *vma, uint64_t *at)
+{
+	enum told told = TOLD_NOTHING;
+
+	if (!early)
+		return TOLD_NOTHING;
+	while (*at < early->vmas_count && early->vmas[*at].end <= vma->start)
+		++*at;
+	for (uint64_t each = *at; each < early->vmas_count && early->vmas[each].start < vma->end; each++) {
+		const struct vma *same = &early->vmas[each];
+
+		if (!same->early)
+			continue;
+		if (same->start == vma->start && same->end == vma->end && same->flags == vma->flags)
+			return TOLD_ALL;
+		told = TOLD_ANOTHER;
+	}
+	return told;
+}
+
+static int append_early(struct space *space, const struct vma *vma, uint64_t *at)
+{
+	const struct space *early = space->early;
+
+	while (*at < early->runs_count && early->runs[*at].end <= vma->start)
+		++*at;
+	for (uint64_t each = *at; each < early->runs_count && early->runs[each].start < vma->end; each++) {
+		const struct run *run = &early->runs[each];
+		const uint64_t from = run->start > vma->start ? run->start : vma->start;
+		const uint64_t to = run->end < vma->end ? run->end : vma->end;
+		const int failure = append(space, from, to, (run->flags & ~(uint32_t)RUN_DIRTY) | RUN_EARLY);
+
+		if (failure)
+			return failure;
+	}
+	return 0;
+}
+
 static int scan_space(struct space *space)
 {
-	uint64_t pair = 0;
+	uint64_t pair = 0, none = space->known_pairs, vma = 0, run = 0;
 	int failure = read_maps(space);
 
 	space->runs_count = space->dirty_pages = space->present_pages = 0;
@@ -410,9 +501,19 @@ static int scan_space(struct space *space)
 	const int memory = open_of(space->pid, "mem", O_RDONLY);
 	if (fd < 0 || memory < 0)
 		failure = errno;
-	for (uint64_t at = 0; at < space->vmas_count && !failure; at++)
-		if (space->vmas[at].flags & VMA_OWNED)
-			failure = scan_vma(space, fd, memory, &space->vmas[at], &pair);
+	for (uint64_t at = 0; at < space->vmas_count && !failure; at++) {
+		const struct vma *here = &space->vmas[at];
+
+		if (!(here->flags & VMA_OWNED))
+			continue;
+		const enum told told = told_early(space->early, here, &vma);
+		if (told == TOLD_ALL)
+			failure = append_early(space, here, &run);
+		else /* what was protected early, and is another mapping's now, looks clean, but is not known */
+			failure = scan_vma(space, fd, memory, here, told == TOLD_NOTHING ? &pair : &none);
+	}
+	if (!failure && space->options & SPACE_PROTECT)
+		failure = protect_dirty(space, fd);
 	if (fd >= 0)
 		close(fd);
 	if (memory >= 0)
@@ -488,48 +589,120 @@ static int read_runs(int pid, const struct run *runs, uint64_t count, uint32_t f
 	return failure ? failure : flush(pid, pieces, &gathered, &bytes, &into);
 }
 
-/* Find which pages of `check` are present and clean. */
-static void select_checked(struct space *space)
+/* Running: whether the process has a descriptor through which a device may write into its memory beside the
+ * kernel's page tables (O_DIRECT): 1, 0, or -errno. */
+int outlive_reads_directly(int pid)
 {
-	uint64_t at = 0, pair = 0;
+	char path[64];
+	int found = 0;
 
-	space->checked_count = space->checked_pages = 0;
-	while (at < space->runs_count && pair < space->check_pairs) {
-		const struct run *run = &space->runs[at];
-		const uint64_t first = space->check[2 * pair], last = space->check[2 * pair + 1];
-		const uint64_t from = run->start > first ? run->start : first;
-		const uint64_t to = run->end < last ? run->end : last;
-
-		if (from < to && !(run->flags & RUN_DIRTY)) {
-			if (space->checked_count == space->checked_room)
-				return;
-			space->checked[space->checked_count++] = (struct run){ from, to, run->flags, 0 };
-			space->checked_pages += (to - from) / PAGE;
-		}
-		if (run->end < last)
-			at++;
-		else
-			pair++;
+	snprintf(path, sizeof(path), "/proc/%d/fdinfo", pid);
+	DIR *directory = opendir(path);
+	if (!directory)
+		return -errno;
+	for (struct dirent *entry; !found && (entry = readdir(directory));) {
+		char text[128];
+		if (entry->d_name[0] == '.')
+			continue;
+		const int fd = openat(dirfd(directory), entry->d_name, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue; /* closed since */
+		const ssize_t size = read(fd, text, sizeof(text) - 1);
+		close(fd);
+		if (size <= 0)
+			continue;
+		text[size] = 0;
+		const char *flags = strstr(text, "flags:");
+		found = flags && strtoul(flags + 6, NULL, 8) & O_DIRECT;
 	}
+	closedir(directory);
+	return found;
 }
 
-/* Copy the pages that are to be compared behind the dirty ones, as far as there is room. What fails here fails no
- * epoch: it is left out. */
-static void read_checked(struct space *spaces, uint64_t count, uint8_t *buffer, uint64_t taken, uint64_t room)
+/* CRIU has a frozen process make calls by writing them over executable memory for a moment, and what it maps there for
+ * itself is shared memory. All other pages hold what they held when the process was frozen. */
+static bool criu_leaves_alone(const struct vma *vma)
 {
+	return vma->flags & VMA_OWNED && !(vma->flags & VMA_EXECUTABLE);
+}
+
+/* As read_runs; but while CRIU is at work, a mapping may be closed for reading after the maps were read. */
+static int read_early(const struct space *space, uint8_t *into)
+{
+	int failure = read_runs(space->pid, space->runs, space->runs_count, RUN_DIRTY, into);
+
+	if (failure != EFAULT)
+		return failure;
+	failure = 0;
+	for (uint64_t at = 0; at < space->runs_count && !failure; at++) {
+		const struct run *run = &space->runs[at];
+
+		if (!(run->flags & RUN_DIRTY))
+			continue;
+		failure = read_unreadable(space->pid, run->start, run->end - run->start, into);
+		into += run->end - run->start;
+	}
+	return failure;
+}
+
+/* One process, into `buffer` with `room` for so many pages; an errno. */
+static int take_early(struct space *space, uint8_t *buffer, uint64_t room)
+{
+	uint64_t pair = 0;
+	const int fd = open_of(space->pid, "pagemap", O_RDWR);
+	const int memory = open_of(space->pid, "mem", O_RDONLY);
+	int failure = fd < 0 || memory < 0 ? errno : 0;
+
+	for (uint64_t at = 0; at < space->vmas_count && !failure; at++) {
+		struct vma *vma = &space->vmas[at];
+
+		if (!criu_leaves_alone(vma))
+			continue;
+		vma->early = 1;
+		failure = scan_vma(space, fd, memory, vma, &pair);
+	}
+	if (!failure && space->dirty_pages > room)
+		failure = EXFULL;
+	if (!failure)
+		failure = protect_dirty(space, fd);
+	if (!failure) {
+		failure = read_early(space, buffer);
+		if (failure)
+			space->options |= SPACE_STALE;
+	}
+	if (fd >= 0)
+		close(fd);
+	if (memory >= 0)
+		close(memory);
+	return failure;
+}
+
+/* Frozen, while CRIU is at work: tell and copy what it leaves alone. What is dirty is protected before it is copied, so
+ * that it is known from then on, even if the freeze comes to nothing. Returns the pages that stand in `buffer`. A
+ * space that failed says so itself: EXFULL if it has too many of them, EBUSY if it has files open for direct I/O, so
+ * that a device may write past the tracking. outlive_capture must not be given it as `early`; and with SPACE_STALE, none
+ * of its pages is known any more. */
+int64_t outlive_early(struct space *spaces, uint64_t count, uint8_t *buffer, uint64_t buffer_pages)
+{
+	uint64_t taken = 0;
+
+	for (uint64_t at = 0; at < count; at++) { /* of all, before CRIU opens closed mappings for its own reading */
+		const int direct = outlive_reads_directly(spaces[at].pid);
+
+		spaces[at].error = direct < 0 ? -direct : direct ? EBUSY : read_maps(&spaces[at]);
+	}
 	for (uint64_t at = 0; at < count; at++) {
 		struct space *space = &spaces[at];
 
-		space->checked_count = space->checked_pages = 0;
-		if (space->error || !space->check_pairs)
+		space->runs_count = space->dirty_pages = space->present_pages = 0;
+		if (space->error)
 			continue;
-		select_checked(space);
-		space->checked_at = taken;
-		if (space->checked_pages > room - taken ||
-		    read_runs(space->pid, space->checked, space->checked_count, 0, buffer + taken * PAGE))
-			space->checked_count = space->checked_pages = 0;
-		taken += space->checked_pages;
+		space->error = take_early(space, buffer + taken * PAGE, buffer_pages - taken);
+		space->content_at = taken;
+		if (!space->error)
+			taken += space->dirty_pages;
 	}
+	return (int64_t)taken;
 }
 
 /* Frozen: take all spaces. Returns the dirty pages of all, which stand in `buffer` unless they are more than
@@ -555,7 +728,6 @@ int64_t outlive_capture(struct space *spaces, uint64_t count, uint8_t *buffer, u
 		if (!spaces[at].error && spaces[at].dirty_pages)
 			spaces[at].error = read_runs(spaces[at].pid, spaces[at].runs, spaces[at].runs_count,
 						     RUN_DIRTY, buffer + spaces[at].content_at * PAGE);
-	read_checked(spaces, count, buffer, dirty, buffer_pages);
 	return (int64_t)dirty;
 }
 
@@ -630,36 +802,6 @@ int outlive_settle(int fd, int memory, uint64_t start, uint64_t end)
 		start = ask.walk_end;
 	}
 	return 0;
-}
-
-/* Running: whether the process has a descriptor through which a device may write into its memory beside the
- * kernel's page tables (O_DIRECT): 1, 0, or -errno. */
-int outlive_reads_directly(int pid)
-{
-	char path[64];
-	int found = 0;
-
-	snprintf(path, sizeof(path), "/proc/%d/fdinfo", pid);
-	DIR *directory = opendir(path);
-	if (!directory)
-		return -errno;
-	for (struct dirent *entry; !found && (entry = readdir(directory));) {
-		char text[128];
-		if (entry->d_name[0] == '.')
-			continue;
-		const int fd = openat(dirfd(directory), entry->d_name, O_RDONLY | O_CLOEXEC);
-		if (fd < 0)
-			continue; /* closed since */
-		const ssize_t size = read(fd, text, sizeof(text) - 1);
-		close(fd);
-		if (size <= 0)
-			continue;
-		text[size] = 0;
-		const char *flags = strstr(text, "flags:");
-		found = flags && strtoul(flags + 6, NULL, 8) & O_DIRECT;
-	}
-	closedir(directory);
-	return found;
 }
 
 /* Running: whether the mapping at `start` can be tracked: 1, 0, or -errno. */

@@ -10,11 +10,13 @@ The next criu is spawned ahead, so its start-up is never on an epoch's path.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,6 +106,7 @@ class Dumper:
         self._with_shim = with_shim
         self._paths = WorkloadPaths(config, spec.name)
         self._ahead: _Ahead | None = None
+        self._beside = ThreadPoolExecutor(1, "beside-criu")
         self._freezer = Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
         """The workload's cgroup, if that is frozen already: CRIU must be told, and leaves it frozen."""
@@ -147,24 +150,34 @@ class Dumper:
         return self._ahead.channel
 
     async def dump(
-        self, directory: Path, at_post_dump: Callable[[ShimChannel | None], None] | None = None
+        self,
+        directory: Path,
+        at_post_dump: Callable[[ShimChannel | None], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Dumped:
-        """Freeze, dump, thaw. `at_post_dump` is called while everything stands still, in the event loop.
+        """Freeze, dump, thaw. `at_post_dump` is called when everything stands still, in the event loop.
 
-        Raises what it raises, and CaptureError; the workload runs then as well.
+        `meanwhile` is called in a thread when everything is frozen, and runs beside criu; it has returned
+        before `at_post_dump` is called, and before this returns. Raises what both raise, and CaptureError;
+        the workload runs then as well.
         """
         await self.spawned()
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             raise CaptureError("criu could not be started")
         frozen_wall_s, hook_ms = time.time(), 0.0
+        beside: Future[None] | None = None
 
         async def on_notify(script: str, pid: int | None) -> bool:
-            nonlocal frozen_wall_s, hook_ms
+            nonlocal frozen_wall_s, hook_ms, beside
             if script == "pre-dump":
                 frozen_wall_s = time.time()
+            elif script == "query-ext-files" and meanwhile is not None:
+                beside = self._beside.submit(meanwhile)
             elif script == "post-dump" and at_post_dump is not None:
                 begun_s = time.monotonic()
+                if beside is not None:
+                    await asyncio.wrap_future(beside)
                 at_post_dump(ahead.channel)
                 hook_ms = (time.monotonic() - begun_s) * 1000
             return True
@@ -189,9 +202,13 @@ class Dumper:
             result = await ahead.criu.dump(options, on_notify)
         finally:
             wall_ms = (time.monotonic() - started_s) * 1000
-            await self._guard.end(ahead.criu.pid)
-            if ahead.channel:
-                ahead.channel.close()
+            try:
+                if beside is not None and not beside.done():
+                    await in_thread(wait, [beside])
+            finally:
+                await self._guard.end(ahead.criu.pid)
+                if ahead.channel:
+                    ahead.channel.close()
         with contextlib.suppress(OutliveError):  # the next dump tries again, and says so
             await self.spawned()
         return Dumped(result, frozen_wall_s, wall_ms, hook_ms)
@@ -225,6 +242,7 @@ class Dumper:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             await _abandon(ahead)
+        self._beside.shutdown(wait=False)
 
 
 def metadata_in(directory: Path) -> tuple[MetadataFile, ...]:

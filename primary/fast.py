@@ -1,11 +1,11 @@
 """The fast memory backend: pages are copied while the workload runs; frozen, only what was written since.
 
     running   find the processes, track them, copy what was written (pre-copy)     primary.tracking
+              read a few clean pages, and compare them with what is believed       primary.verification
               criu is asked to dump, and hides the pages that are ours              native/shim.c
-    frozen    criu writes everything but memory; at its `post-dump` hook the pages
-              that are dirty still are copied, in one call, and a few clean ones    native/pages.c
-    running   compare the clean ones with what is believed of them                  primary.verification
-              identify the dirty ones, put CRIU's pages and ours together: CapturedEpoch
+    frozen    criu writes everything but memory; beside it, the dirty pages are copied
+              that criu leaves alone; at its `post-dump` hook, the rest of them      native/pages.c
+    running   identify them, put CRIU's pages and ours together: CapturedEpoch
 
 An epoch that would freeze for long, because much is dirty at the freeze, is abandoned at the hook, copied
 while it runs, and tried again. After `_ATTEMPTS` of them the freeze is accepted: slower, never wrong.
@@ -109,12 +109,15 @@ class FastBackend:
         self._metadata_bytes = 0
         self._verification = verification or Verification(0)
         self._room_pages = _FIRST_BUFFER_PAGES
-        self._due_pages = self._dirty_pages = 0
+        self._dirty_pages = 0
+        """How many were copied within the last freeze."""
         self._buffer = FrozenBuffer(self._room_pages)
         self._call = FrozenCall(self._buffer)
         self._chain: LayerChain | None = None
         self._writer: LayerWriter | None = None
         self._taken: list[TrackedProcess] = []
+        self._early: list[TrackedProcess] = []
+        """Those of which the last freeze copied something early that is not taken in yet."""
         self._wants_all = False
         """A replica lacks pages that no layer has."""
 
@@ -148,6 +151,7 @@ class FastBackend:
         self._processes.clear()
         self._shared.clear()
         self._taken.clear()
+        self._early.clear()
         if self._writer is not None:
             self._writer.drop()
             self._writer = None
@@ -166,13 +170,15 @@ class FastBackend:
             processes = list(self._processes.values())
             await self._tracker.copy_ahead(processes, self._hasher, self._writer_of())
             await in_thread(self._backfill, since)
+            await in_thread(self._look)
             channel = await self._dumper.spawned()
             if channel is None:
                 raise CaptureError("criu was started without the shim")
             await in_thread(self._plan, channel)
             self._taken = []
             try:
-                dumped = await self._dumper.dump(directory, self._take_frozen)
+                dumped = await self._dumper.dump(directory, self._take_frozen, self._take_early)
+                await in_thread(self._keep_early)
                 await in_thread(self._compare, epoch)
                 spaces = await in_thread(self._assemble, epoch, directory)
             except BaseException:
@@ -270,22 +276,45 @@ class FastBackend:
             for process in self._processes.values():
                 process.copy_uncovered(self._hasher, writer, chain, until_s)
 
+    def _look(self) -> None:
+        """Read the pages whose turn it is to be compared."""
+        due = {each.key: each for each in self._verification.plan(self._private)}
+        for process in self._processes.values():
+            try:
+                process.look(self._hasher, due.get(process.key))
+            except CaptureError as error:
+                if process.has_memory:
+                    raise
+                log.debug("capture.process_ended", pid=process.pid, error=str(error))
+
     def _plan(self, channel: ShimChannel) -> None:
         """Last of all before the freeze: what the shim may say of each process's mappings."""
         texts = {}
-        due = {each.key: each for each in self._verification.plan(self._private)}
         for process in self._processes.values():
-            process.prepare(due.get(process.key))
+            process.prepare(early=self._tracker.begins_anew_frozen(process))
             if (smaps := process.smaps()) is not None:
                 texts[process.pid] = smaps
-        self._due_pages = sum(each.pages for each in due.values())
-        wanted = self._room_pages + self._due_pages
-        if not wanted <= self._buffer.pages <= 4 * wanted:
-            self._buffer.resize(wanted)
+        if not self._room_pages <= self._buffer.pages <= 4 * self._room_pages:
+            self._buffer.resize(self._room_pages)
             self._call = FrozenCall(self._buffer)
+        self._call.begin()
         channel.plan(texts)
 
     # --- while it is frozen -------------------------------------------------------------------------
+
+    def _take_early(self) -> None:
+        """Copy what was written since pre-copy, while criu is at work; in a thread of its own.
+
+        What is not, for whatever reason, is copied at the end. Criu may change pages meanwhile: they count as
+        written, and are copied again.
+        """
+        early = [
+            process
+            for process in self._processes.values()
+            if process.space.early is not None and process.is_same
+        ]
+        self._early = early  # from here on they may be protected anew
+        self._call.run_early([process.space for process in early], self._room_pages)
 
     def _take_frozen(self, channel: ShimChannel | None) -> None:
         """Copy what is dirty; raise if it is too much, or anything is in doubt: criu then gives up."""
@@ -304,14 +333,15 @@ class FastBackend:
             taken.append(process)
         spaces = [process.space for process in taken]
         self._taken = taken  # from here on they may be protected anew
-        dirty = self._dirty_pages = self._call.run(spaces)
+        left = self._call.run(spaces)
+        dirty = self._dirty_pages = self._call.copied_early + left
         self._see_that_all_stood_still()
         for space in spaces:
             if space.error in _TOO_LITTLE_ROOM:
                 raise TooDirtyError(0)
             if space.error:
                 raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")
-        if dirty > self._buffer.pages:
+        if left > self._call.room:
             raise TooDirtyError(dirty)
         if self._tracker.copies_ahead:
             dirty = min(dirty, _MOST_FROZEN_PAGES)
@@ -335,25 +365,33 @@ class FastBackend:
         """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""
         for process in self._taken:
             process.not_taken()
+        self._keep_early()
 
     # --- when it runs again -------------------------------------------------------------------------
 
+    def _keep_early(self) -> None:
+        """Take in what was copied early: like all pre-copy, it is good whatever became of the freeze."""
+        early, self._early = self._early, []
+        for process in early:  # first of all: what cannot be written down below stays in doubt
+            process.doubt_early()
+        for process in early:
+            process.keep_early(self._hasher, self._writer_of(), self._buffer)
+
     def _compare(self, epoch: EpochId) -> None:
-        """Compare the clean pages that were read. Raises UnseenWriteError if one is not what it should be.
+        """See what became of the pages that differed. Raises UnseenWriteError if one is clean all the same.
 
         Then nothing of this freeze is used: where one write was missed, others may have been.
         """
         compared, unseen = 0, False
         for process in self._taken:
-            pages, numbers = process.compare(self._hasher, self._buffer)
+            pages, numbers = process.compare()
             compared += pages
             if len(numbers):
                 unseen = True
                 process.forget_all()
                 self._tracker.let_go(process)  # who missed one write may miss another: it begins anew
                 self._verification.found(Mismatch("", epoch, process.key, numbers, process.pid))
-        if self._dirty_pages + self._due_pages <= self._buffer.pages:  # else there was no room to read them
-            self._verification.looked_at(compared)
+        self._verification.looked_at(compared)
         if unseen:
             raise UnseenWriteError(f"pages changed unseen before epoch {epoch}")
 

@@ -5,7 +5,7 @@ by `native/pages.c`, where the rules on what counts as dirty stand; this module 
 of time, so that inside a freeze it is a single call that allocates nothing.
 
     running: `Space.mappings`, `Space.written` (finds and protects), `read_running`
-    frozen:  `FrozenCall`, of all processes at once
+    frozen:  `FrozenCall`, of all processes at once: `run_early` while CRIU is at work, then `run`
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from primary.native import built
 OWNED: Final = 1
 FILE: Final = 2
 READABLE: Final = 4
+EXECUTABLE: Final = 8
 """Flags of a mapping, as `native/maps.h` has them."""
 
 DIRTY: Final = 1
@@ -41,12 +42,12 @@ RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unu
 VMA: Final = RUN
 
 _PROTECT: Final = 1
+_STALE: Final = 2
 _FIRST_TEXT_BYTES: Final = 64 << 10
 _FIRST_VMAS: Final = 1024
 _USUAL_LINE_BYTES: Final = 100
 _TORN_READS: Final = 5
 _FIRST_RUNS: Final = 4096
-_FIRST_CHECKED: Final = 1024
 
 
 class _Space(ctypes.Structure):
@@ -70,13 +71,7 @@ class _Space(ctypes.Structure):
         ("vmas", ctypes.c_void_p),
         ("vmas_room", ctypes.c_uint64),
         ("vmas_count", ctypes.c_uint64),
-        ("check", ctypes.c_void_p),
-        ("check_pairs", ctypes.c_uint64),
-        ("checked", ctypes.c_void_p),
-        ("checked_room", ctypes.c_uint64),
-        ("checked_count", ctypes.c_uint64),
-        ("checked_pages", ctypes.c_uint64),
-        ("checked_at", ctypes.c_uint64),
+        ("early", ctypes.c_void_p),
         ("soft", ctypes.c_void_p),
     )
 
@@ -87,6 +82,8 @@ def _library() -> ctypes.CDLL:
     u64, pointer = ctypes.c_uint64, ctypes.c_void_p
     library.outlive_capture.argtypes = [pointer, u64, pointer, u64]
     library.outlive_capture.restype = ctypes.c_int64
+    library.outlive_early.argtypes = [pointer, u64, pointer, u64]
+    library.outlive_early.restype = ctypes.c_int64
     library.outlive_maps.argtypes = [pointer]
     library.outlive_maps.restype = ctypes.c_int64
     library.outlive_protect.argtypes = [
@@ -130,20 +127,14 @@ class Space:
         self._text = _touched(_FIRST_TEXT_BYTES, np.uint8)
         self._vmas = _touched(_FIRST_VMAS, VMA)
         self._runs = _touched(_FIRST_RUNS, RUN)
-        self._check = np.empty(0, dtype=np.uint64)
-        self._checked = _touched(_FIRST_CHECKED, RUN)
         self._native = _Space()
+        self._base = 0
+        self.early: Early | None = None
+        """What the first call of a freeze finds, if it may be about this process."""
 
     def knows(self, pairs: NDArray[np.uint64]) -> None:
         """Say of which pages the content is known: first byte and end of each range; shape (2n,)."""
         self._known = np.ascontiguousarray(pairs, dtype=np.uint64)
-
-    def checks(self, pairs: NDArray[np.uint64]) -> None:
-        """Say which pages are to be read at the next freeze though they are clean: bounds, as for `knows`."""
-        self._check = np.ascontiguousarray(pairs, dtype=np.uint64)
-        pages = int((self._check[1::2] - self._check[0::2]).sum()) // PAGE_BYTES
-        if pages > len(self._checked):  # each could be a run of its own
-            self._checked = _touched(pages, RUN)
 
     def mappings(self) -> NDArray[np.void]:
         """Read the process's mappings: `VMA`, in order of address. Raises CaptureError if it is gone."""
@@ -217,19 +208,19 @@ class Space:
             if flags & FILE:
                 _library().outlive_settle(pagemap, memory, start, end)
 
-    def prepared(self) -> _Space:
-        """Lay out what the library is given."""
-        native = self._native
+    def prepared(self, base: int = 0) -> _Space:
+        """Lay out what the library is given; `base` is the page where the rest of the buffer begins."""
+        native, self._base = self._native, base
         native.pid = self.pid
         native.options = _PROTECT if self.protects else 0
         native.known, native.known_pairs = self._known.ctypes.data, len(self._known) // 2
         native.runs, native.runs_room = self._runs.ctypes.data, len(self._runs)
         native.text, native.text_room = self._text.ctypes.data, len(self._text)
         native.vmas, native.vmas_room = self._vmas.ctypes.data, len(self._vmas)
-        native.check, native.check_pairs = self._check.ctypes.data, len(self._check) // 2
-        native.checked, native.checked_room = self._checked.ctypes.data, len(self._checked)
-        native.checked_count = 0
+        native.early = None
         native.soft = self.frames.prepared(clears=self.protects) if self.frames is not None else None
+        if self.early is not None:
+            self.early.leads_to(native)
         return native
 
     def took(self, native: _Space) -> None:
@@ -264,25 +255,86 @@ class Space:
     @property
     def content_at(self) -> int:
         """Number of the first one in the buffer."""
-        return int(self._native.content_at)
+        return self._base + int(self._native.content_at)
 
-    @property
-    def checked(self) -> NDArray[np.void]:
-        """The clean pages that were read to be compared: `RUN`, ascending. A view, until the next freeze."""
-        return self._checked[: self._native.checked_count]
+    def prepared_early(self) -> _Space:
+        """Lay out what the library is given for the first of both calls of a freeze."""
+        if self.early is None:
+            raise RuntimeError(f"nothing is laid out for process {self.pid}")
+        return self.early.prepared(self.prepared())
 
-    @property
-    def checked_at(self) -> int:
-        """Number of the first of them in the buffer."""
-        return int(self._native.checked_at)
+    def make_room(self, runs: int, *, early: bool = False) -> None:
+        """Be ready for a freeze, with room for that many runs, and twice as many as the last one found.
 
-    def make_room(self, runs: int) -> None:
-        """Have room for at least that many runs, and twice as many as the last freeze found."""
+        With `early`, its first call may be about this process.
+        """
         wanted = max(runs, 2 * int(self._native.runs_count) if not self.error else 0)
         if wanted > len(self._runs):
             self._runs = _touched(2 * wanted, RUN)
+        found, self.early = self.early, None
+        if early:
+            found = found or Early()
+            found.make_room(self.prepared())
+            self.early = found
         if self.frames is not None:
             self.frames.make_room(self.present_pages * 5 // 4 + 1024, len(self._runs) // 2)
+
+
+class Early:
+    """What was found and copied of one process while CRIU was at work, and room for it."""
+
+    def __init__(self) -> None:
+        self._native = _Space()
+        self._ran = False
+        self._vmas, self._runs = np.empty(0, dtype=VMA), np.empty(0, dtype=RUN)
+
+    def make_room(self, native: _Space) -> None:
+        """Be ready for a freeze, with as much room as `native` has; forget what was found."""
+        self._native, self._ran = _Space(), False
+        if native.vmas_room > len(self._vmas):
+            self._vmas = _touched(native.vmas_room, VMA)
+        if native.runs_room > len(self._runs):
+            self._runs = _touched(native.runs_room, RUN)
+
+    def prepared(self, native: _Space) -> _Space:
+        """Lay out what the library is given: `native`, with room of our own.
+
+        Until `took`, all that is protected counts as lost.
+        """
+        own = _Space.from_buffer_copy(native)
+        own.options, own.early, own.soft = 0, None, None
+        own.runs, own.runs_room = self._runs.ctypes.data, len(self._runs)
+        own.vmas, own.vmas_room = self._vmas.ctypes.data, len(self._vmas)
+        self._native, self._ran = _Space(error=errno.EIO, options=_STALE), True
+        return own
+
+    def took(self, native: _Space) -> None:
+        """Remember what the library found."""
+        self._native = native
+
+    def leads_to(self, native: _Space) -> None:
+        """Tell the call at the end what was found."""
+        if self.is_lost:
+            native.known_pairs = 0
+        elif self._ran and not self._native.error:
+            native.early = ctypes.addressof(self._native)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether pages were protected of which it is not known what they hold."""
+        return self._ran and bool(self._native.error) and bool(self._native.options & _STALE)
+
+    @property
+    def copied(self) -> NDArray[np.void]:
+        """What was dirty, and copied: `RUN`, ascending. A view, until the next freeze."""
+        runs: NDArray[np.void] = self._runs[: self._native.runs_count if not self._native.error else 0]
+        dirty: NDArray[np.void] = runs[(runs["flags"] & DIRTY) != 0]
+        return dirty
+
+    @property
+    def content_at(self) -> int:
+        """Number of the first one in the buffer."""
+        return int(self._native.content_at)
 
 
 class FrozenBuffer:
@@ -309,26 +361,52 @@ class FrozenBuffer:
 
 
 class FrozenCall:
-    """One prepared call for all processes of a tree; `run` is all that is done inside the freeze."""
+    """The prepared calls for all processes of a tree; nothing else is done inside a freeze."""
 
     def __init__(self, buffer: FrozenBuffer) -> None:
         self._buffer = buffer
+        self.copied_early = 0
+        """How many pages `run_early` has copied."""
+
+    def run_early(self, spaces: Sequence[Space], room: int) -> None:
+        """Protect and copy what is dirty in memory that CRIU leaves alone, `room` pages at most.
+
+        All of the processes must be tracked by userfaultfd, and planned for it. For any thread; before `run`.
+        """
+        natives = (_Space * len(spaces))(*(space.prepared_early() for space in spaces))
+        self.copied_early = int(
+            _library().outlive_early(ctypes.addressof(natives), len(spaces), self._buffer.address, room)
+        )
+        for space, native in zip(spaces, natives, strict=True):
+            if space.early is not None:
+                space.early.took(native)
 
     def run(self, spaces: Sequence[Space]) -> int:
-        """Capture the frozen processes; return how many dirty pages they have.
+        """Capture the frozen processes; return how many dirty pages they have, without what was copied early.
 
-        They stand in the buffer if they are at most as many as it has room for; else nothing was copied.
-        Behind them, where there is room, stand the clean pages that the spaces were told to check.
+        They stand in the buffer if `room` is enough for them; else nothing was copied.
         """
-        natives = (_Space * len(spaces))(*(space.prepared() for space in spaces))
+        natives = (_Space * len(spaces))(*(space.prepared(self.copied_early) for space in spaces))
         dirty = int(
             _library().outlive_capture(
-                ctypes.addressof(natives), len(spaces), self._buffer.address, self._buffer.pages
+                ctypes.addressof(natives),
+                len(spaces),
+                self._buffer.address + self.copied_early * PAGE_BYTES,
+                self.room,
             )
         )
         for space, native in zip(spaces, natives, strict=True):
             space.took(native)
         return dirty
+
+    @property
+    def room(self) -> int:
+        """How many pages the buffer can take still."""
+        return self._buffer.pages - self.copied_early
+
+    def begin(self) -> None:
+        """Begin a freeze: the buffer is used anew."""
+        self.copied_early = 0
 
 
 def read_running(pid: int, runs: NDArray[np.void], into: memoryview) -> NDArray[np.bool_]:

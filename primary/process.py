@@ -35,7 +35,6 @@ from primary.pages import (
     UNREADABLE,
     FrozenBuffer,
     Space,
-    bounds_of,
     expand_runs,
     read_running,
     runs_of,
@@ -65,6 +64,7 @@ class TrackedProcess:
         """It lives in the address space of another process of the workload, until it executes a program."""
         self._smaps: Smaps | None = None
         self._smaps_until_s = 0.0
+        self._looked, self._differing = 0, np.empty(0, dtype=np.uint64)
 
     @property
     def is_same(self) -> bool:
@@ -117,13 +117,8 @@ class TrackedProcess:
             vmas = self.space.mappings()
             owned = vmas[(vmas["flags"] & OWNED) != 0]
         self.book.expect(wanted)
-        buffer = memoryview(bytearray(min(len(wanted), _BLOCK_PAGES) * PAGE_BYTES))
-        for at in range(0, len(wanted), _BLOCK_PAGES):
-            block, runs = _within(wanted[at : at + _BLOCK_PAGES], owned)
-            if len(block):
-                content = buffer[: len(block) * PAGE_BYTES]
-                good = read_running(self.pid, runs, content)
-                keep(hasher, writer, self.book, block, content, good)
+        for block, content, good in self._read(wanted, owned):
+            keep(hasher, writer, self.book, block, content, good)
         return len(wanted)
 
     def copy_uncovered(
@@ -136,26 +131,47 @@ class TrackedProcess:
         numbers = numbers[(identity != 0).any(axis=1)]
         vmas = self.space.mappings()
         owned = vmas[(vmas["flags"] & OWNED) != 0]
-        buffer = memoryview(bytearray(_BLOCK_PAGES * PAGE_BYTES))
-        for at in range(0, len(numbers), _BLOCK_PAGES):
+        for block, content, good in self._read(numbers, owned):
             if time.monotonic() > until_s:
                 return
-            block, runs = _within(numbers[at : at + _BLOCK_PAGES], owned)
-            if not len(block):
-                continue
-            content = buffer[: len(block) * PAGE_BYTES]
-            good = read_running(self.pid, runs, content)
             # What was written since is not what the book says; it is copied as such.
             same = (hasher.identify(content) == self.book.identity_of(block)).all(axis=1)
             rows = np.flatnonzero(good & same)
             writer.add(self.key, block[rows], content, rows)
 
-    def prepare(self, due: Slice | None = None) -> None:
-        """Lay everything out for the freeze; the pages that are `due` are read too where they are clean."""
+    def _read(
+        self, numbers: NDArray[np.uint64], owned: NDArray[np.void]
+    ) -> Iterator[tuple[NDArray[np.uint64], memoryview, NDArray[np.bool_]]]:
+        """Read pages (ascending) in blocks: numbers, content, and which of them could be read."""
+        buffer = memoryview(bytearray(min(len(numbers), _BLOCK_PAGES) * PAGE_BYTES))
+        for at in range(0, len(numbers), _BLOCK_PAGES):
+            block, runs = _within(numbers[at : at + _BLOCK_PAGES], owned)
+            if len(block):
+                content = buffer[: len(block) * PAGE_BYTES]
+                yield block, content, read_running(self.pid, runs, content)
+
+    def look(self, hasher: PageHasher, due: Slice | None) -> None:
+        """Read the pages that are `due`, and note which of them are not what the book says of them.
+
+        They may have been written since; `compare` tells what the next freeze finds of that.
+        """
+        self._looked, self._differing = 0, np.empty(0, dtype=np.uint64)
+        if due is None:
+            return
+        rows = due.rows(self.book.numbers)
+        numbers = self.book.numbers[rows[self.book.known[rows]]]
+        vmas = self.space.mappings()
+        differing = [self._differing]
+        for block, content, good in self._read(numbers, vmas[(vmas["flags"] & OWNED) != 0]):
+            differs = (hasher.identify(content) != self.book.identity_of(block)).any(axis=1)
+            differing.append(block[good & differs])
+            self._looked += int(good.sum())
+        self._differing = np.concatenate(differing)
+
+    def prepare(self, *, early: bool = False) -> None:
+        """Lay everything out for the freeze; with `early`, copy as much as can be while CRIU is at work."""
         self.space.knows(self.book.known_bounds)
-        rows = due.rows(self.book.numbers) if due is not None else np.empty(0, dtype=np.intp)
-        self.space.checks(bounds_of(self.book.numbers[rows[self.book.known[rows]]]))
-        self.space.make_room(len(self.book.known_bounds) + 1024)
+        self.space.make_room(len(self.book.known_bounds) + 1024, early=early)
 
     def smaps(self) -> Smaps | None:
         """Return what its smaps say, read anew if its mappings changed or some time has passed."""
@@ -178,6 +194,22 @@ class TrackedProcess:
 
     # --- after a freeze -----------------------------------------------------------------------------
 
+    def doubt_early(self) -> None:
+        """Hold for doubtful what was protected while CRIU was at work: what is said of it is out of date."""
+        early = self.space.early
+        if early is not None and early.is_lost:
+            self.forget_all()
+        elif early is not None:
+            numbers = expand_runs(early.copied)
+            self.book.expect(numbers)
+            self.book.forget(numbers)
+
+    def keep_early(self, hasher: PageHasher, writer: LayerWriter, buffer: FrozenBuffer) -> None:
+        """Take in the copies that were made of it, which are good whatever became of the freeze."""
+        early = self.space.early
+        if early is not None:
+            self._keep(hasher, writer, buffer, early.content_at, expand_runs(early.copied))
+
     def not_taken(self) -> None:
         """The epoch came to nothing: what was protected for it is unknown."""
         self.space.grow(self.space.error)
@@ -188,21 +220,20 @@ class TrackedProcess:
             self.book.restrict(expand_runs(runs))
             self.book.forget(expand_runs(runs[(runs["flags"] & DIRTY) != 0]))
 
-    def compare(self, hasher: PageHasher, buffer: FrozenBuffer) -> tuple[int, NDArray[np.uint64]]:
-        """Compare the clean pages that were read within the freeze with what the book says of them.
+    def compare(self) -> tuple[int, NDArray[np.uint64]]:
+        """Find the pages that `look` found to differ, and that nobody was told were written by the freeze.
 
-        Returns how many could be compared, and which of them differ: their writes were missed. Comes before
+        Returns how many were compared, and which of them differ: their writes were missed. Comes before
         `assemble`, which changes the book.
         """
-        numbers = expand_runs(self.space.checked)
-        believed = self.book.identity_of(numbers)
-        found = [np.empty(0, dtype=np.uint64)]
-        for at in range(0, len(numbers), _BLOCK_PAGES):
-            block = slice(at, at + _BLOCK_PAGES)
-            content = buffer.content(self.space.checked_at + at, len(numbers[block]))
-            missed = (hasher.identify(content) != believed[block]).any(axis=1)
-            found.append(numbers[block][missed])
-        return len(numbers), np.concatenate(found)
+        differing = self._differing
+        if len(differing):
+            runs = self.space.runs
+            clean = np.isin(differing, expand_runs(runs[(runs["flags"] & DIRTY) == 0]))
+            if self.space.early is not None:
+                clean &= ~np.isin(differing, expand_runs(self.space.early.copied))
+            differing = differing[clean]
+        return self._looked - len(self._differing) + len(differing), differing
 
     def assemble(
         self,
@@ -223,10 +254,7 @@ class TrackedProcess:
         present = expand_runs(runs)
         dirty = expand_runs(runs[(runs["flags"] & DIRTY) != 0])
         self.book.expect(dirty)
-        for at in range(0, len(dirty), _BLOCK_PAGES):
-            block = dirty[at : at + _BLOCK_PAGES]
-            content = buffer.content(self.space.content_at + at, len(block))
-            keep(hasher, writer, self.book, block, content)
+        self._keep(hasher, writer, buffer, self.space.content_at, dirty)
         flags, within = page_flags(present, memory_map, stacks)
         present, flags = present[within], flags[within]
         if memory_map.without_parent(present).any():
@@ -251,6 +279,18 @@ class TrackedProcess:
         if not self.book.known.all():
             raise CaptureError(f"{image.key.pagemap_name}: a page is neither known nor was it copied")
         return self.book.table(flags)
+
+    def _keep(
+        self,
+        hasher: PageHasher,
+        writer: LayerWriter,
+        buffer: FrozenBuffer,
+        first: int,
+        numbers: NDArray[np.uint64],
+    ) -> None:
+        for at in range(0, len(numbers), _BLOCK_PAGES):
+            block = numbers[at : at + _BLOCK_PAGES]
+            keep(hasher, writer, self.book, block, buffer.content(first + at, len(block)))
 
 
 def _within(

@@ -108,6 +108,10 @@ class SoftDirtyTracker:
     async def take_up(self, process: TrackedProcess) -> None:
         """Do nothing: the kernel tracks always."""
 
+    def begins_anew_frozen(self, process: TrackedProcess) -> bool:
+        """See `primary.tracking.Tracker.begins_anew_frozen`: no bits are cleared that CRIU may set."""
+        return False
+
     def let_go(self, process: TrackedProcess) -> None:
         """Do nothing."""
 

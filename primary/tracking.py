@@ -63,6 +63,10 @@ class Tracker(Protocol):
         """
         ...
 
+    def begins_anew_frozen(self, process: TrackedProcess) -> bool:
+        """Whether its writes can be found, and watched for anew, in the midst of a freeze."""
+        ...
+
     def let_go(self, process: TrackedProcess) -> None:
         """Stop watching a process. Harmless when repeated."""
         ...
@@ -96,6 +100,10 @@ class NoTracker:
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
     ) -> None:
         """Copy nothing: it would have to be copied again."""
+
+    def begins_anew_frozen(self, process: TrackedProcess) -> bool:
+        """See `Tracker.begins_anew_frozen`."""
+        return False
 
     def let_go(self, process: TrackedProcess) -> None:
         """Do nothing."""

@@ -159,6 +159,11 @@ class UserfaultTracker:
                 log.info("tracking.not_begun", pid=process.pid, reason=error.message)
             watched.problem = error.message
 
+    def begins_anew_frozen(self, process: TrackedProcess) -> bool:
+        """See `primary.tracking.Tracker.begins_anew_frozen`."""
+        watched = self._watched.get(process)
+        return watched is not None and watched.userfault is not None and not watched.direct
+
     def let_go(self, process: TrackedProcess) -> None:
         """See `primary.tracking.Tracker.let_go`."""
         watched = self._watched.pop(process, None)

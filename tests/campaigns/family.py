@@ -1,7 +1,8 @@
 """A tree of processes of every kind that a capture may meet. Runs by itself, with any Python.
 
     family.py steady PROCESSES THREADS    so many processes, of which one has so many threads; none ends
-    family.py restless PROCESSES THREADS  the same, and others that come, execute a program, and go
+    family.py restless PROCESSES THREADS  the same, and others that come, execute a program, and go; and one
+                                          that becomes another program again and again
 
 Each of them writes to its memory all the time. Some lead sessions of their own; one has ended and was never
 waited for.
@@ -19,10 +20,11 @@ import time
 _PAGES = 256
 
 
-def scribble(pause_s: float) -> None:
-    """Write to pages of its own, for ever."""
+def scribble(pause_s: float, for_s: float = float("inf")) -> None:
+    """Write to pages of its own, for ever or for some time."""
     memory = mmap.mmap(-1, _PAGES * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    while True:
+    until_s = time.monotonic() + for_s
+    while time.monotonic() < until_s:
         memory[random.randrange(len(memory))] = random.randrange(256)
         time.sleep(pause_s)
 
@@ -36,6 +38,11 @@ def child(number: int) -> None:
         if not os.fork():
             scribble(0.05)
     scribble(0.05)
+
+
+def renew() -> None:
+    """Execute this program anew in the same process."""
+    os.execv(sys.executable, [sys.executable, __file__, "renewed", "0", "0"])  # noqa: S606
 
 
 def come_and_go() -> None:
@@ -54,6 +61,9 @@ def come_and_go() -> None:
 def main() -> None:
     """Be the first of the family."""
     kind, processes, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    if kind == "renewed":
+        scribble(0.001, random.uniform(0.1, 0.6))
+        renew()
     if not os.fork():
         os._exit(0)  # never waited for
     leaders = (processes - 1) // 9
@@ -62,6 +72,8 @@ def main() -> None:
     for _ in range(threads - 1):
         threading.Thread(target=scribble, args=(0.5,), daemon=True).start()
     if kind == "restless":
+        if not os.fork():
+            renew()
         come_and_go()
     scribble(0.02)
 

@@ -15,18 +15,32 @@ import os
 import random
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from common.criu.images import PE_PRESENT
 from outlive.cli.running import configure_logs
 from primary import pages
+from primary.book import PageBook
+from primary.capture import SpacePages
+from primary.process import TrackedProcess
 from primary.tracking import TrackerName, choose
 from setup import native
 from tests.campaigns.oracle import run_seed
+
+_SLOW_BYTES_PER_S = 8_000_000
+_IO_LIMITS = (
+    ("blkio/outlive/outlive-oracle-*/*/blkio.throttle.read_bps_device", ""),
+    ("outlive/outlive-oracle-*/*/io.max", "rbps="),
+)
+"""Version 1 and version 2: which file of the cgroup, and how it wants the limit."""
 
 Plant = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -77,7 +91,71 @@ def altered(*changes: tuple[str, str, str]) -> Iterator[None]:
             pages.load()
 
 
+@contextlib.contextmanager
+def vanished_pages_stay() -> Iterator[None]:
+    """Have the book go on with pages that are not there any more, as long as it knew them."""
+    restrict = PageBook.restrict
+
+    def keeping(book: PageBook, present: NDArray[np.uint64]) -> None:
+        restrict(book, np.union1d(present, book.numbers[book.known]))
+
+    def table(book: PageBook, flags: NDArray[np.uint8]) -> SpacePages:
+        book._shared = True
+        return SpacePages(
+            book.key, book._numbers, np.full(len(book._numbers), PE_PRESENT, np.uint8), book._identity
+        )
+
+    with patch.object(PageBook, "restrict", keeping), patch.object(PageBook, "table", table):
+        yield
+
+
+@contextlib.contextmanager
+def early_copies_are_dropped() -> Iterator[None]:
+    """Have nobody take note of what was protected and copied while CRIU was at work."""
+    with (
+        patch.object(TrackedProcess, "doubt_early", lambda _: None),
+        patch.object(TrackedProcess, "keep_early", lambda *_: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def devices_write_unheeded() -> Iterator[None]:
+    """Have nobody look for direct I/O, with a disk that is slow enough for it to matter.
+
+    The limit is the workload's cgroup's own: its requests wait with their pages handed over.
+    """
+    device = os.stat(tempfile.gettempdir()).st_dev
+    limit = f"{os.major(device)}:{os.minor(device)} {{}}{_SLOW_BYTES_PER_S}"
+    ended = threading.Event()
+
+    def slow_down() -> None:
+        while not ended.wait(0.1):
+            for pattern, form in _IO_LIMITS:
+                for file in Path("/sys/fs/cgroup").glob(pattern):
+                    with contextlib.suppress(OSError):  # it is being removed, or has no such limit
+                        file.write_text(limit.format(form))
+
+    watcher = threading.Thread(target=slow_down)
+    watcher.start()
+    try:
+        with altered(
+            (
+                "pages.c",
+                "\tclosedir(directory);\n\treturn found;",
+                "\tclosedir(directory);\n\treturn found * 0;",
+            )
+        ):
+            yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
 BUGS: dict[str, Bug] = {
+    "a device's writes may come after the protection": Bug(devices_write_unheeded, "direct_read"),
+    "pages that vanished stay": Bug(vanished_pages_stay, "dontneed,munmap,mmap,store_page"),
+    "what was copied early is not taken note of": Bug(early_copies_are_dropped, "store_word,store_page"),
     "a marker in a file mapping counts as clean": Bug(
         lambda: altered(
             (

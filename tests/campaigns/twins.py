@@ -95,11 +95,11 @@ class TwinDumper(Dumper):
 
     freezer: Freezer | None = None
 
-    async def dump(self, directory: Path, at_post_dump: object = None) -> Dumped:
+    async def dump(self, directory: Path, at_post_dump: object = None, meanwhile: object = None) -> Dumped:
         """See `Dumper.dump`."""
         if self.freezer is not None:
             await self.freezer.freeze()
-        return await super().dump(directory, at_post_dump)  # type: ignore[arg-type]
+        return await super().dump(directory, at_post_dump, meanwhile)  # type: ignore[arg-type]
 
 
 class Unwatched:

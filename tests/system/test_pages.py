@@ -244,6 +244,7 @@ class Reader:
         self.space.knows(bounds_of(region.numbers[list(wanted)]))
 
     def freeze(self, region: Region) -> Frozen:
+        self.space.make_room(1)
         with self.child.stopped():
             dirty_pages = FrozenCall(self.buffer).run([self.space])
         return self.found(region, dirty_pages)
@@ -391,90 +392,183 @@ class TestWhileItRuns:
             read_running(child.pid, region.runs, memoryview(bytearray(PAGE_BYTES)))
 
 
-class TestChecked:
-    """Clean pages that are read within the freeze, to be compared with what is believed of them."""
+class TestEarly:
+    """What is copied within the freeze while CRIU is at work still."""
 
-    async def found(self, reader: Reader, region: Region, *pages: int) -> dict[int, bytes]:
-        """Freeze, asking for pages; which of them came, and with what content."""
-        reader.space.checks(bounds_of(region.numbers[list(pages)]))
-        reader.freeze(region)
-        numbers = expand_runs(reader.space.checked)
-        return {
-            int(number) - region.start // PAGE_BYTES: bytes(
-                reader.buffer.content(reader.space.checked_at + row, 1)
-            )
-            for row, number in enumerate(numbers)
-        }
-
-    def protected(self, reader: Reader, region: Region, *pages: int) -> None:
+    async def protected(self, reader: Reader, region: Region, *pages: int) -> None:
         """Have pages written, protected and known."""
         region.write(*pages)
         reader.cover()
         reader.written(region)
         reader.know(region)
 
-    async def test_those_that_are_clean_come_with_their_content(self, reader: Reader) -> None:
-        region = reader.child.map(16)
-        self.protected(reader, region, *range(16))
-        region.write(5, value=2)
-        found = await self.found(reader, region, 2, 3, 5, 6, 9)
-        assert found == {page: content(page) for page in (2, 3, 6, 9)}
-        assert reader.space.checked_at == reader.space.content_at + reader.space.dirty_pages
+    def early(self, reader: Reader, region: Region, room: int = _BUFFER_PAGES) -> tuple[FrozenCall, Frozen]:
+        """Copy early; what of the region was."""
+        reader.space.make_room(1, early=True)
+        call = FrozenCall(reader.buffer)
+        call.run_early([reader.space], room)
+        early = reader.space.early
+        assert early is not None
+        numbers = expand_runs(early.copied)
+        first = region.start // PAGE_BYTES
+        contents = {
+            int(number) - first: bytes(reader.buffer.content(early.content_at + row, 1))
+            for row, number in enumerate(numbers)
+            if first <= number < first + region.pages
+        }
+        return call, Frozen(region.index(numbers), contents)
 
-    async def test_those_that_are_gone_unknown_or_not_asked_for_do_not_come(self, reader: Reader) -> None:
-        region = reader.child.map(16)
-        self.protected(reader, region, *range(8))
-        region.advise(3, 1, _DONT_NEED)
-        reader.know(region, 0, 1, 2, 3, 4, 5)
-        assert set(await self.found(reader, region, 2, 3, 4, 6, 7, 12)) == {2, 4}
-        assert await self.found(reader, region) == {}
+    async def test_what_is_dirty_is_copied_once_and_known_from_then_on(self, reader: Reader) -> None:
+        region = reader.child.map(64)
+        await self.protected(reader, region, *range(8))
+        region.write(2, 3, 5, 20, value=9)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+            end = reader.found(region, call.run([reader.space]))
+        assert early.dirty == {page: content(page, 9) for page in (2, 3, 5, 20)}
+        assert end == Frozen({*range(8), 20}, {})
+        after = reader.freeze(region)
+        assert after == Frozen({*range(8), 20}, {}), "what was copied was protected before"
+        region.write(3, value=10)
+        assert reader.written(region) == {3}
 
-    async def test_what_may_not_be_read_comes_too(self, reader: Reader) -> None:
+    async def test_where_criu_writes_its_calls_is_left_for_the_end(self, reader: Reader) -> None:
         region = reader.child.alone(8)
-        self.protected(reader, region, *range(8))
-        region.protect(_NOT_ACCESSIBLE)
-        assert await self.found(reader, region, 1, 2) == {1: content(1), 2: content(2)}
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
+        region.protect(_WRITABLE | mmap.PROT_EXEC)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+            end = reader.found(region, call.run([reader.space]))
+        assert early == Frozen(set(), {})
+        assert end.dirty == {2: content(2, 9)}
+        assert end.clean == {0, 1, 3, 4, 5, 6, 7}
 
-    async def test_without_room_behind_the_dirty_ones_nothing_comes_and_nothing_fails(
+    async def test_what_is_not_tracked_is_copied_too(self, reader: Reader) -> None:
+        reader.cover()
+        region = reader.child.alone(8)
+        region.write(1, 2)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+            end = reader.found(region, call.run([reader.space]))
+        assert early.dirty == {1: content(1), 2: content(2)}
+        assert end == Frozen({1, 2}, {})
+        assert set(reader.freeze(region).dirty) == {1, 2}, "it counts as written for ever"
+
+    async def test_what_somebody_outside_writes_afterwards_is_found_the_next_time(
         self, reader: Reader
     ) -> None:
-        region = reader.child.map(16)
-        self.protected(reader, region, *range(16))
-        reader.space.checks(bounds_of(region.numbers[:8]))
-        dirty = reader.freeze(region)
-        others = FrozenCall(reader.buffer).run([reader.space])
-        reader.buffer = FrozenBuffer(others + 64)
-        reader.buffer.pages = others + 7  # there is memory behind, which is not to be written to
-        assert await self.found(reader, region, *range(8)) == {}
-        reader.buffer = FrozenBuffer(others + 64)
-        assert set(await self.found(reader, region, *range(8))) == set(range(8))
-        assert dirty.dirty == {}
-
-    async def test_more_than_there_is_room_for_at_first_come_in_order(self, reader: Reader) -> None:
-        region = reader.child.map(6000)
-        reader.child.do(
-            f"[poke({region.start} + page * {PAGE_BYTES}, page.to_bytes(2, 'little'))"
-            " for page in range(6000)] and None"
-        )
-        reader.cover()
-        reader.written(region)
-        reader.know(region)
-        wanted = list(range(0, 6000, 2))
-        found = await self.found(reader, region, *wanted)
-        assert list(found) == wanted
-        assert all(int.from_bytes(data[:2], "little") == page for page, data in found.items())
-
-    async def test_two_processes_stand_one_behind_the_other(self, reader: Reader) -> None:
         region = reader.child.map(8)
-        self.protected(reader, region, *range(8))
-        second = Space(reader.child.pid)
-        second.knows(bounds_of(region.numbers))
-        reader.space.checks(bounds_of(region.numbers[2:4]))
-        second.checks(bounds_of(region.numbers[5:6]))
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
         with reader.child.stopped():
-            FrozenCall(reader.buffer).run([reader.space, second])
-        assert reader.space.checked_at + 2 == second.checked_at
-        assert bytes(reader.buffer.content(second.checked_at, 1)) == content(5)
+            call, early = self.early(reader, region)
+            memory = os.open(f"/proc/{reader.child.pid}/mem", os.O_RDWR)
+            for page in (2, 5):
+                os.pwrite(memory, bytes([page, 77]), region.start + page * PAGE_BYTES)
+            os.close(memory)
+            reader.found(region, call.run([reader.space]))
+        assert early.dirty == {2: content(2, 9)}
+        assert reader.written(region) == {2, 5}
+
+    async def test_a_mapping_that_is_another_at_the_end_is_taken_whole(self, reader: Reader) -> None:
+        region = reader.child.alone(8)
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+        assert set(early.dirty) == {2}
+        reader.child.do(f"libc.mprotect({region.start}, {4 * PAGE_BYTES}, {mmap.PROT_READ})")
+        with reader.child.stopped():
+            end = reader.found(region, call.run([reader.space]))
+        assert end.dirty == {page: content(page, 9 if page == 2 else 1) for page in range(8)}
+
+    async def test_what_may_not_be_read_is_copied(self, reader: Reader) -> None:
+        region = reader.child.alone(8)
+        await self.protected(reader, region, *range(8))
+        region.write(2, 3, value=9)
+        region.protect(_NOT_ACCESSIBLE)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+            end = reader.found(region, call.run([reader.space]))
+        assert early.dirty == {2: content(2, 9), 3: content(3, 9)}
+        assert end == Frozen(set(range(8)), {})
+
+    async def test_without_room_nothing_is_touched(self, reader: Reader) -> None:
+        region = reader.child.map(64)
+        await self.protected(reader, region, *range(64))
+        region.write(*range(0, 64, 2), value=9)
+        with reader.child.stopped():
+            call, early = self.early(reader, region, room=31)
+            assert not call.copied_early
+            end = reader.found(region, call.run([reader.space]))
+        assert early == Frozen(set(), {})
+        assert reader.space.early is not None
+        assert not reader.space.early.is_lost
+        assert end.dirty == {page: content(page, 9) for page in range(0, 64, 2)}
+        assert reader.written(region) == set(range(0, 64, 2))
+
+    async def test_a_process_that_devices_may_write_into_is_left_for_the_end(
+        self, reader: Reader, tmp_path: Path
+    ) -> None:
+        region = reader.child.map(8)
+        await self.protected(reader, region, *range(8))
+        (tmp_path / "file").touch()
+        reader.child.do(f"os.open({str(tmp_path / 'file')!r}, os.O_RDONLY | os.O_DIRECT)")
+        if not reads_directly(reader.child.pid):
+            pytest.skip(f"{tmp_path} has no O_DIRECT")
+        region.write(2, value=9)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+            end = reader.found(region, call.run([reader.space]))
+        assert early == Frozen(set(), {})
+        assert end.dirty == {2: content(2, 9)}
+        assert reader.written(region) == {2}, "nothing was protected"
+
+    async def test_what_was_protected_and_could_not_be_read_makes_everything_doubtful(
+        self, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        region = reader.child.map(8)
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
+        with reader.child.stopped():
+            with monkeypatch.context() as patch:
+                patch.setattr(FrozenBuffer, "address", 0)
+                call, early = self.early(reader, region)
+            end = reader.found(region, call.run([reader.space]))
+        assert early == Frozen(set(), {})
+        assert reader.space.early is not None
+        assert reader.space.early.is_lost
+        assert set(end.dirty) == set(range(8))
+
+    async def test_a_process_that_is_gone_fails_alone(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
+        ended = Child()
+        gone = Space(ended.pid)
+        ended.do("1")
+        ended.end()
+        gone.make_room(1, early=True)
+        reader.space.make_room(1, early=True)
+        with reader.child.stopped():
+            call = FrozenCall(reader.buffer)
+            call.run_early([gone, reader.space], _BUFFER_PAGES)
+            end = reader.found(region, call.run([reader.space]))
+        assert gone.early is not None
+        assert not gone.early.is_lost
+        assert not len(gone.early.copied)
+        assert end == Frozen(set(range(8)), {})
+
+    async def test_a_freeze_without_it_does_as_before(self, reader: Reader) -> None:
+        region = reader.child.map(8)
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
+        with reader.child.stopped():
+            self.early(reader, region)
+        region.write(4, value=9)
+        reader.know(region, 0, 1, 2, 3, 4, 5)
+        assert set(reader.freeze(region).dirty) == {4, 6, 7}
 
 
 class TestFrozen:

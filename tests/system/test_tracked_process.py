@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 from common.identity import PageHasher
 from primary import userfault
 from primary.layers import LayerWriter
+from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
 from primary.userfault import UserfaultTracker
+from primary.verification import Slice
 from tests.system.test_pages import Child
 
 pytestmark = [
@@ -94,3 +98,129 @@ async def test_a_process_that_ended_is_no_lender(child: Child) -> None:
     lender = TrackedProcess(other.pid, UserfaultTracker().space(other.pid))
     other.end()
     assert not TrackedProcess(child.pid, UserfaultTracker().space(child.pid)).borrows_from([lender])
+
+
+class Looked:
+    """A child all of whose pages are known, and are read to be compared with that."""
+
+    def __init__(self, child: Child, hasher: PageHasher, writer: LayerWriter) -> None:
+        self.hasher, self.writer = hasher, writer
+        self.tracker = UserfaultTracker()
+        self.pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({self.pages.start}, 1, {_PAGES << 12}) and 0")
+        self.process = TrackedProcess(child.pid, self.tracker.space(child.pid))
+        self.child = child
+
+    async def known(self) -> None:
+        await self.tracker.take_up(self.process)
+        await copied(self.tracker, self.process, self.hasher, self.writer)
+
+    def look(self, first: int = 0, last: int = _PAGES) -> None:
+        bounds = self.pages.numbers[0] + np.array([first, last], dtype=np.uint64)
+        self.process.look(self.hasher, Slice(self.process.key, bounds))
+
+    def freeze(self, *, early: bool = False) -> None:
+        self.process.prepare(early=early)
+        self.buffer = FrozenBuffer(8192)
+        call = FrozenCall(self.buffer)
+        with self.child.stopped():
+            if early:
+                call.run_early([self.process.space], 4096)
+            call.run([self.process.space])
+
+    def misremember(self, *pages: int) -> None:
+        """Have the book say something else of pages."""
+        numbers = self.pages.numbers[list(pages)]
+        self.process.book.put(numbers, np.full((len(numbers), 2), 7, dtype=np.uint64))
+
+
+@pytest.fixture
+async def looked(child: Child, writer: LayerWriter) -> AsyncIterator[Looked]:
+    looked = Looked(child, PageHasher(), writer)
+    await looked.known()
+    yield looked
+    looked.tracker.let_go(looked.process)
+
+
+class TestComparison:
+    def test_memory_that_is_what_it_is_believed_to_be_is_no_mismatch(self, looked: Looked) -> None:
+        looked.look()
+        looked.freeze()
+        compared, differing = looked.process.compare()
+        assert (compared, differing.tolist()) == (_PAGES, [])
+
+    @pytest.mark.parametrize("early", [False, True])
+    def test_a_clean_page_that_holds_something_else_is_found(self, looked: Looked, early: bool) -> None:
+        looked.misremember(3, 900)
+        looked.look()
+        looked.freeze(early=early)
+        compared, differing = looked.process.compare()
+        assert compared == _PAGES
+        assert looked.pages.index(differing) == {3, 900}
+
+    @pytest.mark.parametrize("early", [False, True])
+    def test_what_was_written_is_no_mismatch_whenever_that_was(self, looked: Looked, early: bool) -> None:
+        looked.pages.write(5, value=9)
+        looked.look()
+        looked.pages.write(6, value=9)
+        looked.freeze(early=early)
+        compared, differing = looked.process.compare()
+        assert (compared, differing.tolist()) == (_PAGES - 1, [])
+
+    def test_what_is_gone_is_no_mismatch(self, looked: Looked) -> None:
+        looked.pages.advise(8, 4, mmap.MADV_DONTNEED)
+        looked.look()
+        looked.freeze()
+        assert looked.process.compare()[1].tolist() == []
+
+    def test_only_what_is_due_is_looked_at(self, looked: Looked) -> None:
+        looked.misremember(3, 900)
+        looked.look(800, 1000)
+        looked.freeze()
+        compared, differing = looked.process.compare()
+        assert compared == 200
+        assert looked.pages.index(differing) == {900}
+        looked.process.look(looked.hasher, None)
+        looked.freeze()
+        assert looked.process.compare()[0] == 0
+
+
+class TestWhatWasCopiedEarly:
+    def test_is_in_the_book_whatever_becomes_of_the_freeze(self, looked: Looked) -> None:
+        before = looked.process.book.identity_of(looked.pages.numbers).copy()
+        looked.pages.write(5, 200, value=9)
+        looked.freeze(early=True)
+        looked.process.doubt_early()
+        looked.process.keep_early(looked.hasher, looked.writer, looked.buffer)
+        looked.process.not_taken()
+        changed = (looked.process.book.identity_of(looked.pages.numbers) != before).any(axis=1)
+        assert np.flatnonzero(changed).tolist() == [5, 200]
+        assert looked.process.book.known[np.isin(looked.process.book.numbers, looked.pages.numbers)].all()
+
+    def test_is_doubtful_if_it_cannot_be_written_down(
+        self, looked: Looked, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked.pages.write(5, 200, value=9)
+        looked.freeze(early=True)
+        looked.process.doubt_early()
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerWriter, "add", _full)
+            with pytest.raises(OSError, match="No space"):
+                looked.process.keep_early(looked.hasher, looked.writer, looked.buffer)
+        book = looked.process.book
+        assert looked.pages.index(book.numbers[~book.known]) >= {5, 200}
+
+    def test_leaves_nothing_known_if_it_is_lost(
+        self, looked: Looked, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked.pages.write(5, value=9)
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenBuffer, "address", 0)
+            looked.freeze(early=True)
+        looked.process.doubt_early()
+        looked.process.keep_early(looked.hasher, looked.writer, looked.buffer)
+        assert not looked.process.book.known.any()
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

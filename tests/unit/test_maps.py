@@ -18,7 +18,7 @@ import pytest
 from common.errors import CaptureError
 from common.model import PAGE_BYTES
 from primary import pages
-from primary.pages import FILE, OWNED, READABLE, VMA, Space
+from primary.pages import EXECUTABLE, FILE, OWNED, READABLE, VMA, Space
 
 NATIVE = Path(pages.__file__).resolve().parent.parent / "native"
 
@@ -29,7 +29,7 @@ long parse(const char *text, size_t size, struct vma *vmas, size_t room)
     return maps_parse(text, size, vmas, room);
 }
 size_t vma_bytes(void) { return sizeof(struct vma); }
-int flags(int at) { return (int[]){ VMA_OWNED, VMA_FILE, VMA_READABLE }[at]; }
+int flags(int at) { return (int[]){ VMA_OWNED, VMA_FILE, VMA_READABLE, VMA_EXECUTABLE }[at]; }
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -81,7 +81,7 @@ def parse(library: ctypes.CDLL) -> Parser:
 
 def test_both_sides_lay_mappings_out_alike(library: ctypes.CDLL) -> None:
     assert library.vma_bytes() == VMA.itemsize
-    assert [library.flags(at) for at in range(3)] == [OWNED, FILE, READABLE]
+    assert [library.flags(at) for at in range(4)] == [OWNED, FILE, READABLE, EXECUTABLE]
 
 
 class TestOwned:
@@ -104,7 +104,9 @@ class TestOwned:
     )
     @pytest.mark.parametrize("permissions", ["r--p", "rw-p", "r-xp", "---p", "-w-p", "--xp"])
     def test_is_what_is_private(self, parse: Parser, permissions: str, inode: int, name: str) -> None:
-        wanted = OWNED | (FILE if inode else 0) | (READABLE if permissions[0] == "r" else 0)
+        wanted = OWNED | (FILE if inode else 0)
+        wanted |= READABLE if permissions[0] == "r" else 0
+        wanted |= EXECUTABLE if permissions[2] == "x" else 0
         assert parse.flags(permissions, inode, name) == wanted
 
     @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ class TestOwned:
         "name", ["[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[vectors]", "[uprobes]"]
     )
     def test_is_nothing_that_the_kernel_makes(self, parse: Parser, name: str) -> None:
-        assert parse.flags("r-xp", 0, name) == READABLE
+        assert parse.flags("r-xp", 0, name) == READABLE | EXECUTABLE
 
     @pytest.mark.parametrize("name", ["/anon_hugepage", "/anon_hugepage (deleted)"])
     def test_is_no_memory_of_huge_pages(self, parse: Parser, name: str) -> None:
@@ -157,7 +159,7 @@ class TestText:
 
     def test_reaches_up_to_the_highest_address(self, parse: Parser) -> None:
         line = "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]\n"
-        assert parse(line) == [(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, 0)]
+        assert parse(line) == [(0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000, EXECUTABLE)]
 
     def test_has_room_for_just_as_many_as_there_are(self, parse: Parser) -> None:
         text = "".join(f"{at:x}000-{at + 1:x}000 r--p 0 00:00 0 \n" for at in range(1, 6))
@@ -199,16 +201,17 @@ class TestText:
         assert found == [(0x1000, 0x2000, OWNED | FILE | READABLE), (0x2000, 0x3000, OWNED | READABLE)]
 
 
-_LINE = re.compile(r"(\w+)-(\w+) (r|-)..(p|s) \w+ \S+ (\d+) *(.*)\n")
+_LINE = re.compile(r"(\w+)-(\w+) (r|-).(x|-)(p|s) \w+ \S+ (\d+) *(.*)\n")
 _KERNEL = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[vectors]", "[uprobes]")
 
 
 def plainly(text: str) -> list[Mapping]:
     """The same by another way."""
     found = []
-    for start, end, readable, kind, inode, name in _LINE.findall(text):
+    for start, end, readable, executable, kind, inode, name in _LINE.findall(text):
         owned = kind == "p" and name not in _KERNEL and not name.startswith("/anon_hugepage")
         flags = OWNED * owned | FILE * (inode != "0") | READABLE * (readable == "r")
+        flags |= EXECUTABLE * (executable == "x")
         found.append((int(start, 16), int(end, 16), flags))
     assert len(found) == text.count("\n")
     return found
