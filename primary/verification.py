@@ -26,7 +26,7 @@ from primary.pages import bounds_of
 LEAST_PAGES: Final = 64
 """A slice is at least as large: small workloads are through in no time."""
 MOST_PAGES: Final = 8192
-"""... and at most: to read neighbouring pages takes about a millisecond for each 1,000, frozen."""
+"""... and at most: 32 MiB that are read, hashed, and asked for, between two epochs."""
 HURRIED_PAGES: Final = 4096
 """Slice of a round that somebody waits for."""
 
