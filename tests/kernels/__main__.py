@@ -29,6 +29,8 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     passed: bool
     guests: tuple[Report, ...]
+    failures: tuple[str, ...]
+    """Of guests that ended without a report, or could not be made."""
 
 
 def main() -> int:
@@ -47,33 +49,35 @@ def main() -> int:
     started_s, commit = time.monotonic(), _commit()
     say(f"seed {options.seed}")
     reports: list[Report] = []
-    try:
-        guest = prepare()
-        for huge_pages in options.huge_pages.split(","):
-            first = not reports
-            plan = Plan(
-                seed=options.seed,
-                seeds=options.seeds,
-                epochs=options.epochs,
-                every=options.every,
-                check_every=options.check_every,
-                bugs=first and not options.no_bugs,
-                tests=not options.no_tests,
-            )
-            log = DIRECTORY / f"console-{huge_pages}.log"
+    failures: list[str] = []
+    settings = options.huge_pages.split(",")
+    for huge_pages in settings:
+        plan = Plan(
+            seed=options.seed,
+            seeds=options.seeds,
+            epochs=options.epochs,
+            every=options.every,
+            check_every=options.check_every,
+            bugs=huge_pages == settings[0] and not options.no_bugs,
+            tests=not options.no_tests,
+        )
+        log = DIRECTORY / f"console-{huge_pages}.log"
+        try:
+            guest = prepare()
             say(f"huge pages {huge_pages}: booting; the console goes to {log}")
             text = boot(guest, plan.encode(), huge_pages=huge_pages, limit_s=options.limit_s, log=log)
             reports.append(msgspec.json.decode(text, type=Report))
-    except GuestError as error:
-        say(f"error: {error}")
-        return 1
-    passed = all(report.passed for report in reports)
+        except GuestError as error:
+            say(f"error: {error}")
+            failures.append(f"huge pages {huge_pages}: {error}")
+    passed = not failures and all(report.passed for report in reports)
     found = Kernels(
         schema_version=1,
         commit=commit,
         seconds=round(time.monotonic() - started_s, 1),
         passed=passed,
         guests=tuple(reports),
+        failures=tuple(failures),
     )
     print(msgspec.json.format(msgspec.json.encode(found)).decode())
     return 0 if passed else 1

@@ -49,7 +49,8 @@ _PACKAGES = (
 )
 _INITRAMFS_MODULES = ("virtio_pci", "virtio_blk")
 _IMAGE_MIB = 1536
-_MEMORY_MIB = 3072
+_MEMORY_MIB = 6144
+"""With huge pages, what is captured and compared, all in memory, takes more than 3 GiB."""
 _LAUNCHER = """\
 #!/bin/sh
 # The first process: finds the checkout on the second disk, and goes on with what stands there.
