@@ -46,8 +46,18 @@ PROGRAMS = {
     "cc": "gcc",
 }
 
+# To see that the parts in C are fit for the other machine too.
+CROSS = {
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "qemu-aarch64-static": "qemu-user-static",
+}
+if platform.machine() == "x86_64":
+    PROGRAMS |= CROSS
+
 # Files that no program shows, and the package that brings them.
 FILES = {"/usr/include/stdio.h": "libc6-dev"}
+if platform.machine() == "x86_64":
+    FILES |= {"/usr/aarch64-linux-gnu/include/stdio.h": "libc6-dev-arm64-cross"}
 
 # Of those, the ones that would run a service from the next boot on: only the program is wanted.
 SERVICES = {"redis-server": ("redis-server",), "openssh-server": ("ssh.socket", "ssh.service")}
