@@ -9,6 +9,7 @@ Not guaranteed: that a task of the tree is in that cgroup; what is not, runs on.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,14 +42,19 @@ class Freezer:
         file, frozen, thawed = self._file()
         if _is_frozen(file):
             raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
+        try:  # opened first: thawing must not fail for want of a descriptor
+            switch = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
         try:
-            _freeze(file, frozen, within_s)
+            _freeze(file, switch, frozen, within_s)
             yield
             if not _is_frozen(file):
                 raise CaptureError(f"{file.parent} was thawed by somebody else")
         finally:
             with contextlib.suppress(OSError):  # it is gone, and its tasks with it
-                file.write_text(thawed)
+                _write(switch, thawed)
+            os.close(switch)
 
     def _file(self) -> tuple[Path, str, str]:
         """Return the file that freezes, and what to write into it."""
@@ -59,16 +65,20 @@ class Freezer:
         raise NotFrozenError(f"{self._cgroup} has no freezer")
 
 
-def _freeze(file: Path, word: str, within_s: float) -> None:
+def _freeze(file: Path, switch: int, word: str, within_s: float) -> None:
     until_s = time.monotonic() + within_s
     try:
-        file.write_text(word)
+        _write(switch, word)
     except OSError as error:
         raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
     while not _is_frozen(file):
         if time.monotonic() > until_s:
             raise NotFrozenError(f"{file.parent} did not freeze within {within_s * 1000:.0f} ms")
         time.sleep(_LOOK_AGAIN_S)
+
+
+def _write(switch: int, word: str) -> None:
+    os.pwrite(switch, word.encode(), 0)
 
 
 def _is_frozen(file: Path) -> bool:

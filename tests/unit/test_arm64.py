@@ -28,7 +28,7 @@ _PROGRAM = """
 static int found(void *nothing, uint64_t start, uint64_t end, bool written)
 {
     (void)nothing;
-    printf(" %llu-%llu%s", (unsigned long long)start / 4096, (unsigned long long)end / 4096, written ? "w" : "");
+    printf(" %u-%u%s", (unsigned)(start / 4096), (unsigned)(end / 4096), written ? "w" : "");
     return 0;
 }
 
@@ -45,7 +45,7 @@ int main(int count, char **words)
     const long vma_count = maps_parse(text, (size_t)read(maps, text, sizeof(text)), vmas, 16);
     printf("\\n");
     for (long at = 0; at < vma_count; at++)
-        printf(" %llx-%llx:%u", (unsigned long long)vmas[at].start, (unsigned long long)vmas[at].end, vmas[at].flags);
+        printf(" %lx-%lx:%u", (long)vmas[at].start, (long)vmas[at].end, vmas[at].flags);
     printf("\\n");
     soft.zero_frame = 77;
     soft_dirty_begin(&soft);

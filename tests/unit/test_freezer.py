@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -45,19 +47,15 @@ class Cgroup:
 def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cgroup:
     cgroup = Cgroup(tmp_path, request.param)
     monkeypatch.setattr(freezer_module, "cgroup_directories", lambda path: [tmp_path])
-    write = Path.write_text
 
-    def written(path: Path, text: str) -> int:
-        if path != cgroup.file or text.endswith("\n"):
-            return write(path, text)
+    def written(switch: int, text: str) -> None:
         cgroup.words.append(text)
         if text in ("THAWED", "0"):
             cgroup.let("thawed")
         elif cgroup.obeys:
             cgroup.let("frozen")
-        return len(text)
 
-    monkeypatch.setattr(Path, "write_text", written)
+    monkeypatch.setattr(freezer_module, "_write", written)
     return cgroup
 
 
@@ -115,3 +113,16 @@ def test_one_without_a_freezer_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(freezer_module, "cgroup_directories", lambda path: [tmp_path])
     with pytest.raises(NotFrozenError, match="no freezer"), Freezer("/w").held(1.0):
         pytest.fail("nothing is frozen")
+
+
+def test_it_is_thawed_even_if_no_file_can_be_opened_any_more(
+    cgroup: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, pytest.raises(CaptureError), Freezer("/w").held(1.0):
+        assert cgroup.is_frozen
+        patch.setattr(os, "open", exhausted)
+        patch.setattr(Path, "read_text", exhausted)
+    assert not cgroup.is_frozen
