@@ -195,8 +195,11 @@ static int append_marked(struct space *space, int fd, int memory, uint64_t start
 		uint64_t walk_end;
 		char byte;
 
-		if (pread(memory, &byte, 1, (off_t)page) != 1)
+		if (pread(memory, &byte, 1, (off_t)page) != 1) {
+			if (errno != EIO)
+				return errno;
 			continue; /* behind the end of its file: there is nothing */
+		}
 		const long count = scan_present(fd, page, page + PAGE, true, &region, &walk_end);
 		if (count < 0)
 			return (int)-count;

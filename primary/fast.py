@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ class FastBackend:
             stands_on = await in_thread(self._stands_on, spaces)
             return self._captured(epoch, dumped, directory, spaces, stands_on)
         except BaseException as error:
-            _REMOVER.submit(shutil.rmtree, directory, ignore_errors=True).result()
+            await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
             if isinstance(error, OSError):
                 raise CaptureError(f"epoch {epoch} of {self._workload}: {error}") from error
             raise

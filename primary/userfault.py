@@ -22,6 +22,7 @@ import platform
 import re
 import struct
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -85,8 +86,9 @@ class Userfault:
         owned = [(start, end) for start, end, flags, _ in vmas.tolist() if flags & OWNED]
         fresh = [(start, end) for start, end in owned if not is_tracked(pagemap, start)]
         self._refused &= set(fresh)
+        starts = [start for start, _ in fresh]
         for first, last in _rooms(vmas, self._refused):
-            within = [(start, end) for start, end in fresh if first <= start < last]
+            within = fresh[bisect_left(starts, first) : bisect_left(starts, last)]
             if within and not self._register(first, last):
                 # One among them cannot be (MAP_DROPPABLE, for one): it bounds the rooms from now on.
                 self._refused |= {each for each in within if not self._register(*each)}

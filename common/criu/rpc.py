@@ -58,6 +58,7 @@ from common.criu.options import (
 )
 from common.criu.proto import rpc_pb2
 from common.errors import CaptureError, RestoreError, UnsupportedError
+from common.threads import in_thread
 
 log = structlog.get_logger(__name__)
 
@@ -126,26 +127,37 @@ async def spawn(
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     stderr = os.memfd_create("criu-stderr")
-    try:
-        process = await asyncio.to_thread(
-            subprocess.Popen,
-            [str(criu), "swrk", str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), *descriptors],
-            env={**os.environ, **environment} if environment else None,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(
+            subprocess.Popen(
+                [str(criu), "swrk", str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), *descriptors],
+                env={**os.environ, **environment} if environment else None,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
         )
-    except OSError as error:
+
+    try:
+        await in_thread(start)
+    except BaseException as error:
         ours.close()
         theirs.close()
         os.close(stderr)
-        raise UnsupportedError(
-            f"{criu} cannot be started: {error.strerror}", hint="run `make setup`"
-        ) from error
+        for process in started:  # we were cancelled meanwhile; it has done nothing yet
+            process.kill()
+            process.wait()
+        if isinstance(error, OSError):
+            raise UnsupportedError(
+                f"{criu} cannot be started: {error.strerror}", hint="run `make setup`"
+            ) from error
+        raise
     ours.setblocking(False)
-    return Swrk(process, ours, theirs, stderr)
+    return Swrk(started[0], ours, theirs, stderr)
 
 
 class Swrk:

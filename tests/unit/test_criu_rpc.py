@@ -1,6 +1,12 @@
 """Our end of criu's RPC against criu processes that misbehave as no real one does on demand."""
 
+import asyncio
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +122,32 @@ async def test_a_criu_serves_one_request(tmp_path: Path) -> None:
 async def test_a_criu_that_cannot_be_started_is_unsupported(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="cannot be started"):
         await spawn(tmp_path / "criu")
+
+
+async def test_a_criu_whose_start_is_cancelled_leaves_neither_a_process_nor_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    criu = fake_criu(tmp_path, "")
+    made: list[subprocess.Popen[bytes]] = []
+    started = threading.Event()
+    popen = subprocess.Popen
+
+    def slowly(*words: object, **options: object) -> subprocess.Popen[bytes]:
+        made.append(popen(*words, **options))  # type: ignore[call-overload]
+        started.set()
+        time.sleep(0.2)
+        return made[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", slowly)
+    await asyncio.to_thread(lambda: None)  # its thread and the loop's own descriptors are there
+    before = os.listdir("/proc/self/fd")
+    start = asyncio.create_task(spawn(criu))
+    assert await asyncio.to_thread(started.wait, 10)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert made[0].returncode == -signal.SIGKILL
+    assert os.listdir("/proc/self/fd") == before
 
 
 class TestLocate:

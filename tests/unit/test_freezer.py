@@ -121,8 +121,14 @@ def test_it_is_thawed_even_if_no_file_can_be_opened_any_more(
     def exhausted(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    with monkeypatch.context() as patch, pytest.raises(CaptureError), Freezer("/w").held(1.0):
-        assert cgroup.is_frozen
-        patch.setattr(os, "open", exhausted)
-        patch.setattr(Path, "read_text", exhausted)
+    with monkeypatch.context() as patch:
+
+        def exhaust() -> None:
+            with Freezer("/w").held(1.0):
+                assert cgroup.is_frozen
+                patch.setattr(os, "open", exhausted)
+                patch.setattr(Path, "read_text", exhausted)
+
+        with pytest.raises(CaptureError):
+            exhaust()
     assert not cgroup.is_frozen
