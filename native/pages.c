@@ -247,8 +247,9 @@ static int scan_closely(struct space *space, int fd, int memory, const struct vm
 }
 
 /* Append what stands in [start, end), of which nothing is unprotected. A page there is protected, so it is there;
- * unless its whole page table was dropped, of which the fast way says nothing either. One page tells for its table,
- * and so does a neighbour at either end that was reported. */
+ * unless its whole page table was dropped: kernels report that as unprotected only since the summer of 2026 (mm/uffd,
+ * "PMD hole is reported written"; also in stable ones, 6.18.44 for one). One page tells for its table, and so does a
+ * neighbour at either end that was reported. */
 static int append_standing(struct space *space, int fd, const struct vma *vma, uint64_t start, uint64_t end,
 			   uint64_t *pair)
 {
