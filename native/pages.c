@@ -335,9 +335,8 @@ static int scan_vma(struct space *space, int fd, int memory, const struct vma *v
 	return failure;
 }
 
-/* Protect what is written in [start, end), where the dirty runs from `*at` on are; what was written elsewhere since they
- * were found, by somebody who is not frozen, must not be taken for read: ESTALE. */
-static int protect_stretch(const struct space *space, int fd, uint64_t start, uint64_t end, bool file, uint64_t *at)
+/* Protect what is written in [start, end), of which all is dirty. An errno. */
+static int protect_run(int fd, uint64_t start, uint64_t end, bool file)
 {
 	while (start < end) {
 		struct page_region regions[64];
@@ -357,32 +356,17 @@ static int protect_stretch(const struct space *space, int fd, uint64_t start, ui
 			return (int)-got;
 		if (ask.walk_end <= start)
 			return EIO;
-		for (long each = 0; each < got; each++) {
-			uint64_t page = regions[each].start;
-
-			for (; *at < space->runs_count && page < regions[each].end; ++*at) {
-				const struct run *run = &space->runs[*at];
-
-				if (run->end <= page)
-					continue;
-				if (run->start > page || !(run->flags & RUN_DIRTY))
-					return ESTALE;
-				page = run->end;
-				if (page >= regions[each].end)
-					break;
-			}
-			if (page < regions[each].end)
-				return ESTALE;
-		}
 		start = ask.walk_end;
 	}
 	return 0;
 }
 
-/* Protect the dirty pages that were found in the mappings, before they are copied. An errno, SPACE_STALE with it. */
+/* Protect the dirty pages that were found in the mappings, before they are copied; and no others: what somebody who is
+ * not frozen has written since (the kernel too, for a thread that CRIU had run for a moment: its rseq area) would pass
+ * for read. An errno, SPACE_STALE with it. */
 static int protect_dirty(struct space *space, int fd)
 {
-	uint64_t at = 0, seen = 0;
+	uint64_t at = 0;
 	int failure = 0;
 
 	for (uint64_t each = 0; each < space->vmas_count && !failure; each++) {
@@ -390,20 +374,12 @@ static int protect_dirty(struct space *space, int fd)
 
 		while (at < space->runs_count && space->runs[at].end <= vma->start)
 			at++;
-		for (uint64_t next = at; next < space->runs_count && space->runs[next].start < vma->end && !failure;) {
-			const struct run *run = &space->runs[next++];
-			const uint64_t from = run->start > vma->start ? run->start : vma->start;
-			uint64_t to = run->end;
+		for (uint64_t next = at; next < space->runs_count && space->runs[next].start < vma->end && !failure; next++) {
+			const struct run *run = &space->runs[next];
 
-			if (!(run->flags & RUN_DIRTY))
-				continue;
-			while (next < space->runs_count && space->runs[next].start < to + SCAN_NEAR * PAGE) {
-				if (space->runs[next].flags & RUN_DIRTY)
-					to = space->runs[next].end;
-				next++;
-			}
-			to = to < vma->end ? to : vma->end;
-			failure = protect_stretch(space, fd, from, to, vma->flags & VMA_FILE, &seen);
+			if (run->flags & RUN_DIRTY)
+				failure = protect_run(fd, run->start > vma->start ? run->start : vma->start,
+						      run->end < vma->end ? run->end : vma->end, vma->flags & VMA_FILE);
 		}
 	}
 	if (failure)
@@ -466,7 +442,8 @@ static enum told told_early(const struct space *early, const struct vma *vma, ui
 
 		if (!same->early)
 			continue;
-		if (same->start == vma->start && same->end == vma->end && same->flags == vma->flags)
+		/* CRIU opens a closed mapping for its own reading, and closes it again. */
+		if (same->start == vma->start && same->end == vma->end && !((same->flags ^ vma->flags) & ~VMA_READABLE))
 			return TOLD_ALL;
 		told = TOLD_ANOTHER;
 	}
@@ -550,8 +527,12 @@ static int flush(int pid, struct iovec *pieces, unsigned *count, uint64_t *bytes
 {
 	struct iovec target = { *into, *bytes };
 
-	if (*count && process_vm_readv(pid, &target, 1, pieces, *count, 0) != (ssize_t)*bytes)
-		return errno ? errno : EIO;
+	if (*count) {
+		const ssize_t got = process_vm_readv(pid, &target, 1, pieces, *count, 0);
+
+		if (got != (ssize_t)*bytes)
+			return got < 0 ? errno : EFAULT; /* it came to a page that it may not read */
+	}
 	*into += *bytes;
 	*count = 0;
 	*bytes = 0;
@@ -624,7 +605,8 @@ int outlive_reads_directly(int pid)
 }
 
 /* CRIU has a frozen process make calls by writing them over executable memory for a moment, and what it maps there for
- * itself is shared memory. All other pages hold what they held when the process was frozen. */
+ * itself is shared memory. All other pages hold what they held when the process was frozen; but for the rseq area of a
+ * thread that CRIU runs, which the kernel keeps up to date and a restore makes anew. It counts as written afterwards. */
 static bool criu_leaves_alone(const struct vma *vma)
 {
 	return vma->flags & VMA_OWNED && !(vma->flags & VMA_EXECUTABLE);

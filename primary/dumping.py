@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+
 from common.bundle import WorkloadPaths, bind_mounts
 from common.config import NodeConfig
 from common.container import standard_streams
@@ -31,6 +33,8 @@ from common.threads import in_thread
 from primary.capture import FreezeTimes, MetadataFile
 from primary.freezer import Freezer, NotFrozenError
 from primary.shim import ShimChannel
+
+log = structlog.get_logger(__name__)
 
 _ROOM_FACTOR = 1.1
 """Room for the images' pages, and a tenth for everything else."""
@@ -106,7 +110,7 @@ class Dumper:
         self._with_shim = with_shim
         self._paths = WorkloadPaths(config, spec.name)
         self._ahead: _Ahead | None = None
-        self._beside = ThreadPoolExecutor(1, "beside-criu")
+        self._beside: ThreadPoolExecutor | None = None
         self._freezer = Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
         """The workload's cgroup, if that is frozen already: CRIU must be told, and leaves it frozen."""
@@ -147,6 +151,8 @@ class Dumper:
                     channel.close()
                 raise
             self._ahead = _Ahead(criu, channel)
+            if self._with_shim and self._beside is None:
+                self._beside = _thread()
         return self._ahead.channel
 
     async def dump(
@@ -158,8 +164,9 @@ class Dumper:
         """Freeze, dump, thaw. `at_post_dump` is called when everything stands still, in the event loop.
 
         `meanwhile` is called in a thread when everything is frozen, and runs beside criu; it has returned
-        before `at_post_dump` is called, and before this returns. Raises what both raise, and CaptureError;
-        the workload runs then as well.
+        before `at_post_dump` is called, and before this returns. What it raises is only logged, and it is not
+        called if there is no thread for it. Raises what `at_post_dump` raises, and CaptureError; the workload
+        runs then as well.
         """
         await self.spawned()
         ahead, self._ahead = self._ahead, None
@@ -173,11 +180,11 @@ class Dumper:
             if script == "pre-dump":
                 frozen_wall_s = time.time()
             elif script == "query-ext-files" and meanwhile is not None:
-                beside = self._beside.submit(meanwhile)
+                beside = self._beside.submit(meanwhile) if self._beside is not None else None
             elif script == "post-dump" and at_post_dump is not None:
                 begun_s = time.monotonic()
                 if beside is not None:
-                    await asyncio.wrap_future(beside)
+                    await _ended(beside)
                 at_post_dump(ahead.channel)
                 hook_ms = (time.monotonic() - begun_s) * 1000
             return True
@@ -242,7 +249,9 @@ class Dumper:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             await _abandon(ahead)
-        self._beside.shutdown(wait=False)
+        beside, self._beside = self._beside, None
+        if beside is not None:
+            beside.shutdown(wait=False)
 
 
 def metadata_in(directory: Path) -> tuple[MetadataFile, ...]:
@@ -252,6 +261,23 @@ def metadata_in(directory: Path) -> tuple[MetadataFile, ...]:
         for path in sorted(directory.iterdir())
         if not path.name.startswith(("pagemap-", "pages-"))
     )
+
+
+def _thread() -> ThreadPoolExecutor | None:
+    """Start a thread, so that no freeze has to; None if there cannot be one more."""
+    executor = ThreadPoolExecutor(1, "beside-criu")
+    try:
+        executor.submit(int)
+    except RuntimeError:
+        return None
+    return executor
+
+
+async def _ended(beside: Future[None]) -> None:
+    try:
+        await asyncio.wrap_future(beside)
+    except Exception as error:  # what it did not do is done at the end
+        log.warning("capture.not_early", error=f"{type(error).__name__}: {error}")
 
 
 async def _abandon(ahead: _Ahead) -> None:

@@ -283,10 +283,8 @@ class FastBackend:
         for process in self._processes.values():
             try:
                 process.look(self._hasher, due.get(process.key))
-            except CaptureError as error:
-                if process.has_memory:
-                    raise
-                log.debug("capture.process_ended", pid=process.pid, error=str(error))
+            except CaptureError as error:  # it has ended, or is compared in the next round
+                log.debug("verify.not_looked", pid=process.pid, error=str(error))
 
     def _plan(self, channel: ShimChannel) -> None:
         """Last of all before the freeze: what the shim may say of each process's mappings."""
@@ -334,7 +332,7 @@ class FastBackend:
             taken.append(process)
         spaces = [process.space for process in taken]
         self._taken = taken  # from here on they may be protected anew
-        left = self._call.run(spaces)
+        left = self._call.run(spaces, self._room_pages)
         dirty = self._dirty_pages = self._call.copied_early + left
         self._see_that_all_stood_still()
         for space in spaces:
@@ -342,7 +340,7 @@ class FastBackend:
                 raise TooDirtyError(0)
             if space.error:
                 raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")
-        if left > self._call.room:
+        if dirty > self._room_pages:
             raise TooDirtyError(dirty)
         if self._tracker.copies_ahead:
             dirty = min(dirty, _MOST_FROZEN_PAGES)
@@ -364,17 +362,29 @@ class FastBackend:
 
     def _after_failure(self) -> None:
         """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""
-        for process in self._taken:
-            process.not_taken()
-        self._keep_early()
+        try:
+            self._keep_early()
+        finally:
+            try:
+                for process in self._taken:
+                    process.not_taken()
+            except BaseException:
+                for process in self._taken:
+                    process.forget_all()
+                raise
 
     # --- when it runs again -------------------------------------------------------------------------
 
     def _keep_early(self) -> None:
         """Take in what was copied early: like all pre-copy, it is good whatever became of the freeze."""
         early, self._early = self._early, []
-        for process in early:  # first of all: what cannot be written down below stays in doubt
-            process.doubt_early()
+        try:  # of all of them, first: what cannot be written down below stays in doubt
+            for process in early:
+                process.doubt_early()
+        except BaseException:
+            for process in early:
+                process.forget_all()
+            raise
         for process in early:
             process.keep_early(self._hasher, self._writer_of(), self._buffer)
 

@@ -381,28 +381,25 @@ class FrozenCall:
             if space.early is not None:
                 space.early.took(native)
 
-    def run(self, spaces: Sequence[Space]) -> int:
+    def run(self, spaces: Sequence[Space], room: int | None = None) -> int:
         """Capture the frozen processes; return how many dirty pages they have, without what was copied early.
 
-        They stand in the buffer if `room` is enough for them; else nothing was copied.
+        They stand in the buffer, unless they and those are more than `room` (without it: the whole buffer);
+        then nothing was copied now.
         """
+        room = self._buffer.pages if room is None else min(room, self._buffer.pages)
         natives = (_Space * len(spaces))(*(space.prepared(self.copied_early) for space in spaces))
         dirty = int(
             _library().outlive_capture(
                 ctypes.addressof(natives),
                 len(spaces),
                 self._buffer.address + self.copied_early * PAGE_BYTES,
-                self.room,
+                room - self.copied_early,
             )
         )
         for space, native in zip(spaces, natives, strict=True):
             space.took(native)
         return dirty
-
-    @property
-    def room(self) -> int:
-        """How many pages the buffer can take still."""
-        return self._buffer.pages - self.copied_early
 
     def begin(self) -> None:
         """Begin a freeze: the buffer is used anew."""

@@ -200,15 +200,15 @@ class TrackedProcess:
         if early is not None and early.is_lost:
             self.forget_all()
         elif early is not None:
-            numbers = expand_runs(early.copied)
-            self.book.expect(numbers)
-            self.book.forget(numbers)
+            self.book.forget(expand_runs(early.copied))
 
     def keep_early(self, hasher: PageHasher, writer: LayerWriter, buffer: FrozenBuffer) -> None:
         """Take in the copies that were made of it, which are good whatever became of the freeze."""
         early = self.space.early
         if early is not None:
-            self._keep(hasher, writer, buffer, early.content_at, expand_runs(early.copied))
+            numbers = expand_runs(early.copied)
+            self.book.expect(numbers)
+            self._keep(hasher, writer, buffer, early.content_at, numbers)
 
     def not_taken(self) -> None:
         """The epoch came to nothing: what was protected for it is unknown."""
@@ -349,7 +349,8 @@ def _share_memory(one: int, other: int) -> bool:
 def _stat(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the third on, its state."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A name may hold anything, also half a character.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError as error:
         raise CaptureError(f"there is no process {pid} any more") from error
 
@@ -370,7 +371,7 @@ def _statm(pid: int) -> list[int]:
 def _pid_within(pid: int) -> int:
     """Return the PID that a process has in its own PID namespace: CRIU names its images by that."""
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").split("\n"):
             if line.startswith("NSpid:"):
                 return int(line.split()[-1])
     except OSError as error:

@@ -17,6 +17,7 @@ from common.container import workload_pids
 from common.errors import CaptureError
 from common.model import EpochId
 from primary import userfault
+from primary.fast import FastBackend
 from tests.campaigns import family
 from tests.campaigns.oracle_planted import altered
 from tests.campaigns.twins import NAME, Replica, Subject, restored_elsewhere, running_subject
@@ -72,6 +73,25 @@ async def test_many_processes_and_many_threads_are_captured_and_come_to_life(
         newest = replica.store.records()[-1]
         assert not await restored_elsewhere(subject, newest.path, newest.id, processes=processes)
         replica.store.close()
+
+
+async def test_what_cannot_be_copied_early_is_copied_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = 0
+
+    def failing(backend: FastBackend) -> None:
+        nonlocal tried
+        tried += 1
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(FastBackend, "_take_early", failing)
+    numbers = epochs()
+    async with running_subject(family_of("steady", 4, 4)) as subject:
+        await grown(subject, 4)
+        for _ in range(3):
+            captured, wrong, _ = await subject.compare(next(numbers), None)
+            assert not wrong
+            captured.release()
+    assert tried >= 3
 
 
 @dataclass

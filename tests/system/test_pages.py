@@ -483,6 +483,18 @@ class TestEarly:
             end = reader.found(region, call.run([reader.space]))
         assert end.dirty == {page: content(page, 9 if page == 2 else 1) for page in range(8)}
 
+    async def test_a_mapping_that_was_open_for_criu_only_is_the_same(self, reader: Reader) -> None:
+        region = reader.child.alone(8)
+        await self.protected(reader, region, *range(8))
+        region.write(2, value=9)
+        with reader.child.stopped():
+            call, early = self.early(reader, region)
+        region.protect(_NOT_ACCESSIBLE)
+        with reader.child.stopped():
+            end = reader.found(region, call.run([reader.space]))
+        assert early.dirty == {2: content(2, 9)}
+        assert end == Frozen(set(range(8)), {})
+
     async def test_what_may_not_be_read_is_copied(self, reader: Reader) -> None:
         region = reader.child.alone(8)
         await self.protected(reader, region, *range(8))

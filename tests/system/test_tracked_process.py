@@ -100,6 +100,14 @@ async def test_a_process_that_ended_is_no_lender(child: Child) -> None:
     assert not TrackedProcess(child.pid, UserfaultTracker().space(child.pid)).borrows_from([lender])
 
 
+def test_a_process_may_have_half_a_character_in_its_name(child: Child) -> None:
+    child.do("libc.prctl(15, b'\\xe2\\x82', 0, 0, 0)")
+    assert b"\xe2\x82" in Path(f"/proc/{child.pid}/stat").read_bytes()
+    process = TrackedProcess(child.pid, UserfaultTracker().space(child.pid))
+    assert process.is_same
+    assert process.key.ident == child.pid
+
+
 class Looked:
     """A child all of whose pages are known, and are read to be compared with that."""
 
