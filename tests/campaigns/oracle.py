@@ -159,6 +159,8 @@ async def run_seed(
         replica.store.close()
     if number < epochs and not wrong:
         wrong.append(f"no more than {number} of {epochs} epochs could be captured: {dict(reasons)}")
+    for each in wrong if talk else ():
+        print(f"seed {seed}: WRONG: {each}", file=sys.stderr)
     return Run(
         seed=seed,
         epochs=number,
