@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from common.container import cgroup_directories
 from common.errors import CaptureError
@@ -23,6 +23,14 @@ _LOOK_AGAIN_S: Final = 0.0002
 
 class NotFrozenError(CaptureError):
     """The cgroup was not frozen, so nothing was done; the workload runs on."""
+
+
+class StandStill(Protocol):
+    """Has a workload stand still."""
+
+    def __call__(self, work: Callable[[], None]) -> Awaitable[None]:
+        """Do `work` while all stands still. Raises as `Dumper.stand_still` does."""
+        ...
 
 
 class Freezer:

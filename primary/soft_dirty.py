@@ -28,10 +28,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import numpy as np
 import structlog
@@ -41,7 +41,7 @@ from common.errors import CaptureError
 from common.identity import PageHasher
 from common.threads import in_thread
 from primary.frames import Frames
-from primary.freezer import NotFrozenError
+from primary.freezer import NotFrozenError, StandStill
 from primary.layers import LayerWriter
 from primary.pagemap import zero_frame
 from primary.pages import WRITTEN, FrozenBuffer, FrozenCall, Space, expand_runs, reads_directly
@@ -56,14 +56,6 @@ _PAGES_A_DIRTY_ONE: Final = 64
 _TRIES: Final = 8
 _PASSES: Final = (errno.EBADMSG, errno.EIO)
 """Its mappings changed while they were read; another program begins in it."""
-
-
-class StandStill(Protocol):
-    """Has the workload stand still."""
-
-    def __call__(self, work: Callable[[], None]) -> Awaitable[None]:
-        """Do `work` while all stands still. Raises as `Dumper.stand_still` does."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

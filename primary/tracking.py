@@ -18,11 +18,12 @@ from common.errors import UnsupportedError
 from common.identity import PageHasher
 from primary import userfault
 from primary.frames import Frames
+from primary.freezer import StandStill
 from primary.layers import LayerWriter
 from primary.pagemap import pagemap_problem, soft_dirty_problem, zero_frame
 from primary.pages import Space
 from primary.process import TrackedProcess
-from primary.soft_dirty import SoftDirtyTracker, StandStill
+from primary.soft_dirty import SoftDirtyTracker
 from primary.userfault import UserfaultTracker
 
 TrackerName = Literal["userfaultfd", "soft-dirty", "none"]
@@ -147,7 +148,7 @@ def make(name: TrackerName | None, stand_still: StandStill) -> Tracker:
             raise UnsupportedError(choice.reason)
         name = choice.name
     if name == "userfaultfd":
-        return UserfaultTracker()
+        return UserfaultTracker(stand_still)
     if name == "soft-dirty":
         return SoftDirtyTracker(stand_still)
     return NoTracker()

@@ -34,9 +34,10 @@ from numpy.typing import NDArray
 from common.errors import CaptureError, OutliveError
 from common.identity import PageHasher
 from common.threads import in_thread
+from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
 from primary.layers import LayerWriter
-from primary.pages import OWNED, Space, expand_runs, is_tracked, reads_directly
+from primary.pages import OWNED, VMA, Space, expand_runs, is_tracked, reads_directly
 from primary.process import TrackedProcess, open_of, resident_pages
 
 log = structlog.get_logger(__name__)
@@ -57,7 +58,10 @@ _SMALL_PAGES: Final = 1024
 """A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 _ROUNDS: Final = 3
 _FEW_PAGES: Final = 512
-"""No further round of pre-copy for so few: copying them frozen takes less than 2 ms."""
+"""No pre-copy for so few: copying them beside CRIU takes less than 2 ms."""
+
+_Protected = tuple[NDArray[np.uint64], NDArray[np.void]]
+"""Page numbers that are to be copied, and the mappings (`VMA`) that are ours."""
 
 
 class Userfault:
@@ -137,7 +141,9 @@ class UserfaultTracker:
     name: Literal["userfaultfd"] = "userfaultfd"
     copies_ahead = True
 
-    def __init__(self) -> None:
+    def __init__(self, stand_still: StandStill | None = None) -> None:
+        """Without `stand_still`, what is tracked is written to by stores only, by no system call."""
+        self._stand_still = stand_still
         self._watched: dict[TrackedProcess, _Watched] = {}
 
     def space(self, pid: int) -> Space:
@@ -175,30 +181,51 @@ class UserfaultTracker:
     async def copy_ahead(
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
     ) -> None:
-        """See `primary.tracking.Tracker.copy_ahead`: nothing ever stands still for it."""
-        await in_thread(self._copy_all, list(processes), hasher, writer)
+        """See `primary.tracking.Tracker.copy_ahead`: protect, be sure that nobody writes past that, copy."""
+        todo = dict.fromkeys(processes, 0)
+        for _ in range(_ROUNDS):
+            protected = await in_thread(self._protect_all, list(todo))
+            pages = sum(len(wanted) for wanted, _ in protected.values())
+            if not pages:
+                return
+            if self._stand_still is not None and not await _all_came_by(self._stand_still, pages):
+                return
+            await in_thread(self._copy_all, protected, hasher, writer)
+            todo = {
+                process: len(wanted)
+                for process, (wanted, _) in protected.items()
+                if len(wanted) > _FEW_PAGES and (not todo[process] or len(wanted) <= todo[process] // 2)
+            }
 
-    def _copy_all(self, processes: list[TrackedProcess], hasher: PageHasher, writer: LayerWriter) -> None:
-        """Copy what was written, a few times over if it is much."""
+    def _protect_all(self, processes: list[TrackedProcess]) -> dict[TrackedProcess, _Protected]:
+        found = {}
         for process in processes:
             try:
-                before = None
-                for _ in range(_ROUNDS):
-                    copied = self._copy_written(process, hasher, writer)
-                    if copied <= _FEW_PAGES or (before is not None and copied > before // 2):
-                        break
-                    before = copied
+                found[process] = self._protect(process)
+            except CaptureError as error:
+                if process.has_memory:
+                    raise
+                log.debug("capture.process_ended", pid=process.pid, error=str(error))
+        return found
+
+    def _copy_all(
+        self, protected: dict[TrackedProcess, _Protected], hasher: PageHasher, writer: LayerWriter
+    ) -> None:
+        for process, (wanted, owned) in protected.items():
+            try:
+                process.copy(hasher, writer, wanted, owned)
             except CaptureError as error:
                 if process.has_memory:
                     raise
                 log.debug("capture.process_ended", pid=process.pid, error=str(error))
 
-    def _copy_written(self, process: TrackedProcess, hasher: PageHasher, writer: LayerWriter) -> int:
-        """Find what was written, protect it, and then copy it; return how many pages that were."""
+    def _protect(self, process: TrackedProcess) -> _Protected:
+        """Find what was written, and protect it; return what is to be copied, and its mappings."""
         watched = self._watched.get(process)
-        if watched is None or watched.userfault is None:
-            return 0
+        nothing = np.empty(0, dtype=np.uint64), np.empty(0, dtype=VMA)
         space, book = process.space, process.book
+        if watched is None or watched.userfault is None:
+            return nothing
         vmas = space.mappings()
         with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
             fresh, tracked = watched.userfault.cover(pagemap, vmas)
@@ -208,7 +235,7 @@ class UserfaultTracker:
                 watched.userfault.close()
                 watched.userfault = None
                 book.forget_all()
-                return 0
+                return nothing
             space.protects = watched.reads_directly(process.pid)
             owned = vmas[(vmas["flags"] & OWNED) != 0]
             wanted = book.numbers[~book.known]
@@ -225,11 +252,31 @@ class UserfaultTracker:
                 if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
                     space.protects = True
                     book.forget_all()
-                    return 0
+                    return nothing
             with open_of(process.pid, "mem", os.O_RDONLY) as memory:
                 space.settle(pagemap, memory, owned)
-        process.copy(hasher, writer, wanted, owned)
-        return len(wanted)
+        return wanted, owned
+
+
+async def _all_came_by(stand_still: StandStill, pages: int) -> bool:
+    """Have the workload stand still for a moment, so that what was under way at the protection is over.
+
+    Who writes into memory by a system call (process_vm_writev, `/proc/PID/mem`, O_DIRECT) looks a page up,
+    and writes to it later; if the page was protected in between, without a trace. A task that stands still is
+    in no such call. False if this was not done: what is read then might be written to unseen.
+    """
+    if pages <= _FEW_PAGES:
+        return False
+    try:
+        await stand_still(_nothing)
+    except CaptureError as error:
+        log.info("tracking.no_stop", reason=error.message)
+        return False
+    return True
+
+
+def _nothing() -> None:
+    """Do nothing: to stand still is all that is wanted."""
 
 
 def _flaw(release: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import mmap
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from common.identity import PageHasher
 from primary import userfault
+from primary.freezer import NotFrozenError, StandStill
 from primary.layers import LayerWriter
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
@@ -191,6 +193,74 @@ class TestComparison:
         looked.process.look(looked.hasher, None)
         looked.freeze()
         assert looked.process.compare()[0] == 0
+
+
+class TestStandingStill:
+    """What is protected is read only after everybody came out of the system calls that they were in."""
+
+    def tracked(self, child: Child, stand_still: StandStill) -> tuple[UserfaultTracker, TrackedProcess]:
+        tracker = UserfaultTracker(stand_still)
+        return tracker, TrackedProcess(child.pid, tracker.space(child.pid))
+
+    async def test_what_was_under_way_at_the_protection_is_over_when_it_is_read(
+        self, child: Child, writer: LayerWriter
+    ) -> None:
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        stops = 0
+
+        async def stand_still(work: Callable[[], None]) -> None:
+            nonlocal stops
+            stops += 1
+            if stops == 1:
+                await asyncio.to_thread(pages.write, 7, value=9)
+            work()
+
+        hasher = PageHasher()
+        tracker, process = self.tracked(child, stand_still)
+        await tracker.take_up(process)
+        await copied(tracker, process, hasher, writer)
+        assert stops
+        (found,) = hasher.identify(memoryview(bytes([7, 9]) + b"\1" * 4094))
+        assert (process.book.identity_of(pages.numbers[7:8])[0] == found).all()
+        tracker.let_go(process)
+
+    async def test_without_it_nothing_is_known(self, child: Child, writer: LayerWriter) -> None:
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+
+        async def stand_still(work: Callable[[], None]) -> None:
+            raise NotFrozenError("a task waits for a disk")
+
+        tracker, process = self.tracked(child, stand_still)
+        await tracker.take_up(process)
+        await copied(tracker, process, PageHasher(), writer)
+        assert not process.book.known.any()
+        tracker.let_go(process)
+
+    async def test_for_few_pages_nobody_stands_still(self, child: Child, writer: LayerWriter) -> None:
+        stops = 0
+
+        async def stand_still(work: Callable[[], None]) -> None:
+            nonlocal stops
+            stops += 1
+            work()
+
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        hasher = PageHasher()
+        tracker, process = self.tracked(child, stand_still)
+        await tracker.take_up(process)
+        for _ in range(2):  # the child's own pages too
+            await copied(tracker, process, hasher, writer)
+        before = stops
+        assert before
+        pages.write(7, 8, value=9)
+        await copied(tracker, process, hasher, writer)
+        assert stops == before
+        book = process.book
+        assert pages.index(book.numbers[~book.known]) == {7, 8}, "they are left for the freeze"
+        tracker.let_go(process)
 
 
 class TestWhatWasCopiedEarly:
