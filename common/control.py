@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from common.model import EpochId, WorkloadSpec
+from common.pauses import Pause
 
 Verdict = Literal["none", "met", "missed"]
 """On a recovery point objective. `none`: the workload is not led here, or no other node may run it."""
@@ -190,6 +191,24 @@ class ForgetWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workload: str
 
 
+class PauseTakeover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: no node is to take this workload over by itself. Done: that is on this node's disk.
+
+    Which other nodes know is shown by their heartbeats, in `WorkloadStatus.pauses_unconfirmed_by`.
+    """
+
+    workload: str
+    by: str
+    """Name of the user who asks."""
+
+
+class ResumeTakeover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: every pause of this workload that this node knows ends. Otherwise as the pause."""
+
+    workload: str
+    by: str
+
+
 class AskStatus(msgspec.Struct, frozen=True, tag=True):
     """Anybody to keeper or agent: say how things stand."""
 
@@ -225,6 +244,8 @@ KeeperRequest = (
     | StartWorkload
     | StopWorkload
     | ForgetWorkload
+    | PauseTakeover
+    | ResumeTakeover
     | AskStatus
     | AskHistory
     | Resync
@@ -326,6 +347,10 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     verification: tuple[VerificationProgress, ...] = ()
     exit_code: int | None = None
     volatile: bool = False
+    pauses: tuple[Pause, ...] = ()
+    """Pauses of automatic takeover that are in force."""
+    pauses_unconfirmed_by: tuple[str, ...] = ()
+    """Other nodes of it that were not heard to know what this one has recorded of pauses and resumes."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):

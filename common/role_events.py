@@ -12,6 +12,7 @@ import msgspec
 
 from common.control import Done, Order, Refused, TermHistory, WorkloadReport
 from common.model import WorkloadSpec
+from common.pauses import Pauses
 from common.roles import Claim, Clean, StateName, Step, TermRecord
 
 # --- what may happen --------------------------------------------------------------------------------
@@ -38,6 +39,8 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     term: int = 0
     claim: Claim | None = None
     alive: bool = False
+    pauses: Pauses = ()
+    """Those that the peer has recorded."""
 
 
 class AgentReport(msgspec.Struct, frozen=True):
@@ -58,6 +61,12 @@ class TermPersisted(msgspec.Struct, frozen=True):
     record: TermRecord
 
 
+class PausesPersisted(msgspec.Struct, frozen=True):
+    """These pauses are on disk."""
+
+    pauses: Pauses
+
+
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine succeeded."""
 
@@ -68,7 +77,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine failed."""
 
-    step: Step | Clean | Literal["persist", "history"]
+    step: Step | Clean | Literal["persist", "history", "pauses"]
     reason: str
 
 
@@ -109,6 +118,20 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True):
     request: int
 
 
+class OperatorPause(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive pause`: from now on no node takes it over by itself."""
+
+    request: int
+    by: str
+
+
+class OperatorResume(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive resume`: every pause that is known here ends."""
+
+    request: int
+    by: str
+
+
 Event = (
     KeeperStarted
     | Tick
@@ -116,6 +139,7 @@ Event = (
     | AgentReport
     | WorkloadEnded
     | TermPersisted
+    | PausesPersisted
     | StepDone
     | StepFailed
     | FenceResult
@@ -123,6 +147,8 @@ Event = (
     | OperatorStart
     | OperatorStop
     | Forget
+    | OperatorPause
+    | OperatorResume
 )
 
 # --- what is to be done -----------------------------------------------------------------------------
@@ -132,6 +158,12 @@ class PersistTerm(msgspec.Struct, frozen=True):
     """Make the record durable, then say `TermPersisted`; else `StepFailed("persist")`. In order."""
 
     record: TermRecord
+
+
+class PersistPauses(msgspec.Struct, frozen=True):
+    """Make the pauses durable, then say `PausesPersisted`; else `StepFailed("pauses")`. In order."""
+
+    pauses: Pauses
 
 
 class SaveSpec(msgspec.Struct, frozen=True):
@@ -211,6 +243,7 @@ class ForgetFiles(msgspec.Struct, frozen=True):
 
 Effect = (
     PersistTerm
+    | PersistPauses
     | SaveSpec
     | RunFence
     | HoldVip

@@ -20,6 +20,7 @@ import msgspec
 
 from common.control import Order, TimelineEntry, WorkloadReport
 from common.model import WorkloadSpec
+from common.pauses import Pauses
 
 StateName = Literal[
     "starting",
@@ -128,6 +129,8 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool = False
     led_wall_s: float | None = None
     """When it was heard to lead that term last, by the clock that stamps its epochs; None: never was."""
+    pauses: Pauses = ()
+    """Those that it has recorded."""
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +180,13 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
     timeline: tuple[TimelineEntry, ...] = ()
     timeline_from_s: float = 0.0
+    pauses: Pauses = ()
+    """Pauses of automatic takeover, lifted ones too, as the disk holds them."""
+    pauses_wanted: Pauses | None = None
+    """On their way to the disk."""
+    pauses_retry_at_s: float = 0.0
+    pause_requests: tuple[int, ...] = ()
+    """Operators' requests that wait for that."""
 
     @property
     def newest(self) -> TermRecord:
@@ -205,6 +215,7 @@ def new_role(
     record: TermRecord,
     first_order: int,
     now: Instant,
+    pauses: Pauses = (),
 ) -> Role:
     """Return the machine as the keeper finds it; `first_order` is greater than every order number before.
 
@@ -223,4 +234,5 @@ def new_role(
         listening_since_s=now.monotonic_s,
         ticked_at_s=now.monotonic_s,
         order=order,
+        pauses=pauses,
     )

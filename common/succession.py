@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from common.control import Refused, ReplicaProgress
 from common.model import WorkloadSpec
+from common.pauses import in_force, told
 from common.role_events import Heard, OperatorFailover, OperatorStart
 from common.roles import LEADING, OWNING, PURSUING, Instant, PeerView, Role
 
@@ -121,6 +122,15 @@ def unready(role: Role, now: Instant) -> str:
     return ""
 
 
+def paused(role: Role) -> str:
+    """Return why nobody may take over by itself; empty if it isn't paused.
+
+    A pause counts as soon as it is known, a resume once it is recorded here.
+    """
+    pauses = in_force(role.pauses) or in_force(role.pauses_wanted or ())
+    return f"takeover is {told(pauses)}" if pauses else ""
+
+
 def obstacle(role: Role, now: Instant) -> str:
     """Return why this node may not go for the lead by itself; empty if it may, after a fence if needed."""
     record, name = role.record, role.spec.name
@@ -128,6 +138,8 @@ def obstacle(role: Role, now: Instant) -> str:
         return f"nobody here knows who led term {record.term}: outlive status on the other nodes"
     if successor(role.spec, record.leader) != role.me:
         return f"{successor(role.spec, record.leader)} is the successor of {record.leader}, not this node"
+    if pause := paused(role):
+        return f"{pause}: outlive resume {name}, or outlive failover {name} --accept-data-loss"
     rival = contender(role, now)
     if problem := unready(role, now):
         return f"{problem}{_empty_start(role, rival, now)}"

@@ -17,9 +17,10 @@ from common.config import NodeConfig
 from common.control import Done, Refused, TermHistory, WorkloadReport, WorkloadStatus
 from common.events import Event as LogEvent
 from common.events import EventLog
-from common.messages import BeatWorkload
+from common.messages import BeatPause, BeatWorkload
 from common.model import WorkloadSpec
 from common.objective import Objective, judged
+from common.pauses import Pauses, in_force
 from common.role_actions import history
 from common.role_events import (
     AgentReport,
@@ -32,6 +33,8 @@ from common.role_events import (
     KillWorkload,
     Note,
     OperatorFailover,
+    OperatorPause,
+    OperatorResume,
     OperatorStart,
     OperatorStop,
     OrderAgent,
@@ -39,6 +42,7 @@ from common.role_events import (
     Tick,
     WorkloadEnded,
 )
+from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
 from common.roles import Instant, Role, TermRecord, Timing, claim_of, new_role
@@ -66,6 +70,7 @@ class KeptWorkload:
         timing: Timing,
         fenceable: frozenset[str],
         record: TermRecord,
+        pauses: Pauses,
         first_order: int,
         hands: Hands,
         files: TermFiles,
@@ -91,6 +96,7 @@ class KeptWorkload:
             record=record,
             first_order=first_order,
             now=_now(),
+            pauses=pauses,
         )
 
     def begin(self) -> None:
@@ -109,10 +115,14 @@ class KeptWorkload:
 
     def feed(self, event: Event) -> None:
         """Let the machine take an event in, and begin what it wants done."""
-        before = self.role.name
+        before, paused_before = self.role.name, in_force(self.role.pauses)
         self.role, effects = step(self.role, event, _now())
         if isinstance(event, FenceResult):
             self._tell(LogEvent.FENCE_ANSWERED, f"{event.node}: {event.outcome}: {event.reason}")
+        if in_force(self.role.pauses) != paused_before:
+            now_paused = bool(in_force(self.role.pauses))
+            event_of = LogEvent.TAKEOVER_PAUSED if now_paused else LogEvent.TAKEOVER_RESUMED
+            self._tell(event_of, change_told(self.role))
         for effect in effects:
             match effect:
                 case Note(reason=reason, event=label):
@@ -137,7 +147,10 @@ class KeptWorkload:
         if isinstance(event, Tick):
             self._judge_objective(_now())
 
-    async def ask(self, event: OperatorFailover | OperatorStart | OperatorStop | Forget) -> Done | Refused:
+    async def ask(
+        self,
+        event: OperatorFailover | OperatorStart | OperatorStop | OperatorPause | OperatorResume | Forget,
+    ) -> Done | Refused:
         """Put an operator's request to the machine and wait for its answer."""
         answer: asyncio.Future[Done | Refused] = asyncio.get_running_loop().create_future()
         self._answers[event.request] = answer
@@ -146,6 +159,8 @@ class KeptWorkload:
             async with asyncio.timeout(_ANSWER_DEADLINE_S):
                 return await answer
         except TimeoutError:
+            if isinstance(event, OperatorPause | OperatorResume):  # only what is on disk is done
+                return Refused(error="StoreError", message="it is not on this node's disk yet")
             return Done(detail=f"still under way: {self.role.reason}")
         finally:
             self._answers.pop(event.request, None)
@@ -167,6 +182,16 @@ class KeptWorkload:
             state=claim_of(self.role.name),
             alive=self.role.alive,
             agent_alive=agent_alive,
+            pauses=tuple(
+                BeatPause(
+                    node=pause.node,
+                    number=pause.number,
+                    by=pause.by,
+                    since_wall_s=pause.since_wall_s,
+                    lifted_by=pause.lifted_by,
+                )
+                for pause in self.role.pauses
+            ),
         )
 
     def status(self) -> WorkloadStatus:

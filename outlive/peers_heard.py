@@ -14,6 +14,7 @@ from common.control import PeerStatus
 from common.events import Event as LogEvent
 from common.events import EventLog
 from common.messages import Beat
+from common.pauses import Pause
 from common.role_events import Heard
 from common.roles import Instant, Timing
 
@@ -116,4 +117,14 @@ def heard_of(beat: Beat, workload: str) -> Heard:
         term=said.term,
         claim=said.state,
         alive=said.alive,
+        pauses=tuple(
+            Pause(
+                node=pause.node,
+                number=pause.number,
+                by=pause.by,
+                since_wall_s=pause.since_wall_s,
+                lifted_by=pause.lifted_by,
+            )
+            for pause in said.pauses
+        ),
     )

@@ -9,7 +9,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from common import config, control, errors, model
+from common import config, control, errors, model, pauses
 from common.config import parse_config
 from common.control import Verdict
 from common.roles import MEANING
@@ -112,6 +112,7 @@ def test_the_status_page_has_every_json_key() -> None:
         control.PeerStatus,
         control.WorkloadStatus,
         control.CaptureStatus,
+        pauses.Pause,
         control.ReplicaProgress,
         control.VerificationProgress,
     ]
