@@ -15,6 +15,7 @@ from outlive.cli import DEBUG_VARIABLE
 from outlive.cli.call import Call, Verbs, examples, group_config_option, output_option
 from outlive.cli.node import agent, config, doctor, keeper, keys
 from outlive.cli.output import Answer, error_answer, print_answer
+from outlive.cli.pause import pause, resume
 from outlive.cli.records import events, history
 from outlive.cli.resync import resync
 from outlive.cli.running import print_error
@@ -77,6 +78,8 @@ for _verb in (
     start,
     stop,
     failover,
+    pause,
+    resume,
     resync,
     verify,
     store,
