@@ -213,6 +213,12 @@ class AskStatus(msgspec.Struct, frozen=True, tag=True):
     """Anybody to keeper or agent: say how things stand."""
 
 
+class AskExplanation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Anybody to keeper: say what would follow if something failed now; nothing is done."""
+
+    workload: str
+
+
 class AskHistory(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Anybody to keeper: the kept terms of a workload with their timelines."""
 
@@ -247,6 +253,7 @@ KeeperRequest = (
     | PauseTakeover
     | ResumeTakeover
     | AskStatus
+    | AskExplanation
     | AskHistory
     | Resync
     | Verify
@@ -365,6 +372,46 @@ class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """What is wrong with this keeper itself, one sentence each."""
 
 
+TakeoverOutcome = Literal["failover", "no failover", "restart", "runs on", "stays down", "not known here"]
+
+
+Failure = Literal["process failure", "host loss", "partition", "agent dead", "workload ended"]
+"""The first three are the leader's: its agent and keeper are dead; its host is lost; it is cut off from its
+successor."""
+
+
+class Prospect(msgspec.Struct, frozen=True, kw_only=True):
+    """What would follow from one failure, if it happened now."""
+
+    failure: Failure
+    outcome: TakeoverOutcome
+    node: str
+    """Where it would run then; empty: nowhere, or it is not known."""
+    reason: str
+
+
+class Explanation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `AskExplanation`."""
+
+    workload: str
+    node: str
+    """Which node answers."""
+    term: int
+    leader: str
+    stopped: bool
+    would_fail_over: bool
+    """If the leader's host were lost now, another node would take over by itself."""
+    successor: str
+    """The only node that could; empty: there is none."""
+    epoch: EpochId | None
+    """What it would restore, as this node knows."""
+    loss_s: float | None
+    """The age of that epoch, which is what would be lost; None: all would be, or it is not known here."""
+    missing: tuple[str, ...]
+    """Why it would not take over, one sentence each; empty if it would."""
+    cases: tuple[Prospect, ...]
+
+
 class TermHistory(msgspec.Struct, frozen=True, kw_only=True):
     """One term of a workload: who led it, why it began, and how."""
 
@@ -441,5 +488,7 @@ class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workloads: tuple[WorkloadMetrics, ...]
 
 
-KeeperAnswer = Done | Refused | Resyncing | Verifying | Orders | NodeStatus | History | AgentMetrics
+KeeperAnswer = (
+    Done | Refused | Resyncing | Verifying | Orders | NodeStatus | Explanation | History | AgentMetrics
+)
 """Every answer on a node's control sockets; the agent gives `AgentMetrics` and `Refused` only."""

@@ -134,3 +134,9 @@ class UnsettledError(OutliveError):
 
     exit_code = 19
     retryable = True
+
+
+class NoFailoverError(OutliveError):
+    """If the primary's host were lost now, no other node would take a workload over by itself."""
+
+    exit_code = 20

@@ -259,6 +259,17 @@ class BeatPause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Empty: it is in force."""
 
 
+class BeatTakeover(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the node that beats would do if the leader that it follows fell silent now."""
+
+    silences: Annotated[
+        tuple[Literal["host loss", "partition", "process failure"], ...], Meta(min_length=1, max_length=3)
+    ]
+    """Why the leader falls silent."""
+    missing: Annotated[tuple[ShortText, ...], Meta(max_length=4)]
+    """Why it would not take over; empty: it would."""
+
+
 class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one workload stands on the node that beats."""
 
@@ -269,6 +280,8 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A process of it runs there."""
     agent_alive: bool
     pauses: Annotated[tuple[BeatPause, ...], Meta(max_length=64)]
+    takeovers: Annotated[tuple[BeatTakeover, ...], Meta(max_length=3)]
+    """Empty: it follows no leader."""
 
 
 class Beat(_Message, frozen=True):

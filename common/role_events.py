@@ -13,7 +13,7 @@ import msgspec
 from common.control import Done, Order, Refused, TermHistory, WorkloadReport
 from common.model import WorkloadSpec
 from common.pauses import Pauses
-from common.roles import Claim, Clean, StateName, Step, TermRecord
+from common.roles import Claim, Clean, StateName, Step, Takeover, TermRecord
 
 # --- what may happen --------------------------------------------------------------------------------
 
@@ -41,6 +41,8 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool = False
     pauses: Pauses = ()
     """Those that the peer has recorded."""
+    takeovers: tuple[Takeover, ...] = ()
+    """What it would do if its leader fell silent."""
 
 
 class AgentReport(msgspec.Struct, frozen=True):

@@ -291,6 +291,7 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
             claim=event.claim,
             alive=event.alive,
             pauses=event.pauses,
+            takeovers=event.takeovers,
             led_wall_s=event.wall_s if event.claim == "leading" else led_wall_s,
         )
     return replace(role, peers={**role.peers, event.node: view})

@@ -74,6 +74,11 @@ Step = Literal["hold", "add_vip", "order", "health", "lift", "announce"]
 PIPELINE: tuple[Step, ...] = ("hold", "add_vip", "order", "health", "lift", "announce")
 """From a recorded term to a served workload. Clients reach nothing between the first and the fifth step."""
 
+Silence = Literal["host loss", "partition", "process failure"]
+"""Why a leader may fall silent: the words of a fence method's `covers`."""
+
+SILENCES: tuple[Silence, ...] = ("process failure", "host loss", "partition")
+
 Clean = Literal["kill", "drop_vip", "lift"]
 """What a node that may not lead has to undo; repeated until it succeeded."""
 
@@ -117,6 +122,14 @@ class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
     began_wall_s: float = 0.0
 
 
+class Takeover(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node that another one leads would do if that one fell silent now."""
+
+    silence: Silence
+    missing: tuple[str, ...]
+    """Why it would not take over, one sentence each; empty: it would."""
+
+
 class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     """What was last heard of the workload from one peer. Times are monotonic seconds; None: never."""
 
@@ -131,6 +144,8 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     """When it was heard to lead that term last, by the clock that stamps its epochs; None: never was."""
     pauses: Pauses = ()
     """Those that it has recorded."""
+    takeovers: tuple[Takeover, ...] = ()
+    """What it would do if the leader fell silent; empty: it does not follow one."""
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from common.config import NodeConfig
 from common.container import thaw_cgroup
 from common.control import (
     AnnounceFreeze,
+    AskExplanation,
     AskHistory,
     AskStatus,
     Done,
@@ -341,6 +342,8 @@ class Keeper:
                 return await self._known(name).ask(Forget(request=self._next_request()))
             case AskStatus():
                 return self._status()
+            case AskExplanation(workload=name):
+                return self._known(name).explain()
             case AskHistory(workload=name):
                 return await self._history(name)
         return Refused(error="ProtocolError", message="this keeper does not know that request")

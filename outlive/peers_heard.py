@@ -16,7 +16,7 @@ from common.events import EventLog
 from common.messages import Beat
 from common.pauses import Pause
 from common.role_events import Heard
-from common.roles import Instant, Timing
+from common.roles import Instant, Takeover, Timing
 
 _REFUSAL_KEPT_S = 150.0
 """More than two minutes: a refusal that goes on is told at least once a minute."""
@@ -126,5 +126,10 @@ def heard_of(beat: Beat, workload: str) -> Heard:
                 lifted_by=pause.lifted_by,
             )
             for pause in said.pauses
+        ),
+        takeovers=tuple(
+            Takeover(silence=silence, missing=each.missing)
+            for each in said.takeovers
+            for silence in each.silences
         ),
     )

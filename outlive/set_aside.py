@@ -44,6 +44,7 @@ class SetAside:
                 alive=self._runs(name),
                 agent_alive=agent_alive,
                 pauses=(),
+                takeovers=(),
             )
             for name in self._errors
         )

@@ -13,6 +13,7 @@ from common.errors import OutliveError
 from outlive import __version__
 from outlive.cli import DEBUG_VARIABLE
 from outlive.cli.call import Call, Verbs, examples, group_config_option, output_option
+from outlive.cli.explain import explain
 from outlive.cli.node import agent, config, doctor, keeper, keys
 from outlive.cli.output import Answer, error_answer, print_answer
 from outlive.cli.pause import pause, resume
@@ -71,6 +72,7 @@ for _verb in (
     agent,
     keeper,
     status,
+    explain,
     events,
     history,
     protect,

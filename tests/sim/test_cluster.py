@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
-from common import role_guards, role_pauses, role_table, succession
+from common import role_explain, role_guards, role_pauses, role_table, succession
 from common.model import WorkloadSpec
 from common.pauses import in_force
-from common.roles import Role
+from common.roles import Instant, Role
 from tests.sim.campaign import run_seed
 from tests.sim.world import TIMING, Violation, Weather, World
 
@@ -309,9 +310,20 @@ def last_word_wins(monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
+def explain_does_not_know_of_pauses(monkeypatch: pytest.MonkeyPatch) -> str:
+    silenced = role_explain._silenced
+
+    def unpaused(role: Role, now: Instant) -> Role:
+        return msgspec.structs.replace(silenced(role, now), pauses=(), pauses_wanted=None)
+
+    monkeypatch.setattr(role_explain, "_silenced", unpaused)
+    return ""
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        explain_does_not_know_of_pauses,
         forget_pauses,
         answer_pause_before_persist,
         pause_does_not_matter,

@@ -47,8 +47,10 @@ from common.role_events import (
     Tick,
     WorkloadEnded,
 )
+from common.role_explain import takeovers
 from common.role_table import step
-from common.roles import Instant, Role, TermRecord, Timing, claim_of, new_role
+from common.roles import SILENCES, Instant, Role, TermRecord, Timing, claim_of, new_role
+from common.succession import is_silent
 
 TICK_S = 0.05
 BEAT_S = 0.1
@@ -274,6 +276,7 @@ class World:
             )
             self._check_lag(host)
         self._check_pause(host, before, event)
+        self._check_explained(host, before, event)
         for effect in effects:
             self.perform(host, effect)
 
@@ -709,6 +712,20 @@ class World:
         records = role.wanted is not None and role.wanted.mark == "taking_over" and before.wanted is None
         if begins or records:
             raise self.broken(f"{host.name} goes for the lead at {event}, paused by {host.told_paused}")
+
+    def _check_explained(self, host: Host, before: Role, event: Event) -> None:
+        """What a follower does once its leader is silent is what it would have said a moment before."""
+        role, now = host.role, self.instant(host)
+        moved = role is not None and before.name == "following" and role.name in ("acquiring", "waiting")
+        if not moved or not isinstance(event, Tick) or before.record.mark == "yielded":
+            return
+        assert role is not None
+        if not is_silent(before, before.record.leader, now):
+            return
+        covers = {name: frozenset(SILENCES) for name in self.spec.nodes}
+        said = {takeover.missing for takeover in takeovers(before, now, covers)}
+        if any((role.name == "acquiring") != (not missing) for missing in said):
+            raise self.broken(f"{host.name} is {role.name} ({role.reason}), and would have said {said}")
 
     def _check_answer(self, host: Host, request: int, answer: object) -> None:
         """Who paused and was told that it is done finds it on disk, whatever crashes next."""

@@ -20,10 +20,12 @@ import zmq.asyncio
 from common.config import Fence, Heartbeat, Node, NodeConfig, Peer
 from common.control import (
     AnnounceFreeze,
+    AskExplanation,
     AskHistory,
     AskStatus,
     Done,
     EndFreeze,
+    Explanation,
     Failover,
     History,
     KeeperAnswer,
@@ -392,6 +394,12 @@ async def test_paused_nobody_takes_over_whatever_restarts_until_it_is_resumed() 
     async with pair() as (a, b):
         await protect(a, b)
         let_fence_of(a, "echo the power is off; exit 0")
+
+        async def both_would() -> bool:
+            said = [await node.ask(AskExplanation(workload="w")) for node in (a, b)]
+            return all(isinstance(each, Explanation) and each.would_fail_over for each in said)
+
+        await until(both_would, "b would take over, and a knows that from it")
         answer = await a.ask(PauseTakeover(workload="w", by="root"))
         assert isinstance(answer, Done), answer
         assert (a.directory / "state/terms/w/pauses.json").exists(), "on disk before it is acknowledged"
@@ -408,6 +416,13 @@ async def test_paused_nobody_takes_over_whatever_restarts_until_it_is_resumed() 
             node.agent.start()
         await a.is_in("leading")
         await b.is_in("following")
+
+        async def both_would_not() -> bool:
+            said = [await node.ask(AskExplanation(workload="w")) for node in (a, b)]
+            missing = [each.missing for each in said if isinstance(each, Explanation)]
+            return all(reasons and "paused by root on a" in reasons[0] for reasons in missing)
+
+        await until(both_would_not, "b names the pause, and a knows that from it")
         await lose(a)
         status = await b.is_in("waiting")
         assert "takeover is paused by root on a" in status.reason

@@ -16,10 +16,12 @@ from msgspec.structs import replace
 from common.config import load_config
 from common.control import (
     AgentMetrics,
+    AskExplanation,
     AskHistory,
     AskStatus,
     CaptureStatus,
     Done,
+    Explanation,
     Failover,
     ForgetWorkload,
     History,
@@ -28,6 +30,7 @@ from common.control import (
     NodeStatus,
     PauseTakeover,
     PeerStatus,
+    Prospect,
     Refused,
     ReplicaProgress,
     ResumeTakeover,
@@ -828,3 +831,77 @@ def test_status_says_who_paused_and_who_does_not_know(node: FakeNode, capsys: Ca
     node.answers[AskStatus] = node_status(replace(LEADING, pauses_unconfirmed_by=("b",)))
     assert node.run("status") == 0
     assert "redis: resumed here; b was not heard to know that" in capsys.readouterr().out
+
+
+# --- explain ----------------------------------------------------------------------------------------
+
+COVERED = Explanation(
+    workload="redis",
+    node="a",
+    term=3,
+    leader="a",
+    stopped=False,
+    would_fail_over=True,
+    successor="b",
+    epoch=EpochId(3, 1041),
+    loss_s=0.42,
+    missing=(),
+    cases=(Prospect(failure="host loss", outcome="failover", node="b", reason="b takes over"),),
+)
+UNCOVERED = replace(
+    COVERED,
+    would_fail_over=False,
+    missing=("takeover is paused by root on a", "no epoch is stored here"),
+    cases=(Prospect(failure="host loss", outcome="no failover", node="", reason="paused"),),
+)
+
+
+def test_explain_names_who_would_take_over_with_what_and_what_would_be_lost(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[AskExplanation] = COVERED
+    assert node.run("explain", "redis") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "redis: if a's host were lost now, b would take over with t3-e1041; the last 0.4 s would be lost"
+    )
+    assert lines[2].split()[0] == "WORKLOAD"
+    assert lines[3].split() == ["redis", "host", "loss", "failover", "b", "b", "takes", "over"]
+    assert node.asked == [AskExplanation(workload="redis")]
+    node.answers[AskExplanation] = replace(COVERED, epoch=None, loss_s=None)
+    assert node.run("explain", "redis") == 0
+    assert "what would be lost is not known here" in capsys.readouterr().out
+
+
+def test_explain_names_all_that_is_missing_and_has_its_own_exit_code(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[AskExplanation] = UNCOVERED
+    assert node.run("explain", "redis") == 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "redis: if a's host were lost now, nobody would take over",
+        "redis: missing: takeover is paused by root on a",
+        "redis: missing: no epoch is stored here",
+    ]
+    assert node.run("explain", "redis", "--output", "json") == 20
+    answer = read_json(capsys)
+    assert answer["no_failover"] == ["redis"]
+    assert answer["workloads"][0]["epoch"] == {"term": 3, "epoch": 1041}
+    assert answer["workloads"][0]["cases"][0]["outcome"] == "no failover"
+
+
+@pytest.mark.parametrize(("words", "code"), [(("explain",), 0), (("explain", "redis"), 20)])
+def test_what_is_stopped_counts_only_if_it_is_named(
+    node: FakeNode, words: tuple[str, ...], code: int
+) -> None:
+    node.answers[AskStatus] = node_status(STOPPED)
+    node.answers[AskExplanation] = replace(UNCOVERED, stopped=True)
+    assert node.run(*words) == code
+
+
+def test_explain_of_what_is_not_known_is_an_error(node: FakeNode) -> None:
+    node.answers[AskStatus] = node_status()
+    assert node.run("explain") == 5
+    node.answers[AskExplanation] = Refused(error="WorkloadError", message="this node knows no workload 'x'")
+    assert node.run("explain", "x") == 5

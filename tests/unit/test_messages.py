@@ -33,6 +33,7 @@ from common.messages import (
     AskStored,
     Beat,
     BeatPause,
+    BeatTakeover,
     BeatWorkload,
     Begin,
     Commit,
@@ -160,6 +161,11 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
                     state="leading",
                     alive=True,
                     agent_alive=False,
+                    takeovers=(
+                        BeatTakeover(
+                            silences=("process failure", "host loss"), missing=("no epoch is stored here",)
+                        ),
+                    ),
                     pauses=(
                         BeatPause(
                             node="a", number=2, by="root", since_wall_s=1700000000.0, lifted_by="root on b"
