@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from common.model import EpochId, WorkloadSpec
+from common.pauses import Pause
 
 Verdict = Literal["none", "met", "missed"]
 """On a recovery point objective. `none`: the workload is not led here, or no other node may run it."""
@@ -190,8 +191,32 @@ class ForgetWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workload: str
 
 
+class PauseTakeover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: no node is to take this workload over by itself. Done: that is on this node's disk.
+
+    Which other nodes know is shown by their heartbeats, in `WorkloadStatus.pauses_unconfirmed_by`.
+    """
+
+    workload: str
+    by: str
+    """Name of the user who asks."""
+
+
+class ResumeTakeover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: every pause of this workload that this node knows ends. Otherwise as the pause."""
+
+    workload: str
+    by: str
+
+
 class AskStatus(msgspec.Struct, frozen=True, tag=True):
     """Anybody to keeper or agent: say how things stand."""
+
+
+class AskExplanation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Anybody to keeper: say what would follow if something failed now; nothing is done."""
+
+    workload: str
 
 
 class AskHistory(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -225,7 +250,10 @@ KeeperRequest = (
     | StartWorkload
     | StopWorkload
     | ForgetWorkload
+    | PauseTakeover
+    | ResumeTakeover
     | AskStatus
+    | AskExplanation
     | AskHistory
     | Resync
     | Verify
@@ -326,6 +354,10 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     verification: tuple[VerificationProgress, ...] = ()
     exit_code: int | None = None
     volatile: bool = False
+    pauses: tuple[Pause, ...] = ()
+    """Pauses of automatic takeover that are in force."""
+    pauses_unconfirmed_by: tuple[str, ...] = ()
+    """Other nodes of it that were not heard to know what this one has recorded of pauses and resumes."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -338,6 +370,46 @@ class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workloads: tuple[WorkloadStatus, ...]
     warnings: tuple[str, ...] = ()
     """What is wrong with this keeper itself, one sentence each."""
+
+
+TakeoverOutcome = Literal["failover", "no failover", "restart", "runs on", "stays down", "not known here"]
+
+
+Failure = Literal["process failure", "host loss", "partition", "agent dead", "workload ended"]
+"""The first three are the leader's: its agent and keeper are dead; its host is lost; it is cut off from its
+successor."""
+
+
+class Prospect(msgspec.Struct, frozen=True, kw_only=True):
+    """What would follow from one failure, if it happened now."""
+
+    failure: Failure
+    outcome: TakeoverOutcome
+    node: str
+    """Where it would run then; empty: nowhere, or it is not known."""
+    reason: str
+
+
+class Explanation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `AskExplanation`."""
+
+    workload: str
+    node: str
+    """Which node answers."""
+    term: int
+    leader: str
+    stopped: bool
+    would_fail_over: bool
+    """If the leader's host were lost now, another node would take over by itself."""
+    successor: str
+    """The only node that could; empty: there is none."""
+    epoch: EpochId | None
+    """What it would restore, as this node knows."""
+    loss_s: float | None
+    """The age of that epoch, which is what would be lost; None: all would be, or it is not known here."""
+    missing: tuple[str, ...]
+    """Why it would not take over, one sentence each; empty if it would."""
+    cases: tuple[Prospect, ...]
 
 
 class TermHistory(msgspec.Struct, frozen=True, kw_only=True):
@@ -416,5 +488,7 @@ class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     workloads: tuple[WorkloadMetrics, ...]
 
 
-KeeperAnswer = Done | Refused | Resyncing | Verifying | Orders | NodeStatus | History | AgentMetrics
+KeeperAnswer = (
+    Done | Refused | Resyncing | Verifying | Orders | NodeStatus | Explanation | History | AgentMetrics
+)
 """Every answer on a node's control sockets; the agent gives `AgentMetrics` and `Refused` only."""

@@ -127,3 +127,16 @@ class MismatchError(OutliveError):
     """Verification found pages that were not what they should have been; they are being sent anew."""
 
     exit_code = 18
+
+
+class UnsettledError(OutliveError):
+    """A pause or resume is recorded here, but not all nodes of the workload are known to agree on it."""
+
+    exit_code = 19
+    retryable = True
+
+
+class NoFailoverError(OutliveError):
+    """If the primary's host were lost now, no other node would take a workload over by itself."""
+
+    exit_code = 20

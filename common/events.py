@@ -78,6 +78,8 @@ class Event(StrEnum):
     TAKEOVER_FINISHED = "takeover.finished"
     TAKEOVER_FAILED = "takeover.failed"
     TAKEOVER_REFUSED = "takeover.refused"
+    TAKEOVER_PAUSED = "takeover.paused"
+    TAKEOVER_RESUMED = "takeover.resumed"
     FENCE_ASKED = "fence.asked"
     FENCE_ANSWERED = "fence.answered"
 

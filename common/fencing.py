@@ -19,6 +19,7 @@ import msgspec
 
 from common.config import Fence, NodeConfig
 from common.model import WorkloadSpec
+from common.roles import SILENCES
 
 Outcome = Literal["confirmed", "refused", "unknown"]
 
@@ -103,7 +104,12 @@ def fenceable(config: NodeConfig) -> frozenset[str]:
     return frozenset(method.node for method in config.fences)
 
 
-_CASES = ("process failure", "host loss", "partition")
+def covers(config: NodeConfig) -> dict[str, frozenset[str]]:
+    """Return for each node the failures of it in which a method can confirm that it is off."""
+    found: dict[str, frozenset[str]] = {}
+    for method in config.fences:
+        found[method.node] = found.get(method.node, frozenset()) | frozenset(method.covers)
+    return found
 
 
 def coverage(config: NodeConfig, spec: WorkloadSpec) -> list[str]:
@@ -113,7 +119,7 @@ def coverage(config: NodeConfig, spec: WorkloadSpec) -> list[str]:
         if node == config.node.name:
             continue
         covered = {case for method in config.fences if method.node == node for case in method.covers}
-        for case in _CASES:
+        for case in SILENCES:
             if spec.right_to_lead == "manual":
                 verdict = "no automatic takeover: right_to_lead is manual"
             elif case in covered:

@@ -21,7 +21,7 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 BULK_BYTES: Final = 1 << 20
@@ -52,6 +52,7 @@ _FILE = r"^(?!pages-|pagemap-|parent\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z"
 Name = Annotated[str, Meta(pattern=_NAME)]
 FileName = Annotated[str, Meta(pattern=_FILE)]
 Text = Annotated[str, Meta(max_length=4096)]
+ShortText = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Term = Annotated[int, Meta(ge=1, le=1 << 53)]
 WallSeconds = Annotated[float, Meta(ge=0, le=1e12)]
@@ -247,6 +248,28 @@ class Readiness(_Message, frozen=True):
 # --- heartbeats -------------------------------------------------------------------------------------
 
 
+class BeatPause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The newest pause that was asked for at one node, as the node that beats has it on its disk."""
+
+    node: Name
+    number: Term
+    by: ShortText
+    since_wall_s: WallSeconds
+    lifted_by: ShortText
+    """Empty: it is in force."""
+
+
+class BeatTakeover(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the node that beats would do if the leader that it follows fell silent now."""
+
+    silences: Annotated[
+        tuple[Literal["host loss", "partition", "process failure"], ...], Meta(min_length=1, max_length=3)
+    ]
+    """Why the leader falls silent."""
+    missing: Annotated[tuple[ShortText, ...], Meta(max_length=4)]
+    """Why it would not take over; empty: it would."""
+
+
 class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one workload stands on the node that beats."""
 
@@ -256,6 +279,9 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     alive: bool
     """A process of it runs there."""
     agent_alive: bool
+    pauses: Annotated[tuple[BeatPause, ...], Meta(max_length=64)]
+    takeovers: Annotated[tuple[BeatTakeover, ...], Meta(max_length=3)]
+    """Empty: it follows no leader."""
 
 
 class Beat(_Message, frozen=True):

@@ -254,6 +254,11 @@ def unfenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     return answered(noted(role, now, "not fenced", event.reason), refusal)
 
 
+def halt(role: Role, event: FenceResult, now: Instant) -> Acted:
+    """Go no further, though the leader is off; its fence could not be taken back."""
+    return noted(role, now, "paused", event.reason), ()
+
+
 def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
     """Go for the lead on an operator's word."""
     if role.name in ("following", "failed"):

@@ -12,7 +12,8 @@ import msgspec
 
 from common.control import Done, Order, Refused, TermHistory, WorkloadReport
 from common.model import WorkloadSpec
-from common.roles import Claim, Clean, StateName, Step, TermRecord
+from common.pauses import Pauses
+from common.roles import Claim, Clean, StateName, Step, Takeover, TermRecord
 
 # --- what may happen --------------------------------------------------------------------------------
 
@@ -38,6 +39,10 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     term: int = 0
     claim: Claim | None = None
     alive: bool = False
+    pauses: Pauses = ()
+    """Those that the peer has recorded."""
+    takeovers: tuple[Takeover, ...] = ()
+    """What it would do if its leader fell silent."""
 
 
 class AgentReport(msgspec.Struct, frozen=True):
@@ -58,6 +63,12 @@ class TermPersisted(msgspec.Struct, frozen=True):
     record: TermRecord
 
 
+class PausesPersisted(msgspec.Struct, frozen=True):
+    """These pauses are on disk."""
+
+    pauses: Pauses
+
+
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine succeeded."""
 
@@ -68,7 +79,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine failed."""
 
-    step: Step | Clean | Literal["persist", "history"]
+    step: Step | Clean | Literal["persist", "history", "pauses"]
     reason: str
 
 
@@ -109,6 +120,20 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True):
     request: int
 
 
+class OperatorPause(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive pause`: from now on no node takes it over by itself."""
+
+    request: int
+    by: str
+
+
+class OperatorResume(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive resume`: every pause that is known here ends."""
+
+    request: int
+    by: str
+
+
 Event = (
     KeeperStarted
     | Tick
@@ -116,6 +141,7 @@ Event = (
     | AgentReport
     | WorkloadEnded
     | TermPersisted
+    | PausesPersisted
     | StepDone
     | StepFailed
     | FenceResult
@@ -123,6 +149,8 @@ Event = (
     | OperatorStart
     | OperatorStop
     | Forget
+    | OperatorPause
+    | OperatorResume
 )
 
 # --- what is to be done -----------------------------------------------------------------------------
@@ -132,6 +160,12 @@ class PersistTerm(msgspec.Struct, frozen=True):
     """Make the record durable, then say `TermPersisted`; else `StepFailed("persist")`. In order."""
 
     record: TermRecord
+
+
+class PersistPauses(msgspec.Struct, frozen=True):
+    """Make the pauses durable, then say `PausesPersisted`; else `StepFailed("pauses")`. In order."""
+
+    pauses: Pauses
 
 
 class SaveSpec(msgspec.Struct, frozen=True):
@@ -211,6 +245,7 @@ class ForgetFiles(msgspec.Struct, frozen=True):
 
 Effect = (
     PersistTerm
+    | PersistPauses
     | SaveSpec
     | RunFence
     | HoldVip

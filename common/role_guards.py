@@ -32,6 +32,7 @@ from common.succession import (
     is_silent,
     keeper_speaks,
     obstacle,
+    paused,
     silence_s,
     successor,
     supersedes,
@@ -197,6 +198,12 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     return ""
 
 
+def paused_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
+    """The leader is off, but nobody asked for this takeover, and automatic ones were paused meanwhile."""
+    confirmed = "" if role.by_operator else right_confirmed(role, event, now)
+    return f"{confirmed}; but {pause}" if confirmed and (pause := paused(role)) else ""
+
+
 def not_confirmed_and_audible(role: Role, event: FenceResult, now: Instant) -> str:
     """The fence did not confirm, and the leader speaks again."""
     if not _answers_attempt(role, event) or not (heard := leader_audible(role, event, now)):
@@ -339,7 +346,7 @@ def _policy(role: Role) -> str:
 
 def ended_yield(role: Role, event: Event, now: Instant) -> str:
     """It ended by itself, and the successor is to run it."""
-    if not _ended(role) or role.spec.on_exit != "failover" or not has_heir(role):
+    if not _ended(role) or role.spec.on_exit != "failover" or paused(role) or not has_heir(role):
         return ""
     return f"{how_it_ended(role)}: on_exit is failover, {successor(role.spec, role.me)} can restore it"
 
@@ -349,6 +356,8 @@ def ended_restart(role: Role, event: Event, now: Instant) -> str:
     if not _ended(role) or role.spec.on_exit == "stop" or not _restarts_left(role, now):
         return ""
     why = "on_exit is restart" if role.spec.on_exit == "restart" else "no other node could restore it"
+    if role.spec.on_exit == "failover" and (pause := paused(role)):
+        why = f"restarted here, {pause}"
     return f"{how_it_ended(role)}: {why}"
 
 

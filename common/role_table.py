@@ -23,6 +23,7 @@ from common.role_actions import (
     fenced,
     give_way,
     give_way_quietly,
+    halt,
     kill,
     not_recorded,
     nothing,
@@ -43,9 +44,12 @@ from common.role_events import (
     KeeperStarted,
     Note,
     OperatorFailover,
+    OperatorPause,
+    OperatorResume,
     OperatorStart,
     OperatorStop,
     OrderAgent,
+    PausesPersisted,
     PersistTerm,
     SaveSpec,
     StepDone,
@@ -86,6 +90,7 @@ from common.role_guards import (
     order_failed,
     order_overdue,
     overdue,
+    paused_meanwhile,
     recorded,
     repair_due,
     restart_due,
@@ -97,6 +102,14 @@ from common.role_guards import (
     undone,
     up_last_step,
     up_more_steps,
+)
+from common.role_pauses import (
+    ask_pause,
+    ask_resume,
+    hear_pauses,
+    pauses_due,
+    pauses_not_recorded,
+    pauses_recorded,
 )
 from common.role_steps import (
     advance,
@@ -217,7 +230,15 @@ def _stop_refusal(role: Role) -> Done | Refused | None:
 def _learn(role: Role, event: Event, now: Instant) -> Acted:
     match event:
         case Heard():
-            return _learn_peer(role, event, now), ()
+            return hear_pauses(_learn_peer(role, event, now), event.pauses)
+        case OperatorPause():
+            return ask_pause(role, event, now)
+        case OperatorResume():
+            return ask_resume(role, event, now)
+        case PausesPersisted():
+            return pauses_recorded(role, event, now)
+        case StepFailed(step="pauses"):
+            return pauses_not_recorded(role, event, now)
         case AgentReport(report):
             known = replace(
                 role, report=report, agent_at_s=now.monotonic_s, alive=role.alive or report.running
@@ -269,6 +290,8 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
             term=event.term,
             claim=event.claim,
             alive=event.alive,
+            pauses=event.pauses,
+            takeovers=event.takeovers,
             led_wall_s=event.wall_s if event.claim == "leading" else led_wall_s,
         )
     return replace(role, peers={**role.peers, event.node: view})
@@ -276,11 +299,11 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
 
 def _learn_time(role: Role, now: Instant) -> Acted:
     """Notice that this process did not run, and try again what failed."""
-    effects: tuple[Effect, ...] = ()
+    role, effects = pauses_due(role, now)
     if now.monotonic_s - role.ticked_at_s > role.timing.suspect_after_s / 2:
         role = replace(role, listening_since_s=now.monotonic_s)
     if role.undo and 0 < role.undo_at_s <= now.monotonic_s:
-        role, effects = replace(role, undo_at_s=0.0), undoing(role.undo)
+        role, effects = replace(role, undo_at_s=0.0), (*effects, *undoing(role.undo))
     if (wanted := role.wanted) is not None and 0 < role.retry_at_s <= now.monotonic_s:
         role, effects = replace(role, retry_at_s=0.0), (*effects, PersistTerm(wanted))
     return replace(role, ticked_at_s=now.monotonic_s), effects
@@ -350,6 +373,7 @@ TABLE: tuple[Row, ...] = (
     Row(("following",), Tick, "silence", leader_silent, "suspecting", suspect),
     Row(_WATCHING, Tick, "may not lead", may_not_lead, "waiting", nothing),
     Row(_WATCHING, Tick, "may lead", may_go_for_lead, "acquiring", pursue),
+    Row(("acquiring",), FenceResult, "leader is off, paused", paused_meanwhile, "waiting", halt),
     Row(("acquiring",), FenceResult, "leader is off", right_confirmed, None, fenced),
     Row(
         ("acquiring",), FenceResult, "not confirmed, heard", not_confirmed_and_audible, "following", unfenced

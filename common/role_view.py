@@ -8,6 +8,8 @@ from msgspec.structs import replace
 
 from common.control import ReplicaProgress, Verdict, WorkloadStatus
 from common.objective import newest_elsewhere
+from common.pauses import in_force
+from common.role_pauses import unconfirmed_by
 from common.roles import LEADING, Instant, Role
 from common.succession import agent_alive, of_this_term, ready
 
@@ -40,6 +42,8 @@ def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> Wo
         verification=report.verification if report is not None and role.name in LEADING else (),
         exit_code=None if role.alive else role.exit_code,
         volatile=report.volatile if report is not None else False,
+        pauses=in_force(role.pauses),
+        pauses_unconfirmed_by=unconfirmed_by(role),
     )
 
 

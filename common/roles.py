@@ -20,6 +20,7 @@ import msgspec
 
 from common.control import Order, TimelineEntry, WorkloadReport
 from common.model import WorkloadSpec
+from common.pauses import Pauses
 
 StateName = Literal[
     "starting",
@@ -73,6 +74,11 @@ Step = Literal["hold", "add_vip", "order", "health", "lift", "announce"]
 PIPELINE: tuple[Step, ...] = ("hold", "add_vip", "order", "health", "lift", "announce")
 """From a recorded term to a served workload. Clients reach nothing between the first and the fifth step."""
 
+Silence = Literal["host loss", "partition", "process failure"]
+"""Why a leader may fall silent: the words of a fence method's `covers`."""
+
+SILENCES: tuple[Silence, ...] = ("process failure", "host loss", "partition")
+
 Clean = Literal["kill", "drop_vip", "lift"]
 """What a node that may not lead has to undo; repeated until it succeeded."""
 
@@ -116,6 +122,14 @@ class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
     began_wall_s: float = 0.0
 
 
+class Takeover(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node that another one leads would do if that one fell silent now."""
+
+    silence: Silence
+    missing: tuple[str, ...]
+    """Why it would not take over, one sentence each; empty: it would."""
+
+
 class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     """What was last heard of the workload from one peer. Times are monotonic seconds; None: never."""
 
@@ -128,6 +142,10 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool = False
     led_wall_s: float | None = None
     """When it was heard to lead that term last, by the clock that stamps its epochs; None: never was."""
+    pauses: Pauses = ()
+    """Those that it has recorded."""
+    takeovers: tuple[Takeover, ...] = ()
+    """What it would do if the leader fell silent; empty: it does not follow one."""
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +195,13 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
     timeline: tuple[TimelineEntry, ...] = ()
     timeline_from_s: float = 0.0
+    pauses: Pauses = ()
+    """Pauses of automatic takeover, lifted ones too, as the disk holds them."""
+    pauses_wanted: Pauses | None = None
+    """On their way to the disk."""
+    pauses_retry_at_s: float = 0.0
+    pause_requests: tuple[int, ...] = ()
+    """Operators' requests that wait for that."""
 
     @property
     def newest(self) -> TermRecord:
@@ -205,6 +230,7 @@ def new_role(
     record: TermRecord,
     first_order: int,
     now: Instant,
+    pauses: Pauses = (),
 ) -> Role:
     """Return the machine as the keeper finds it; `first_order` is greater than every order number before.
 
@@ -223,4 +249,5 @@ def new_role(
         listening_since_s=now.monotonic_s,
         ticked_at_s=now.monotonic_s,
         order=order,
+        pauses=pauses,
     )

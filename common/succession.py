@@ -6,8 +6,11 @@ was heard of a peer long ago; where a peer's silence matters, it counts from thi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from common.control import Refused, ReplicaProgress
 from common.model import WorkloadSpec
+from common.pauses import in_force, told
 from common.role_events import Heard, OperatorFailover, OperatorStart
 from common.roles import LEADING, OWNING, PURSUING, Instant, PeerView, Role
 
@@ -121,47 +124,66 @@ def unready(role: Role, now: Instant) -> str:
     return ""
 
 
+def paused(role: Role) -> str:
+    """Return why nobody may take over by itself; empty if it isn't paused.
+
+    A pause counts as soon as it is known, a resume once it is recorded here.
+    """
+    pauses = in_force(role.pauses) or in_force(role.pauses_wanted or ())
+    return f"takeover is {told(pauses)}" if pauses else ""
+
+
 def obstacle(role: Role, now: Instant) -> str:
     """Return why this node may not go for the lead by itself; empty if it may, after a fence if needed."""
+    return next(obstacles(role, now), "")
+
+
+def obstacles(role: Role, now: Instant) -> Iterator[str]:
+    """Yield everything that stands against it, the most telling first. Any of them is enough."""
     record, name = role.record, role.spec.name
+    failover = f"outlive failover {name} --accept-data-loss"
     if not record.leader:
-        return f"nobody here knows who led term {record.term}: outlive status on the other nodes"
+        yield f"nobody here knows who led term {record.term}: outlive status on the other nodes"
+        return
     if successor(role.spec, record.leader) != role.me:
-        return f"{successor(role.spec, record.leader)} is the successor of {record.leader}, not this node"
+        yield f"{successor(role.spec, record.leader)} is the successor of {record.leader}, not this node"
+        return
+    if pause := paused(role):
+        yield f"{pause}: outlive resume {name}, or {failover}"
     rival = contender(role, now)
-    if problem := unready(role, now):
-        return f"{problem}{_empty_start(role, rival, now)}"
-    assert role.report is not None  # noqa: S101 - unready() looked
-    if role.report.doubt:
-        return f"{role.report.doubt}: outlive failover {name} --accept-data-loss"
-    stored = role.report.stored
-    if stored is not None and stored.term < record.term:
-        return (
-            f"the newest epoch here, {stored}, is older than term {record.term}: "
-            f"outlive failover {name} --accept-data-loss"
-        )
+    problem = unready(role, now)
+    if problem:
+        yield f"{problem}{_empty_start(role, rival, now)}"
+    report = role.report
+    if report is not None and report.doubt:
+        yield f"{report.doubt}: {failover}"
+    if report is not None and report.stored is not None and report.stored.term < record.term:
+        yield f"the newest epoch here, {report.stored}, is older than term {record.term}: {failover}"
+    yield from _no_right(role, rival, now)
+    if not problem and (behind := too_far_behind(role)):
+        yield behind
+
+
+def _no_right(role: Role, rival: str, now: Instant) -> Iterator[str]:
+    """Yield why this node may not lead whatever is stored here."""
+    failover = f"outlive failover {role.spec.name} --accept-data-loss"
     if disowned(role, now):
-        failover = f"outlive failover {name} --accept-data-loss"
         if rival not in role.fenceable:
             failover = (
                 f"systemctl stop outlive-keeper outlive-agent on {rival}, "
                 f"then: {failover} --old-primary-is-off {rival}"
             )
-        return (
-            f"{rival} is heard, but does not know that it leads term {record.term}, "
+        yield (
+            f"{rival} is heard, but does not know that it leads term {role.record.term}, "
             f"and runs nothing: {failover}"
         )
-    confirmed = not rival
-    if role.spec.right_to_lead == "manual" and not (confirmed and role.spec.on_exit == "failover"):
-        return f"right_to_lead is manual: outlive failover {name} --accept-data-loss"
+        return
+    if role.spec.right_to_lead == "manual" and (rival or role.spec.on_exit != "failover"):
+        yield f"right_to_lead is manual: {failover}"
     if rival and not is_silent(role, rival, now):
-        return f"{rival} is heard, and does not say that it has given up term {record.term}"
-    if rival and rival not in role.fenceable:
-        return (
-            f"no fence method is configured for {rival}: "
-            f"outlive failover {name} --accept-data-loss --old-primary-is-off {rival}"
-        )
-    return too_far_behind(role)
+        yield f"{rival} is heard, and does not say that it has given up term {role.record.term}"
+    elif rival and rival not in role.fenceable:
+        yield f"no fence method is configured for {rival}: {failover} --old-primary-is-off {rival}"
 
 
 def _empty_start(role: Role, rival: str, now: Instant) -> str:

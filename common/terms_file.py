@@ -2,6 +2,7 @@
 
     STATE_DIR/terms/WORKLOAD/term.json      the newest term known: who leads it, how far it is
                              spec.json      the workload's declaration
+                             pauses.json    pauses of automatic takeover, lifted ones too
                              history.json   the last 50 terms with their timelines
     STATE_DIR/terms/starts                  how often this keeper was started
 
@@ -22,6 +23,7 @@ from common.control import TermHistory
 from common.durable import Disk, atomic_write
 from common.errors import StaleTermError, StoreError
 from common.model import NAME_PATTERN, WorkloadSpec
+from common.pauses import Pauses, joined
 from common.roles import TermRecord
 
 HISTORY_TERMS = 50
@@ -72,6 +74,17 @@ class TermFiles:
         self._make(self._path(workload))
         self._write(self._path(workload) / "term.json", record, "term.record")
 
+    def load_pauses(self, workload: str) -> Pauses:
+        """Return the pauses recorded. A damaged file is an error: a forgotten pause could be a takeover."""
+        hint = "move it away, then pause again what is to be paused"
+        return _read(self._path(workload) / "pauses.json", Pauses, hint=hint) or ()
+
+    def record_pauses(self, workload: str, pauses: Pauses) -> None:
+        """Make pauses durable before returning; what is on disk and newer stays."""
+        path = self._path(workload)
+        self._make(path)
+        self._write(path / "pauses.json", joined(self.load_pauses(workload), pauses), "term.pauses")
+
     def load_spec(self, workload: str) -> WorkloadSpec | None:
         """Return the declaration on disk, if there is one."""
         return _read(self._path(workload) / "spec.json", WorkloadSpec)
@@ -82,7 +95,7 @@ class TermFiles:
         self._write(self._path(spec.name) / "spec.json", spec, "term.spec")
 
     def forget_spec(self, workload: str) -> None:
-        """Remove the declaration; term and history stay, for a term is never used twice."""
+        """Remove the declaration; term, history and pauses stay, for a term is never used twice."""
         (self._path(workload) / "spec.json").unlink(missing_ok=True)
 
     def history(self, workload: str) -> tuple[TermHistory, ...]:
@@ -136,6 +149,7 @@ def look_up(config: NodeConfig, files: TermFiles) -> Known:
         try:
             kept = files.load_spec(name)
             leader = files.load(name).leader
+            files.load_pauses(name)
         except StoreError as error:
             known.damaged[name] = error
             continue
@@ -149,7 +163,10 @@ def known_workloads(config: NodeConfig) -> dict[str, WorkloadSpec]:
     return look_up(config, TermFiles(Path(config.node.state_dir), config.node.name)).specs
 
 
-def _read(path: Path, kind: type[_T]) -> _T | None:
+_TERM_HINT = "restore it, or move it away once you know that no node runs the workload"
+
+
+def _read(path: Path, kind: type[_T], *, hint: str = _TERM_HINT) -> _T | None:
     """Return what a file holds; None if there is none. Raises StoreError if it cannot be read or decoded."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
@@ -158,7 +175,7 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     except (OSError, msgspec.DecodeError) as error:
         raise StoreError(
             f"{path} cannot be read: {error}",
-            hint="restore it, or move it away once you know that no node runs the workload",
+            hint=hint,
         ) from error
 
 

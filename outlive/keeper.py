@@ -24,6 +24,7 @@ from common.config import NodeConfig
 from common.container import thaw_cgroup
 from common.control import (
     AnnounceFreeze,
+    AskExplanation,
     AskHistory,
     AskStatus,
     Done,
@@ -35,8 +36,10 @@ from common.control import (
     KeeperRequest,
     NodeStatus,
     Orders,
+    PauseTakeover,
     Refused,
     Report,
+    ResumeTakeover,
     StartWorkload,
     StopWorkload,
 )
@@ -53,6 +56,8 @@ from common.private_directory import prepare_private_directory
 from common.role_events import (
     Forget,
     OperatorFailover,
+    OperatorPause,
+    OperatorResume,
     OperatorStart,
     OperatorStop,
     Tick,
@@ -193,8 +198,9 @@ class Keeper:
     # --- workloads --------------------------------------------------------------------------------
 
     async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
-        """Begin to keep a workload. Raises StoreError if its term file cannot be read."""
+        """Begin to keep a workload. Raises StoreError if a file about it cannot be read."""
         record = await in_thread(self._files.load, spec.name)
+        pauses = await in_thread(self._files.load_pauses, spec.name)
         if (kept := self._workloads.get(spec.name)) is not None:
             return kept
         assert self._tasks is not None  # noqa: S101 - run() has begun
@@ -205,6 +211,7 @@ class Keeper:
             timing=self._timing,
             fenceable=fenceable(self._config),
             record=record,
+            pauses=pauses,
             first_order=self._last_order + 1,
             hands=self._hands,
             files=self._files,
@@ -327,10 +334,16 @@ class Keeper:
                 return await self._start(request)
             case StopWorkload(workload=name):
                 return await self._known(name).ask(OperatorStop(request=self._next_request()))
+            case PauseTakeover(workload=name, by=by):
+                return await self._known(name).ask(OperatorPause(request=self._next_request(), by=by))
+            case ResumeTakeover(workload=name, by=by):
+                return await self._known(name).ask(OperatorResume(request=self._next_request(), by=by))
             case ForgetWorkload(workload=name):
                 return await self._known(name).ask(Forget(request=self._next_request()))
             case AskStatus():
                 return self._status()
+            case AskExplanation(workload=name):
+                return self._known(name).explain()
             case AskHistory(workload=name):
                 return await self._history(name)
         return Refused(error="ProtocolError", message="this keeper does not know that request")

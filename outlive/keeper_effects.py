@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from common.addresses import Vip, add_vip, announce, drop_vip, hold, lift
 from common.config import NodeConfig
@@ -30,6 +30,8 @@ from common.role_events import (
     HoldVip,
     KillWorkload,
     LiftHold,
+    PausesPersisted,
+    PersistPauses,
     PersistTerm,
     RunFence,
     SaveHistory,
@@ -149,6 +151,9 @@ _HOST: dict[type[Effect], Step | Clean] = {
 }
 
 
+_DISK: dict[type[Effect], Literal["persist", "pauses"]] = {PersistTerm: "persist", PersistPauses: "pauses"}
+
+
 class Effects:
     """Carries out one workload's effects; what came of them goes to `feed`, in the event loop."""
 
@@ -166,7 +171,7 @@ class Effects:
         match effect:
             case HoldVip() | AddVip() | DropVip() | LiftHold() | Announce() | KillWorkload():
                 self._host.put_nowait((_HOST[type(effect)], spec))
-            case PersistTerm() | SaveSpec() | SaveHistory() | ForgetFiles():
+            case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
             case RunFence(node, attempt):
                 self._begin(self._fence(node, attempt))
@@ -208,19 +213,19 @@ class Effects:
             try:
                 await in_thread(self._write, effect, spec)
             except (OutliveError, OSError) as error:
-                self._feed(
-                    StepFailed(
-                        step="persist" if isinstance(effect, PersistTerm) else "history", reason=str(error)
-                    )
-                )
+                self._feed(StepFailed(step=_DISK.get(type(effect), "history"), reason=str(error)))
             else:
                 if isinstance(effect, PersistTerm):
                     self._feed(TermPersisted(effect.record))
+                elif isinstance(effect, PersistPauses):
+                    self._feed(PausesPersisted(effect.pauses))
 
     def _write(self, effect: Effect, spec: WorkloadSpec) -> None:
         match effect:
             case PersistTerm(record):
                 self._files.record(spec.name, record)
+            case PersistPauses(pauses):
+                self._files.record_pauses(spec.name, pauses)
             case SaveSpec(declared):
                 self._files.save_spec(declared)
             case SaveHistory(story):

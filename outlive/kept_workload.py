@@ -14,12 +14,14 @@ import time
 import msgspec
 
 from common.config import NodeConfig
-from common.control import Done, Refused, TermHistory, WorkloadReport, WorkloadStatus
+from common.control import Done, Explanation, Refused, TermHistory, WorkloadReport, WorkloadStatus
 from common.events import Event as LogEvent
 from common.events import EventLog
-from common.messages import BeatWorkload
+from common.fencing import covers
+from common.messages import BeatPause, BeatTakeover, BeatWorkload
 from common.model import WorkloadSpec
 from common.objective import Objective, judged
+from common.pauses import Pauses, in_force
 from common.role_actions import history
 from common.role_events import (
     AgentReport,
@@ -32,6 +34,8 @@ from common.role_events import (
     KillWorkload,
     Note,
     OperatorFailover,
+    OperatorPause,
+    OperatorResume,
     OperatorStart,
     OperatorStop,
     OrderAgent,
@@ -39,9 +43,11 @@ from common.role_events import (
     Tick,
     WorkloadEnded,
 )
+from common.role_explain import explain, takeovers
+from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
-from common.roles import Instant, Role, TermRecord, Timing, claim_of, new_role
+from common.roles import Instant, Role, Silence, Takeover, TermRecord, Timing, claim_of, new_role
 from common.succession import has_listened
 from common.terms_file import TermFiles
 from outlive.keeper_effects import Effects, Hands
@@ -52,6 +58,10 @@ _EXIT_CODE_POLL_S = 0.02
 _EXIT_CODE_POLLS = 15
 """conmon writes the exit code a moment after the process has ended."""
 _ANSWER_DEADLINE_S = 60.0
+_TAKEOVERS_S = 0.5
+"""How old what heartbeats say of a takeover by this node may be: beats are many, each costs the keeper."""
+_REASONS, _REASON_CHARACTERS = 4, 200
+"""Of why this node would not take over travels in heartbeats, which must stay small; `explain` has all."""
 
 
 class KeptWorkload:
@@ -66,6 +76,7 @@ class KeptWorkload:
         timing: Timing,
         fenceable: frozenset[str],
         record: TermRecord,
+        pauses: Pauses,
         first_order: int,
         hands: Hands,
         files: TermFiles,
@@ -73,6 +84,9 @@ class KeptWorkload:
         events: EventLog,
     ) -> None:
         self._hands = hands
+        self._covers = covers(config)
+        self._takeovers: tuple[BeatTakeover, ...] = ()
+        self._takeovers_until_s = 0.0
         self._events = events
         self._tasks = tasks
         self._effects = Effects(hands, files, self.feed, tasks)
@@ -91,6 +105,7 @@ class KeptWorkload:
             record=record,
             first_order=first_order,
             now=_now(),
+            pauses=pauses,
         )
 
     def begin(self) -> None:
@@ -109,10 +124,14 @@ class KeptWorkload:
 
     def feed(self, event: Event) -> None:
         """Let the machine take an event in, and begin what it wants done."""
-        before = self.role.name
+        before, paused_before = self.role.name, in_force(self.role.pauses)
         self.role, effects = step(self.role, event, _now())
         if isinstance(event, FenceResult):
             self._tell(LogEvent.FENCE_ANSWERED, f"{event.node}: {event.outcome}: {event.reason}")
+        if in_force(self.role.pauses) != paused_before:
+            now_paused = bool(in_force(self.role.pauses))
+            event_of = LogEvent.TAKEOVER_PAUSED if now_paused else LogEvent.TAKEOVER_RESUMED
+            self._tell(event_of, change_told(self.role))
         for effect in effects:
             match effect:
                 case Note(reason=reason, event=label):
@@ -137,7 +156,10 @@ class KeptWorkload:
         if isinstance(event, Tick):
             self._judge_objective(_now())
 
-    async def ask(self, event: OperatorFailover | OperatorStart | OperatorStop | Forget) -> Done | Refused:
+    async def ask(
+        self,
+        event: OperatorFailover | OperatorStart | OperatorStop | OperatorPause | OperatorResume | Forget,
+    ) -> Done | Refused:
         """Put an operator's request to the machine and wait for its answer."""
         answer: asyncio.Future[Done | Refused] = asyncio.get_running_loop().create_future()
         self._answers[event.request] = answer
@@ -146,6 +168,8 @@ class KeptWorkload:
             async with asyncio.timeout(_ANSWER_DEADLINE_S):
                 return await answer
         except TimeoutError:
+            if isinstance(event, OperatorPause | OperatorResume):  # only what is on disk is done
+                return Refused(error="StoreError", message="it is not on this node's disk yet")
             return Done(detail=f"still under way: {self.role.reason}")
         finally:
             self._answers.pop(event.request, None)
@@ -167,11 +191,33 @@ class KeptWorkload:
             state=claim_of(self.role.name),
             alive=self.role.alive,
             agent_alive=agent_alive,
+            pauses=tuple(
+                BeatPause(
+                    node=pause.node,
+                    number=pause.number,
+                    by=pause.by,
+                    since_wall_s=pause.since_wall_s,
+                    lifted_by=pause.lifted_by,
+                )
+                for pause in self.role.pauses
+            ),
+            takeovers=self._beat_takeovers(_now()),
         )
+
+    def _beat_takeovers(self, now: Instant) -> tuple[BeatTakeover, ...]:
+        """Return what heartbeats say of a takeover by this node, worked out every now and then."""
+        if now.monotonic_s >= self._takeovers_until_s:
+            self._takeovers = _told_once(takeovers(self.role, now, self._covers))
+            self._takeovers_until_s = now.monotonic_s + _TAKEOVERS_S
+        return self._takeovers
 
     def status(self) -> WorkloadStatus:
         """Return how it stands."""
         return workload_status(self.role, _now(), self._objective.verdict)
+
+    def explain(self) -> Explanation:
+        """Return what would follow if something failed now."""
+        return explain(self.role, _now(), self._covers)
 
     def story(self) -> TermHistory | None:
         """Return the present term's story, if this node leads it; it may be newer than the one on disk."""
@@ -271,3 +317,12 @@ class KeptWorkload:
 
 def _now() -> Instant:
     return Instant(time.monotonic(), time.time())
+
+
+def _told_once(found: tuple[Takeover, ...]) -> tuple[BeatTakeover, ...]:
+    """Return them as heartbeats have them: what is the same is said once, and nothing at length."""
+    silences: dict[tuple[str, ...], tuple[Silence, ...]] = {}
+    for each in found:
+        missing = tuple(reason[:_REASON_CHARACTERS] for reason in each.missing[:_REASONS])
+        silences[missing] = (*silences.get(missing, ()), each.silence)
+    return tuple(BeatTakeover(silences=why, missing=missing) for missing, why in silences.items())

@@ -14,8 +14,9 @@ from common.control import PeerStatus
 from common.events import Event as LogEvent
 from common.events import EventLog
 from common.messages import Beat
+from common.pauses import Pause
 from common.role_events import Heard
-from common.roles import Instant, Timing
+from common.roles import Instant, Takeover, Timing
 
 _REFUSAL_KEPT_S = 150.0
 """More than two minutes: a refusal that goes on is told at least once a minute."""
@@ -116,4 +117,19 @@ def heard_of(beat: Beat, workload: str) -> Heard:
         term=said.term,
         claim=said.state,
         alive=said.alive,
+        pauses=tuple(
+            Pause(
+                node=pause.node,
+                number=pause.number,
+                by=pause.by,
+                since_wall_s=pause.since_wall_s,
+                lifted_by=pause.lifted_by,
+            )
+            for pause in said.pauses
+        ),
+        takeovers=tuple(
+            Takeover(silence=silence, missing=each.missing)
+            for each in said.takeovers
+            for silence in each.silences
+        ),
     )

@@ -37,7 +37,15 @@ class SetAside:
     def beats(self, *, agent_alive: bool) -> tuple[BeatWorkload, ...]:
         """Say that this node exists and does not know: peers must not take it for one that follows."""
         return tuple(
-            BeatWorkload(name=name, term=0, state="starting", alive=self._runs(name), agent_alive=agent_alive)
+            BeatWorkload(
+                name=name,
+                term=0,
+                state="starting",
+                alive=self._runs(name),
+                agent_alive=agent_alive,
+                pauses=(),
+                takeovers=(),
+            )
             for name in self._errors
         )
 

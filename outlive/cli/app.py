@@ -13,8 +13,10 @@ from common.errors import OutliveError
 from outlive import __version__
 from outlive.cli import DEBUG_VARIABLE
 from outlive.cli.call import Call, Verbs, examples, group_config_option, output_option
+from outlive.cli.explain import explain
 from outlive.cli.node import agent, config, doctor, keeper, keys
 from outlive.cli.output import Answer, error_answer, print_answer
+from outlive.cli.pause import pause, resume
 from outlive.cli.records import events, history
 from outlive.cli.resync import resync
 from outlive.cli.running import print_error
@@ -70,6 +72,7 @@ for _verb in (
     agent,
     keeper,
     status,
+    explain,
     events,
     history,
     protect,
@@ -77,6 +80,8 @@ for _verb in (
     start,
     stop,
     failover,
+    pause,
+    resume,
     resync,
     verify,
     store,

@@ -22,6 +22,7 @@ from common.control import (
 )
 from common.errors import ObjectiveMissedError, OutliveError, UnprotectedError, UnreachableError
 from common.model import EpochId
+from common.pauses import told
 from outlive.cli.call import Call, Verb, examples
 from outlive.cli.output import Answer, Rows, duration, wall_time, yes_no
 
@@ -193,6 +194,7 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     else:  # what stands against single replicas is among the reasons otherwise
         lines += [f"{name}: {reason}" for reason in workload.reasons]
         lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
+    lines += pause_sentences(workload)
     if workload.rpo == "missed":
         lines.append(
             f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
@@ -208,6 +210,23 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     if workload.volatile:
         lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
     return lines
+
+
+def pause_sentences(workload: WorkloadStatus) -> list[str]:
+    """Return what is to be known of pauses, one sentence a line."""
+    name, missing = workload.name, ", ".join(workload.pauses_unconfirmed_by)
+    if workload.pauses:
+        lines = [f"{name}: takeover is {told(workload.pauses)}: outlive resume {name}"]
+        return [*lines, f"{name}: paused here, but {unaware(workload)}"] if missing else lines
+    return [f"{name}: resumed here; {missing} was not heard to know that"] if missing else []
+
+
+def unaware(workload: WorkloadStatus) -> str:
+    """Return which nodes did not confirm a pause, and what they may do; empty if all did."""
+    able = [node for node in workload.pauses_unconfirmed_by if node != workload.leader]
+    led = [node for node in workload.pauses_unconfirmed_by if node == workload.leader]
+    parts = [f"{', '.join(able)} did not confirm it and may still take it over"] if able else []
+    return " and ".join([*parts, *(f"{node}, which leads it, did not confirm it" for node in led)])
 
 
 def _verification(progress: VerificationProgress) -> str:

@@ -30,6 +30,8 @@ FAULTS = (
     "failover",
 )
 SETTLE_S = 25.0
+PAUSING = 0.3
+"""Share of the runs in which operators pause and resume."""
 MOVING = frozenset({"suspecting", "acquiring", "taking_over", "launching", "yielding", "deposed"})
 
 
@@ -75,9 +77,13 @@ def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 2
     world.run(2.5)
     world.start("a")
     world.run(3.0)
+    pausing = random.Random(f"pause-{seed}")
+    pauses = pausing.random() < PAUSING
     end = world.now + trouble_s
     while world.now < end:
         world.run(rng.uniform(0.1, 2 * world.weather.fault_every_s))
+        if pauses and pausing.random() < 0.5:
+            _pause_or_resume(world, pausing)
         _strike(world, rng)
     for _ in range(3):  # a fence that was asked for before may still turn a host off
         heal(world)
@@ -110,6 +116,9 @@ def at_rest(world: World) -> Result:
         newest = max(other.record.term for other in world.hosts.values())
         if host.record.term != newest:
             raise world.broken(f"{host.name} knows term {host.record.term} and not {newest}")
+    pauses = {host.pauses for host in world.hosts.values()}
+    if len(pauses) > 1:
+        raise world.broken(f"the nodes do not agree on what is paused: {pauses}")
     return Result(terms=world.leaderships, states=states)
 
 
@@ -145,6 +154,12 @@ def _strike(world: World, rng: random.Random) -> None:
         off = [name for name, other in world.hosts.items() if not other.on]
         if off or world.spec.right_to_lead == "fence":
             world.failover(host.name, rng.choice(off) if off else "")
+
+
+def _pause_or_resume(world: World, rng: random.Random) -> None:
+    """An operator pauses or resumes somewhere, or two of them at once."""
+    for name in rng.sample(world.spec.nodes, rng.choice([1, 1, 2])):
+        (world.pause if rng.random() < 0.5 else world.resume)(name)
 
 
 def _crash_agent(world: World, host: Host, back_s: float) -> None:

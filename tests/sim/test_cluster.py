@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
-from common import role_guards, role_table, succession
+from common import role_explain, role_guards, role_pauses, role_table, succession
 from common.model import WorkloadSpec
-from common.roles import Role
+from common.pauses import in_force
+from common.roles import Instant, Role
 from tests.sim.campaign import run_seed
 from tests.sim.world import TIMING, Violation, Weather, World
 
@@ -160,6 +162,62 @@ def test_a_stopped_workload_stays_stopped_whoever_dies() -> None:
     assert world.hosts["b"].container is None
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("asked", ["a", "b"])
+def test_a_paused_pair_is_not_taken_over_whatever_crashes_and_is_after_a_resume(
+    seed: int, asked: str
+) -> None:
+    world = protected_pair(seed)
+    world.pause(asked)
+    world.run(0.5)
+    for name in ("a", "b"):
+        assert world.hosts[name].pauses, "\n".join(world.story)
+    world.crash_keeper(world.hosts["b"])
+    world.boot_keeper(world.hosts["b"])
+    world.run(3.0)
+    world.power_off(world.hosts["a"])
+    world.run(10.0)
+    assert state(world, "b") == "waiting"
+    assert f"paused by operator on {asked}" in role_of(world, "b").reason
+    world.resume("b")
+    world.run(6.0)
+    assert state(world, "b") == "leading"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_hosts_lose_power_while_paused_and_an_operators_failover_brings_it_back(seed: int) -> None:
+    world = protected_pair(seed)
+    world.pause("a")
+    world.run(0.5)
+    for name in ("a", "b"):
+        world.power_off(world.hosts[name])
+    world.run(1.0)
+    for name in ("a", "b"):
+        world.power_on(world.hosts[name])
+    world.run(8.0)
+    assert state(world, "b") == "waiting"
+    assert not world.refused(world.failover("b"))
+    world.run(4.0)
+    assert state(world, "b") == "leading"
+    assert world.hosts["b"].pauses[0].lifted_by == ""
+
+
+def test_a_pause_and_a_resume_on_two_nodes_that_do_not_hear_each_other_end_paused() -> None:
+    world = protected_pair(4)
+    world.pause("a")
+    world.run(0.5)
+    world.resume("a")
+    world.run(0.5)
+    world.blocked |= {("a", "b"), ("b", "a")}
+    world.resume("a")
+    world.pause("b")
+    world.run(0.3)
+    world.blocked.clear()
+    world.run(1.0)
+    paused = [[pause.node for pause in in_force(world.hosts[name].pauses)] for name in ("a", "b")]
+    assert paused == [["b"], ["b"]]
+
+
 def skip_fence(monkeypatch: pytest.MonkeyPatch) -> str:
     return "skip-fence"
 
@@ -228,9 +286,49 @@ def lag_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
+def forget_pauses(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "forget-pauses"
+
+
+def answer_pause_before_persist(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "answer-pause-before-persist"
+
+
+def pause_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(succession, "paused", lambda role: "")
+    return ""
+
+
+def pause_does_not_matter_once_a_fence_runs(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(role_guards, "paused", lambda role: "")
+    return ""
+
+
+def last_word_wins(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The nodes take over what they hear, whatever they know."""
+    monkeypatch.setattr(role_pauses, "joined", lambda known, heard: heard or known)
+    return ""
+
+
+def explain_does_not_know_of_pauses(monkeypatch: pytest.MonkeyPatch) -> str:
+    silenced = role_explain._silenced
+
+    def unpaused(role: Role, now: Instant) -> Role:
+        return msgspec.structs.replace(silenced(role, now), pauses=(), pauses_wanted=None)
+
+    monkeypatch.setattr(role_explain, "_silenced", unpaused)
+    return ""
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        explain_does_not_know_of_pauses,
+        forget_pauses,
+        answer_pause_before_persist,
+        pause_does_not_matter,
+        pause_does_not_matter_once_a_fence_runs,
+        last_word_wins,
         lag_by_the_hearers_clock,
         lag_does_not_matter,
         skip_fence,

@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from common.control import Refused, ReplicaProgress, WorkloadReport
+from common.control import Done, Refused, ReplicaProgress, WorkloadReport
 from common.model import EpochId, WorkloadSpec
+from common.pauses import Pauses, joined
 from common.role_events import (
     AddVip,
     AgentReport,
@@ -32,8 +33,12 @@ from common.role_events import (
     LiftHold,
     Note,
     OperatorFailover,
+    OperatorPause,
+    OperatorResume,
     OperatorStart,
     OperatorStop,
+    PausesPersisted,
+    PersistPauses,
     PersistTerm,
     RunFence,
     StepDone,
@@ -42,8 +47,10 @@ from common.role_events import (
     Tick,
     WorkloadEnded,
 )
+from common.role_explain import takeovers
 from common.role_table import step
-from common.roles import Instant, Role, TermRecord, Timing, claim_of, new_role
+from common.roles import SILENCES, Instant, Role, TermRecord, Timing, claim_of, new_role
+from common.succession import is_silent
 
 TICK_S = 0.05
 BEAT_S = 0.1
@@ -93,7 +100,7 @@ class Host:
     starts: int = 0
     stored: EpochId | None = None
     role: Role | None = None
-    paused: bool = False
+    stands_still: bool = False
     inbox: list[Event] = field(default_factory=list)
     keeper_life: int = 0
     agent_on: bool = True
@@ -120,6 +127,13 @@ class Host:
     """When the stored epoch was captured, in the world's own time."""
     led_at: dict[tuple[str, int], float] = field(default_factory=dict)
     """When a node sent the last sign of life that arrived here while it led a term."""
+    pauses: Pauses = ()
+    """What its disk holds of pauses."""
+    pauses_writing: list[Pauses] = field(default_factory=list)
+    told_paused: set[tuple[str, int]] = field(default_factory=set)
+    """Pauses, by node and number, that its keeper knows: acknowledged here, read from disk, or heard."""
+    told_resumed: set[tuple[str, int]] = field(default_factory=set)
+    """Those of which it knows that they are lifted."""
     disk_free_at: float = 0.0
     host_free_at: float = 0.0
 
@@ -144,6 +158,8 @@ class World:
         self.lives = 0
         self.requests = 0
         self.answers: dict[int, object] = {}
+        self.pausing: dict[int, bool] = {}
+        """Requests to pause (True) or to resume."""
         self.leaderships = 0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
@@ -184,12 +200,19 @@ class World:
             return
         host.keeper_life += 1
         host.starts += 1
-        host.paused = False
+        host.stands_still = False
         host.inbox.clear()
         host.newest_beat.clear()
         host.spoke_at.clear()
         host.led_at.clear()
         record = TermRecord() if "forget-terms" in self.bugs else host.record
+        for unfinished in host.pauses_writing:
+            host.pauses = joined(host.pauses, unfinished if self.chance(0.5) else ())
+        host.pauses_writing.clear()
+        pauses = () if "forget-pauses" in self.bugs else host.pauses
+        host.told_paused.clear()
+        host.told_resumed.clear()
+        self._know(host, host.pauses)
         host.role = new_role(
             me=host.name,
             boot_id="the-same" if "one-boot-id" in self.bugs else f"boot-{host.boot}",
@@ -199,6 +222,7 @@ class World:
             record=record,
             first_order=host.starts * 1000,
             now=self.instant(host),
+            pauses=pauses,
         )
         self.tell(f"{host.name}: keeper starts with {record.term}/{record.leader}/{record.mark}")
         self.feed(host, KeeperStarted(host.container is not None))
@@ -209,7 +233,7 @@ class World:
         def again() -> None:
             if host.role is None or host.keeper_life != life:
                 return
-            if not host.paused:
+            if not host.stands_still:
                 what()
             self.later(period_s * self.random.uniform(0.9, 1.1), again)
 
@@ -221,14 +245,14 @@ class World:
             host.role = None
 
     def pause_keeper(self, host: Host, for_s: float) -> None:
-        if host.role is None or host.paused:
+        if host.role is None or host.stands_still:
             return
         self.tell(f"{host.name}: keeper stands still for {for_s:.2f} s")
-        host.paused, life = True, host.keeper_life
+        host.stands_still, life = True, host.keeper_life
 
         def resume() -> None:
             if host.role is not None and host.keeper_life == life:
-                host.paused = False
+                host.stands_still = False
                 self.feed(host, Tick())  # the worst order: it looks at the clock before it reads its mail
                 events, host.inbox = host.inbox, []
                 for event in events:
@@ -239,16 +263,20 @@ class World:
     def feed(self, host: Host, event: Event) -> None:
         if host.role is None:
             return
-        if host.paused:
+        if host.stands_still:
             host.inbox.append(event)
             return
         before = host.role
+        if isinstance(event, Heard):
+            self._know(host, event.pauses)
         host.role, effects = step(host.role, event, self.instant(host))
         if host.role.name != before.name:
             self.tell(
                 f"{host.name}: {before.name} -> {host.role.name} [{host.role.record.term}] {host.role.reason}"
             )
             self._check_lag(host)
+        self._check_pause(host, before, event)
+        self._check_explained(host, before, event)
         for effect in effects:
             self.perform(host, effect)
 
@@ -256,6 +284,8 @@ class World:
         match effect:
             case PersistTerm(record):
                 self._persist(host, record)
+            case PersistPauses(pauses):
+                self._persist_pauses(host, pauses)
             case RunFence(node, attempt):
                 self._fence(host, node, attempt)
             case HoldVip():
@@ -274,6 +304,7 @@ class World:
                 self._after(host, self.random.uniform(0.01, 0.3), StepDone(step="health"))
             case Answer(request=request, answer=answer):
                 self.answers[request] = answer
+                self._check_answer(host, request, answer)
                 self.tell(f"{host.name}: answers {answer}")
             case Note() | _:
                 pass
@@ -312,6 +343,38 @@ class World:
 
         self.later(ends - self.now, write)
 
+    def _persist_pauses(self, host: Host, pauses: Pauses) -> None:
+        """As terms are; what a crash interrupts is on the disk or not when the next keeper reads it."""
+        boot, life = host.boot, host.keeper_life
+        host.pauses_writing.append(pauses)
+        host.disk_free_at = max(self.now, host.disk_free_at) + self.random.uniform(0.001, 0.05)
+        if "answer-pause-before-persist" in self.bugs:
+            self._after(host, 0.0, PausesPersisted(pauses))
+
+        def write() -> None:
+            if host.boot != boot or not host.on or host.keeper_life != life or host.role is None:
+                return
+            host.pauses_writing.remove(pauses)
+            if self.chance(self.weather.effect_fails):
+                self.feed(host, StepFailed(step="pauses", reason="the disk is full"))
+                return
+            host.pauses = joined(host.pauses, pauses)
+            self._know(host, pauses)
+            self.feed(host, PausesPersisted(pauses))
+
+        self.later(host.disk_free_at - self.now, write)
+
+    def _know(self, host: Host, pauses: Pauses) -> None:
+        """Keep what a keeper was told of pauses, by rules of this world's own."""
+        for pause in pauses:
+            known = host.told_resumed if pause.lifted_by else host.told_paused
+            known.add((pause.node, pause.number))
+            host.told_resumed.update((pause.node, older) for older in range(1, pause.number))
+
+    def knows_pause(self, host: Host) -> bool:
+        """Tell whether the host's keeper was told of a pause and not of its end."""
+        return bool(host.told_paused - host.told_resumed)
+
     def _written(self, host: Host, record: TermRecord) -> None:
         if record.term < host.record.term and "forget-terms" not in self.bugs:
             raise self.broken(f"{host.name} lowers its term from {host.record.term} to {record.term}")
@@ -346,7 +409,7 @@ class World:
             heard is not None
             and self.now - heard < TIMING.suspect_after_s * 0.9
             and not asked
-            and not host.paused
+            and not host.stands_still
         ):
             raise self.broken(f"{host.name} fences {node}, heard {self.now - heard:.3f} s ago")
         self.tell(f"{host.name}: fences {node}")
@@ -389,6 +452,7 @@ class World:
                     term=role.record.term,
                     claim=claim_of(role.name),
                     alive=role.alive,
+                    pauses=role.pauses,
                 )
             sequence, boot = host.sequence, host.boot
             for _ in range(2 if self.chance(self.weather.double) else 1):
@@ -446,7 +510,7 @@ class World:
         self.later(self.random.uniform(0, EPOCH_S), capture)
 
     def _report(self, host: Host) -> None:
-        if host.role is None or host.paused:
+        if host.role is None or host.stands_still:
             return
         leads = host.role.order.role == "lead"
         replicas = tuple(
@@ -586,6 +650,8 @@ class World:
     def _ask(self, name: str, make: Callable[[int], Event]) -> int:
         self.requests += 1
         event = make(self.requests)
+        if isinstance(event, OperatorPause | OperatorResume):
+            self.pausing[self.requests] = isinstance(event, OperatorPause)
         self.tell(f"{name}: operator: {event}"[:200])
         self.feed(self.hosts[name], event)
         return self.requests
@@ -600,6 +666,12 @@ class World:
         return self._ask(
             name, lambda n: OperatorFailover(request=n, accept_data_loss=True, old_primary_is_off=off)
         )
+
+    def pause(self, name: str) -> int:
+        return self._ask(name, lambda n: OperatorPause(request=n, by="operator"))
+
+    def resume(self, name: str) -> int:
+        return self._ask(name, lambda n: OperatorResume(request=n, by="operator"))
 
     def refused(self, request: int) -> bool:
         return isinstance(self.answers.get(request), Refused)
@@ -631,9 +703,40 @@ class World:
                 f"{host.name} goes for the lead with what was captured at {host.stored_at:.3f} s"
             )
 
+    def _check_pause(self, host: Host, before: Role, event: Event) -> None:
+        """Nobody goes for the lead, or records a term, unasked while it knows of a pause."""
+        role = host.role
+        if role is None or role.by_operator or role.request is not None or not self.knows_pause(host):
+            return
+        begins = role.name == "acquiring" and before.name != "acquiring"
+        records = role.wanted is not None and role.wanted.mark == "taking_over" and before.wanted is None
+        if begins or records:
+            raise self.broken(f"{host.name} goes for the lead at {event}, paused by {host.told_paused}")
+
+    def _check_explained(self, host: Host, before: Role, event: Event) -> None:
+        """What a follower does once its leader is silent is what it would have said a moment before."""
+        role, now = host.role, self.instant(host)
+        moved = role is not None and before.name == "following" and role.name in ("acquiring", "waiting")
+        if not moved or not isinstance(event, Tick) or before.record.mark == "yielded":
+            return
+        assert role is not None
+        if not is_silent(before, before.record.leader, now):
+            return
+        covers = {name: frozenset(SILENCES) for name in self.spec.nodes}
+        said = {takeover.missing for takeover in takeovers(before, now, covers)}
+        if any((role.name == "acquiring") != (not missing) for missing in said):
+            raise self.broken(f"{host.name} is {role.name} ({role.reason}), and would have said {said}")
+
+    def _check_answer(self, host: Host, request: int, answer: object) -> None:
+        """Who paused and was told that it is done finds it on disk, whatever crashes next."""
+        if not isinstance(answer, Done) or not self.pausing.get(request):
+            return
+        if not any(pause.node == host.name for pause in host.pauses):
+            raise self.broken(f"{host.name} says that it is paused, its disk says {host.pauses}")
+
     def _check_right(self, host: Host) -> None:
         role = host.role
-        entitled = role is None or host.paused or (role.newest.leader == host.name)
+        entitled = role is None or host.stands_still or (role.newest.leader == host.name)
         if entitled:
             host.without_right_since = None
         elif host.without_right_since is None:

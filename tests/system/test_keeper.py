@@ -20,10 +20,12 @@ import zmq.asyncio
 from common.config import Fence, Heartbeat, Node, NodeConfig, Peer
 from common.control import (
     AnnounceFreeze,
+    AskExplanation,
     AskHistory,
     AskStatus,
     Done,
     EndFreeze,
+    Explanation,
     Failover,
     History,
     KeeperAnswer,
@@ -31,9 +33,11 @@ from common.control import (
     NodeStatus,
     Order,
     Orders,
+    PauseTakeover,
     Refused,
     ReplicaProgress,
     Report,
+    ResumeTakeover,
     StartWorkload,
     StopWorkload,
     WorkloadReport,
@@ -384,6 +388,55 @@ async def test_without_a_confirmed_fence_the_replica_waits_and_says_why() -> Non
         answer = await b.ask(Failover(workload="w", accept_data_loss=True, old_primary_is_off="a"))
         assert isinstance(answer, Done), answer
         assert (await b.is_in("leading")).term > 1
+
+
+async def test_paused_nobody_takes_over_whatever_restarts_until_it_is_resumed() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        let_fence_of(a, "echo the power is off; exit 0")
+
+        async def both_would() -> bool:
+            said = [await node.ask(AskExplanation(workload="w")) for node in (a, b)]
+            return all(isinstance(each, Explanation) and each.would_fail_over for each in said)
+
+        await until(both_would, "b would take over, and a knows that from it")
+        answer = await a.ask(PauseTakeover(workload="w", by="root"))
+        assert isinstance(answer, Done), answer
+        assert (a.directory / "state/terms/w/pauses.json").exists(), "on disk before it is acknowledged"
+
+        async def confirmed() -> bool:
+            return not (await a.status()).pauses_unconfirmed_by
+
+        await until(confirmed, "b echoes the pause")
+        assert (b.directory / "state/terms/w/pauses.json").exists(), "on disk before it is echoed"
+        for node in (a, b):
+            node.kill_keeper()
+            await node.agent.die()
+            await node.start_keeper()
+            node.agent.start()
+        await a.is_in("leading")
+        await b.is_in("following")
+
+        async def both_would_not() -> bool:
+            said = [await node.ask(AskExplanation(workload="w")) for node in (a, b)]
+            missing = [each.missing for each in said if isinstance(each, Explanation)]
+            return all(reasons and "paused by root on a" in reasons[0] for reasons in missing)
+
+        await until(both_would_not, "b names the pause, and a knows that from it")
+        await lose(a)
+        status = await b.is_in("waiting")
+        assert "takeover is paused by root on a" in status.reason
+        assert [pause.node for pause in status.pauses] == ["a"]
+        await asyncio.sleep(1.0)
+        assert (await b.status()).state == "waiting"
+        events = (b.directory / "state/events.jsonl").read_text()
+        assert '"takeover.paused"' in events
+        assert '"fence.asked"' not in events
+        assert isinstance(await b.ask(ResumeTakeover(workload="w", by="root")), Done)
+        status = await b.is_in("leading")
+        assert status.pauses == ()
+        assert status.pauses_unconfirmed_by == ("a",)
+        assert '"takeover.resumed"' in (b.directory / "state/events.jsonl").read_text()
 
 
 async def test_a_dead_keeper_is_no_reason_to_take_over_and_leads_again_when_it_is_back() -> None:

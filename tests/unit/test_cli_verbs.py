@@ -16,19 +16,24 @@ from msgspec.structs import replace
 from common.config import load_config
 from common.control import (
     AgentMetrics,
+    AskExplanation,
     AskHistory,
     AskStatus,
     CaptureStatus,
     Done,
+    Explanation,
     Failover,
     ForgetWorkload,
     History,
     KeeperAnswer,
     KeeperRequest,
     NodeStatus,
+    PauseTakeover,
     PeerStatus,
+    Prospect,
     Refused,
     ReplicaProgress,
+    ResumeTakeover,
     StartWorkload,
     StopWorkload,
     TermHistory,
@@ -41,6 +46,7 @@ from common.control import (
 )
 from common.control_channel import ControlServer
 from common.model import EpochId
+from common.pauses import Pause
 from outlive.cli import follow
 from outlive.cli import verify as verify_module
 from outlive.cli.app import run
@@ -722,3 +728,180 @@ def test_status_says_how_far_verification_is(node: FakeNode, capsys: Captured) -
     assert node.run("status", "--output", "json") == 0
     workload = read_json(capsys)["workloads"][0]  # type: ignore[index]
     assert [each["pages_done"] for each in workload["verification"]] == [340, 0]
+
+
+# --- pause and resume -------------------------------------------------------------------------------
+
+PAUSE = Pause(node="a", number=1, by="root", since_wall_s=1e9)
+PAUSED = replace(LEADING, pauses=(PAUSE,))
+
+
+def test_pause_ends_well_once_every_node_has_confirmed(
+    node: FakeNode, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUDO_USER", "eve")
+    states = iter([LEADING, replace(PAUSED, pauses_unconfirmed_by=("b",))])
+    node.answers[PauseTakeover] = Done(detail="it is paused")
+    node.answers[AskStatus] = lambda: node_status(next(states, PAUSED))
+    assert node.run("pause", "redis") == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1].split()[:3] == ["redis", "paused", "-"]
+    assert "paused by root on a since 2001-09-09 01:46:40 UTC" in shown.out
+    assert shown.err == ""
+    assert node.asked == [PauseTakeover(workload="redis", by="eve")]
+
+
+def test_a_pause_that_a_node_did_not_confirm_says_what_may_come_of_it_and_has_its_own_exit_code(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[PauseTakeover] = Done(detail="it is paused")
+    node.answers[AskStatus] = node_status(replace(PAUSED, pauses_unconfirmed_by=("b", "c")))
+    assert node.run("pause", "redis", "--timeout", "0.1") == 19
+    assert "redis is paused here, but b, c did not confirm it and may still take it over" in (
+        capsys.readouterr().err
+    )
+    assert node.run("pause", "redis", "--timeout", "0", "--output", "json") == 19
+    answer = read_json(capsys)
+    assert answer["settled"] is False
+    assert answer["workloads"] == [
+        {
+            "workload": "redis",
+            "paused": True,
+            "pauses": [{"node": "a", "number": 1, "by": "root", "since_wall_s": 1e9, "lifted_by": ""}],
+            "not_known_to": ["b", "c"],
+            "unaware": "b, c did not confirm it and may still take it over",
+            "detail": "it is paused",
+        }
+    ]
+
+
+def test_of_a_leader_that_did_not_confirm_nobody_says_that_it_may_take_over(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[PauseTakeover] = Done()
+    waiting = replace(WAITING, state="following", pauses=(PAUSE,), pauses_unconfirmed_by=("b",))
+    node.answers[AskStatus] = node_status(waiting)
+    assert node.run("pause", "redis", "--timeout", "0") == 19
+    error = capsys.readouterr().err
+    assert "b, which leads it, did not confirm it" in error
+    assert "may still take it over" not in error
+
+
+def test_a_pause_that_was_ended_elsewhere_meanwhile_is_told_and_so_is_the_other_way_round(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[PauseTakeover] = node.answers[ResumeTakeover] = Done()
+    node.answers[AskStatus] = node_status(LEADING)
+    assert node.run("pause", "redis", "--timeout", "0") == 19
+    assert "redis is not paused: it was resumed elsewhere" in capsys.readouterr().err
+    node.answers[AskStatus] = node_status(PAUSED)
+    assert node.run("resume", "redis", "--timeout", "0") == 19
+    assert "redis is still paused by root on a" in capsys.readouterr().err
+
+
+def test_resume_without_a_name_is_for_all_and_one_that_is_refused_spoils_no_other(
+    node: FakeNode, capsys: Captured
+) -> None:
+    answers = iter([Refused(error="WorkloadError", message="it is set aside"), Done(detail="resumed")])
+    node.answers[ResumeTakeover] = lambda: next(answers)
+    node.answers[AskStatus] = node_status(replace(LEADING, name="broken"), LEADING)
+    assert node.run("resume") == 5
+    shown = capsys.readouterr()
+    assert "broken: it is set aside" in shown.err
+    assert shown.out.splitlines()[1].split()[:2] == ["redis", "automatic"]
+    assert [request.workload for request in node.asked] == ["broken", "redis"]
+
+
+def test_a_pause_that_is_refused_is_an_error(node: FakeNode, capsys: Captured) -> None:
+    node.answers[PauseTakeover] = Refused(error="StoreError", message="it could not be recorded")
+    assert node.run("pause", "redis") == 7
+    assert "it could not be recorded" in capsys.readouterr().err
+    node.answers[AskStatus] = node_status()
+    assert node.run("pause") == 5
+
+
+def test_status_says_who_paused_and_who_does_not_know(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(replace(PAUSED, pauses_unconfirmed_by=("b",)))
+    assert node.run("status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "redis: takeover is paused by root on a since 2001-09-09 01:46:40 UTC: outlive resume redis" in lines
+    )
+    assert "redis: paused here, but b did not confirm it and may still take it over" in lines
+    node.answers[AskStatus] = node_status(replace(LEADING, pauses_unconfirmed_by=("b",)))
+    assert node.run("status") == 0
+    assert "redis: resumed here; b was not heard to know that" in capsys.readouterr().out
+
+
+# --- explain ----------------------------------------------------------------------------------------
+
+COVERED = Explanation(
+    workload="redis",
+    node="a",
+    term=3,
+    leader="a",
+    stopped=False,
+    would_fail_over=True,
+    successor="b",
+    epoch=EpochId(3, 1041),
+    loss_s=0.42,
+    missing=(),
+    cases=(Prospect(failure="host loss", outcome="failover", node="b", reason="b takes over"),),
+)
+UNCOVERED = replace(
+    COVERED,
+    would_fail_over=False,
+    missing=("takeover is paused by root on a", "no epoch is stored here"),
+    cases=(Prospect(failure="host loss", outcome="no failover", node="", reason="paused"),),
+)
+
+
+def test_explain_names_who_would_take_over_with_what_and_what_would_be_lost(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[AskExplanation] = COVERED
+    assert node.run("explain", "redis") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "redis: if a's host were lost now, b would take over with t3-e1041; the last 0.4 s would be lost"
+    )
+    assert lines[2].split()[0] == "WORKLOAD"
+    assert lines[3].split() == ["redis", "host", "loss", "failover", "b", "b", "takes", "over"]
+    assert node.asked == [AskExplanation(workload="redis")]
+    node.answers[AskExplanation] = replace(COVERED, epoch=None, loss_s=None)
+    assert node.run("explain", "redis") == 0
+    assert "what would be lost is not known here" in capsys.readouterr().out
+
+
+def test_explain_names_all_that_is_missing_and_has_its_own_exit_code(
+    node: FakeNode, capsys: Captured
+) -> None:
+    node.answers[AskExplanation] = UNCOVERED
+    assert node.run("explain", "redis") == 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "redis: if a's host were lost now, nobody would take over",
+        "redis: missing: takeover is paused by root on a",
+        "redis: missing: no epoch is stored here",
+    ]
+    assert node.run("explain", "redis", "--output", "json") == 20
+    answer = read_json(capsys)
+    assert answer["no_failover"] == ["redis"]
+    assert answer["workloads"][0]["epoch"] == {"term": 3, "epoch": 1041}
+    assert answer["workloads"][0]["cases"][0]["outcome"] == "no failover"
+
+
+@pytest.mark.parametrize(("words", "code"), [(("explain",), 0), (("explain", "redis"), 20)])
+def test_what_is_stopped_counts_only_if_it_is_named(
+    node: FakeNode, words: tuple[str, ...], code: int
+) -> None:
+    node.answers[AskStatus] = node_status(STOPPED)
+    node.answers[AskExplanation] = replace(UNCOVERED, stopped=True)
+    assert node.run(*words) == code
+
+
+def test_explain_of_what_is_not_known_is_an_error(node: FakeNode) -> None:
+    node.answers[AskStatus] = node_status()
+    assert node.run("explain") == 5
+    node.answers[AskExplanation] = Refused(error="WorkloadError", message="this node knows no workload 'x'")
+    assert node.run("explain", "x") == 5

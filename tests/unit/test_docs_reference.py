@@ -9,10 +9,11 @@ from typing import get_args
 import msgspec
 import pytest
 
-from common import config, control, errors, model
+from common import config, control, errors, model, pauses
 from common.config import parse_config
 from common.control import Verdict
 from common.roles import MEANING
+from outlive.cli.explain import ExplainAnswer
 from outlive.cli.node import example_config
 from outlive.cli.reference import reference
 from outlive.cli.status import ALL, COLUMNS, DOWN, NEVER_HEARD, REFUSED, StatusAnswer
@@ -112,6 +113,7 @@ def test_the_status_page_has_every_json_key() -> None:
         control.PeerStatus,
         control.WorkloadStatus,
         control.CaptureStatus,
+        pauses.Pause,
         control.ReplicaProgress,
         control.VerificationProgress,
     ]
@@ -119,6 +121,21 @@ def test_the_status_page_has_every_json_key() -> None:
     for kind, table in zip(kinds, tables, strict=True):
         assert [row[0].strip("`") for row in rows(table)] == list(kind.__struct_fields__)
     for key in StatusAnswer.__struct_fields__:
+        assert f"`{key}`" in top
+
+
+def test_the_page_on_explain_has_every_word_and_key() -> None:
+    page = read("reference/explain.md")
+    assert [row[0].strip("`") for row in rows(section(page, "The failures"))] == list(
+        get_args(control.Failure)
+    )
+    assert [row[0].strip("`") for row in rows(section(page, "The outcomes"))] == list(
+        get_args(control.TakeoverOutcome)
+    )
+    top, *tables = re.split(r"^Each of `(?:\w+)`:$", section(page, "JSON"), flags=re.MULTILINE)
+    for kind, table in zip((control.Explanation, control.Prospect), tables, strict=True):
+        assert [row[0].strip("`") for row in rows(table)] == list(kind.__struct_fields__)
+    for key in ExplainAnswer.__struct_fields__:
         assert f"`{key}`" in top
 
 

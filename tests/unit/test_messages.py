@@ -32,6 +32,8 @@ from common.messages import (
     AskHeld,
     AskStored,
     Beat,
+    BeatPause,
+    BeatTakeover,
     BeatWorkload,
     Begin,
     Commit,
@@ -152,7 +154,25 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
             sequence=7,
             origin="keeper",
             wall_s=1700000000.5,
-            workloads=(BeatWorkload(name="redis", term=3, state="leading", alive=True, agent_alive=False),),
+            workloads=(
+                BeatWorkload(
+                    name="redis",
+                    term=3,
+                    state="leading",
+                    alive=True,
+                    agent_alive=False,
+                    takeovers=(
+                        BeatTakeover(
+                            silences=("process failure", "host loss"), missing=("no epoch is stored here",)
+                        ),
+                    ),
+                    pauses=(
+                        BeatPause(
+                            node="a", number=2, by="root", since_wall_s=1700000000.0, lifted_by="root on b"
+                        ),
+                    ),
+                ),
+            ),
         ),
         (),
     ),

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from common.control import Done, Refused, ReplicaProgress, WorkloadReport
 from common.model import EpochId, HealthCheck, WorkloadSpec
+from common.pauses import Pause, Pauses, in_force
 from common.role_diagram import edges, mermaid, table
 from common.role_events import (
     AddVip,
@@ -28,8 +29,11 @@ from common.role_events import (
     KillWorkload,
     LiftHold,
     OperatorFailover,
+    OperatorPause,
+    OperatorResume,
     OperatorStart,
     OperatorStop,
+    PausesPersisted,
     PersistTerm,
     RunFence,
     StepDone,
@@ -64,6 +68,7 @@ class Driver:
         running: bool = False,
         fenceable: frozenset[str] = frozenset({"a", "b"}),
         boot: str = "boot-1",
+        pauses: Pauses = (),
     ) -> None:
         self.now_s = 100.0
         self.role: Role = new_role(
@@ -75,6 +80,7 @@ class Driver:
             record=record or TermRecord(),
             first_order=1000,
             now=self.instant(),
+            pauses=pauses,
         )
         self.effects: list[Effect] = []
         self.feed(KeeperStarted(running))
@@ -116,6 +122,10 @@ class Driver:
     def persisted(self) -> list[Effect]:
         assert self.role.wanted is not None
         return self.feed(TermPersisted(self.role.wanted))
+
+    def pauses_persisted(self) -> list[Effect]:
+        assert self.role.pauses_wanted is not None
+        return self.feed(PausesPersisted(self.role.pauses_wanted))
 
     @property
     def state(self) -> str:
@@ -728,6 +738,18 @@ def _answer(driver: Driver, request: int, kind: type) -> object:
     return answers[0]
 
 
+PAUSES = st.lists(
+    st.builds(
+        Pause,
+        node=st.sampled_from(["a", "b", "c"]),
+        number=st.integers(1, 3),
+        by=st.just("root"),
+        since_wall_s=st.just(1e9),
+        lifted_by=st.sampled_from(["", "root on a"]),
+    ),
+    max_size=2,
+    unique_by=lambda pause: pause.node,
+).map(tuple)
 CLAIMS = st.sampled_from(["starting", "leading", "stopped", "yielded", "following", "acquiring"])
 EVENTS = st.one_of(
     st.builds(Tick),
@@ -738,6 +760,7 @@ EVENTS = st.one_of(
         boot_id=st.sampled_from(["x", "y"]),
         term=st.integers(0, 4),
         claim=st.none() | CLAIMS,
+        pauses=PAUSES,
     ),
     st.builds(WorkloadEnded, st.none() | st.integers(0, 137)),
     st.builds(
@@ -770,7 +793,9 @@ EVENTS = st.one_of(
         peers_are_off=st.sampled_from([(), ("a",)]),
     ),
     st.builds(OperatorStop, request=st.integers(7, 9)),
-    st.sampled_from(["persisted", "time", "report"]),
+    st.builds(OperatorPause, request=st.integers(10, 12), by=st.just("root")),
+    st.builds(OperatorResume, request=st.integers(13, 15), by=st.just("root")),
+    st.sampled_from(["persisted", "pauses persisted", "time", "report"]),
 )
 
 
@@ -783,8 +808,12 @@ def test_no_sequence_of_events_lowers_a_term_or_acts_before_it_is_recorded(
     driver = Driver("b", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1"), spec=spec)
     term = driver.role.newest.term
     for event in events:
+        before = driver.role
+        paused = in_force(before.pauses) or in_force(before.pauses_wanted or ())
         if event == "persisted":
             effects = driver.persisted() if driver.role.wanted is not None else []
+        elif event == "pauses persisted":
+            effects = driver.pauses_persisted() if driver.role.pauses_wanted is not None else []
         elif event == "time":
             effects = driver.after(0.6)
         elif event == "report":
@@ -798,6 +827,10 @@ def test_no_sequence_of_events_lowers_a_term_or_acts_before_it_is_recorded(
             assert not isinstance(event, str)
             effects = driver.feed(event)
         role = driver.role
+        if paused and role.name == "acquiring" and before.name != "acquiring":
+            assert isinstance(event, OperatorFailover | OperatorStart)
+        if paused and role.wanted != before.wanted and role.newest.mark == "taking_over":
+            assert role.by_operator or before.wanted == role.wanted
         assert role.newest.term >= term
         term = role.newest.term
         if role.name in LEADING:

@@ -16,6 +16,7 @@ from common.control import TermHistory
 from common.durable import RealDisk
 from common.errors import StaleTermError, StoreError
 from common.model import WorkloadSpec
+from common.pauses import with_pause, without_pauses
 from common.roles import TermRecord
 from common.terms_file import HISTORY_TERMS, TermFiles, known_workloads, look_up
 
@@ -48,6 +49,42 @@ def test_a_damaged_file_is_an_error_and_not_term_0(tmp_path: Path, content: byte
         files.load("w")
     with pytest.raises(StoreError):
         files.record("w", TermRecord(term=5, leader="a"))
+
+
+PAUSED = with_pause((), "a", "root", 1e9)
+RESUMED = without_pauses(PAUSED, "b", "root")
+
+
+def test_pauses_are_read_back_by_the_next_keeper_and_an_older_word_does_not_undo_them(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    assert files.load_pauses("w") == ()
+    files.record_pauses("w", PAUSED)
+    assert TermFiles(tmp_path, "a").load_pauses("w") == PAUSED
+    files.record_pauses("w", RESUMED)
+    files.record_pauses("w", PAUSED)
+    assert TermFiles(tmp_path, "a").load_pauses("w") == RESUMED
+
+
+def test_pauses_outlast_the_declaration(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    files.save_spec(SPEC)
+    files.record_pauses("w", PAUSED)
+    files.forget_spec("w")
+    assert files.load_pauses("w") == PAUSED
+
+
+def test_damaged_pauses_are_an_error_that_sets_the_workload_aside(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    files.save_spec(SPEC)
+    files.record_pauses("w", PAUSED)
+    (tmp_path / "terms/w/pauses.json").write_bytes(b"[{")
+    with pytest.raises(StoreError) as raised:
+        files.load_pauses("w")
+    assert "pause again" in raised.value.hint
+    with pytest.raises(StoreError):
+        files.record_pauses("w", RESUMED)
+    config = NodeConfig(node=Node(name="a", address="127.0.0.1", state_dir=str(tmp_path)))
+    assert set(look_up(config, files).damaged) == {"w"}
 
 
 def test_a_failed_write_leaves_the_old_record(tmp_path: Path) -> None:
