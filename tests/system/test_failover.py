@@ -132,3 +132,30 @@ async def test_stock_criu_alone_restores_what_is_stored() -> None:
 
         assert await answer("get", "kept") == "yes"
         assert int(await answer("dbsize")) > 8 * 64
+
+
+async def test_a_paused_takeover_waits_for_the_operator_however_often_nodes_start_again() -> None:
+    async with protected_redis(("a", "b")) as cluster:
+        second = cluster.nodes["b"]
+        await cluster.redis("set", "kept", "yes")
+        await cluster.wait_for_epochs(4)
+        would = json.loads((await second.cli("explain", NAME, "--output", "json")).stdout)
+        assert would["workloads"][0]["would_fail_over"], would
+        assert would["workloads"][0]["successor"] == "b"
+
+        await cluster.nodes["a"].cli("pause", NAME)
+        for role in ("keeper", "agent"):
+            await second.stop(role)
+        await second.start()
+        await second.wait_for(NAME, lambda w: w.state == "following", what="following again")
+        assert (await second.cli("explain", NAME, check=False)).returncode == 20
+        await cluster.lab.power_off("a")
+        waiting = await second.wait_for(NAME, lambda w: w.state == "waiting", what="waiting")
+        assert "paused" in waiting.reason
+        assert not waiting.running
+
+        resumed = await second.cli("resume", NAME, "--timeout", "0.5", check=False)
+        assert resumed.returncode == 19, "a is off, and cannot confirm it"
+        await second.wait_for(NAME, lambda w: w.role == "primary" and w.running, what="taken over")
+        await eventually(cluster.answers, what="redis answers")
+        assert await cluster.redis("get", "kept") == "yes"
