@@ -3,7 +3,7 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench sim kill-series torture oracle test-kernels clean
+.PHONY: help setup demo check test bench sim kill-series injection-kills torture oracle test-kernels clean
 
 SEEDS := 5000
 ROUNDS := 120
@@ -41,6 +41,9 @@ sim: setup  ## simulated clusters, SEEDS of them (5000)
 
 kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120); JSON on stdout
 	@$(BIN)/python -m tests.campaigns.kill_series --rounds $(ROUNDS)
+
+injection-kills: setup  ## signals at random moments of an injection, ROUNDS of them (120); JSON on stdout
+	@$(BIN)/python -m tests.campaigns.injection_kills --rounds $(ROUNDS)
 
 torture: setup  ## crashes, power loss and errors of a store, restores, hostile wires, planted bugs; SCALE=short for seconds
 	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
