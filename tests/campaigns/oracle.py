@@ -106,7 +106,9 @@ async def run_seed(
     troubles: Counter[str] = Counter()
     missing: list[str] = []
     async with running(seed, options, tracker) as (subject, port):
-        replica = Replica(subject.directory / "store", subject.config, subject.spec)
+        # In memory: what a disk makes of it is another campaign's subject.
+        store = Path(subject.config.node.image_dir) / "store"
+        replica = Replica(store, subject.config, subject.spec)
         number = 0
         while number < epochs and refused < 5 * epochs and not wrong:
             if ending := subject.ending():
