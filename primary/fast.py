@@ -386,7 +386,7 @@ class FastBackend:
                 process.forget_all()
             raise
         for process in early:
-            process.keep_early(self._hasher, self._writer_of(), self._buffer)
+            process.keep_early(self._hasher, self._writer_of(), self._buffer, self._missing)
 
     def _compare(self, epoch: EpochId) -> None:
         """See what became of the pages that differed. Raises UnseenWriteError if one is clean all the same.
@@ -413,7 +413,7 @@ class FastBackend:
         spaces: list[SpacePages] = []
         stacks = stack_pages(directory)
         images = page_images(directory)
-        missing = self._chain if self._wants_all else None
+        missing = self._missing
         for image in images:
             if image.key.kind == "task":
                 process = processes.pop(image.key, None)
@@ -467,6 +467,11 @@ class FastBackend:
         if self._writer is None:
             self._writer = LayerWriter(self._dumper.directory)
         return self._writer
+
+    @property
+    def _missing(self) -> LayerChain | None:
+        """What has all pages but those that a replica lacks; None if none lacks any."""
+        return self._chain if self._wants_all else None
 
     def _private(self) -> dict[SpaceKey, NDArray[np.uint64]]:
         return {process.key: process.book.numbers for process in self._processes.values()}

@@ -202,13 +202,18 @@ class TrackedProcess:
         elif early is not None:
             self.book.forget(expand_runs(early.copied))
 
-    def keep_early(self, hasher: PageHasher, writer: LayerWriter, buffer: FrozenBuffer) -> None:
-        """Take in the copies that were made of it, which are good whatever became of the freeze."""
+    def keep_early(
+        self, hasher: PageHasher, writer: LayerWriter, buffer: FrozenBuffer, missing: LayerChain | None
+    ) -> None:
+        """Take in the copies that were made of it, which are good whatever became of the freeze.
+
+        With `missing`, pages that are not in that chain are kept too, though nothing changed in them.
+        """
         early = self.space.early
         if early is not None:
             numbers = expand_runs(early.copied)
             self.book.expect(numbers)
-            self._keep(hasher, writer, buffer, early.content_at, numbers)
+            self._keep(hasher, writer, buffer, early.content_at, numbers, missing)
 
     def not_taken(self) -> None:
         """The epoch came to nothing: what was protected for it is unknown."""
@@ -254,7 +259,7 @@ class TrackedProcess:
         present = expand_runs(runs)
         dirty = expand_runs(runs[(runs["flags"] & DIRTY) != 0])
         self.book.expect(dirty)
-        self._keep(hasher, writer, buffer, self.space.content_at, dirty)
+        self._keep(hasher, writer, buffer, self.space.content_at, dirty, missing)
         flags, within = page_flags(present, memory_map, stacks)
         present, flags = present[within], flags[within]
         if memory_map.without_parent(present).any():
@@ -287,10 +292,15 @@ class TrackedProcess:
         buffer: FrozenBuffer,
         first: int,
         numbers: NDArray[np.uint64],
+        missing: LayerChain | None,
     ) -> None:
         for at in range(0, len(numbers), _BLOCK_PAGES):
             block = numbers[at : at + _BLOCK_PAGES]
-            keep(hasher, writer, self.book, block, buffer.content(first + at, len(block)))
+            content = buffer.content(first + at, len(block))
+            keep(hasher, writer, self.book, block, content)
+            if missing is not None:
+                rows = np.flatnonzero(~missing.covered(self.key, block))
+                writer.add(self.key, block[rows], content, rows)
 
 
 def _within(

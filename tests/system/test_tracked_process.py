@@ -269,7 +269,7 @@ class TestWhatWasCopiedEarly:
         looked.pages.write(5, 200, value=9)
         looked.freeze(early=True)
         looked.process.doubt_early()
-        looked.process.keep_early(looked.hasher, looked.writer, looked.buffer)
+        looked.process.keep_early(looked.hasher, looked.writer, looked.buffer, None)
         looked.process.not_taken()
         changed = (looked.process.book.identity_of(looked.pages.numbers) != before).any(axis=1)
         assert np.flatnonzero(changed).tolist() == [5, 200]
@@ -284,7 +284,7 @@ class TestWhatWasCopiedEarly:
         with monkeypatch.context() as patch:
             patch.setattr(LayerWriter, "add", _full)
             with pytest.raises(OSError, match="No space"):
-                looked.process.keep_early(looked.hasher, looked.writer, looked.buffer)
+                looked.process.keep_early(looked.hasher, looked.writer, looked.buffer, None)
         book = looked.process.book
         assert looked.pages.index(book.numbers[~book.known]) >= {5, 200}
 
@@ -296,7 +296,7 @@ class TestWhatWasCopiedEarly:
             patch.setattr(FrozenBuffer, "address", 0)
             looked.freeze(early=True)
         looked.process.doubt_early()
-        looked.process.keep_early(looked.hasher, looked.writer, looked.buffer)
+        looked.process.keep_early(looked.hasher, looked.writer, looked.buffer, None)
         assert not looked.process.book.known.any()
 
 
