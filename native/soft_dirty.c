@@ -3,11 +3,18 @@
  * Which pages a process has and which of them were written, by the soft-dirty bits of /proc/PID/pagemap (Linux,
  * Documentation/admin-guide/mm/soft-dirty.rst and pagemap.rst).
  *
- * In: a pagemap, and which frame each page had when the bits were last cleared. Out: pages that there are, each
- * written since or not. A page is not written only if its bit is clear and it still is in the frame that it was
- * in: the bit alone does not tell of page tables that mremap(2) moves as a whole (2 MiB and more, both ends
- * aligned), whose pages come to another address with their bits as they were; nor, it seems, of pages that the
- * kernel has merged (KSM).
+ * In: a pagemap, and which mappings there were and which frame each page had when the bits were last cleared. Out:
+ * pages that there are, each written since or not. A page is not written only if its bit is clear, it still is in the
+ * frame that it was in, and its mapping is the one that it was in, from the same start to the same end:
+ *
+ * - The bit alone does not tell of page tables that mremap(2) moves as a whole (2 MiB and more, both ends aligned),
+ *   whose pages come to another address with their bits as they were; nor, it seems, of pages that the kernel has
+ *   merged (KSM).
+ * - A mapping that is new, or became one with a new one, is written as a whole (VM_SOFTDIRTY), and then its pages'
+ *   bits are not kept: mprotect(2) makes them writable again as they are (from Linux 6.0 on), and whoever writes by
+ *   force (/proc/PID/mem) leaves no bit. When it becomes one with yet another neighbour, kernels before 6.19 may
+ *   forget that it is written (bf14d4a05387, "mm: propagate VM_SOFTDIRTY on merge"): what was written since shows in
+ *   no bit. That it has other bounds now tells.
  *
  * What is no content: the kernel's page of zeros, pages that are a file's still, guard pages. The huge page of
  * zeros shows as a file's in every kernel that has soft-dirty bits and no PAGEMAP_SCAN.
@@ -59,11 +66,31 @@ static uint64_t frame_before(struct soft_dirty *soft, uint64_t page)
 	return before->frames[soft->page_at + (page - before->bounds[2 * soft->range_at]) / PAGE];
 }
 
+/* Whether a mapping had these bounds before. Mappings are asked for in order. */
+static bool was_mapped(struct soft_dirty *soft, uint64_t start, uint64_t end)
+{
+	const struct frames *before = &soft->before;
+
+	while (soft->mapping_at < before->mapped && before->mappings[2 * soft->mapping_at + 1] <= start)
+		soft->mapping_at++;
+	return soft->mapping_at < before->mapped && before->mappings[2 * soft->mapping_at] == start &&
+	       before->mappings[2 * soft->mapping_at + 1] == end;
+}
+
 static bool is_written(struct soft_dirty *soft, uint64_t entry, uint64_t page)
 {
-	if (!(soft->options & SOFT_DIRTY_TRACKS) || entry & ENTRY_SOFT_DIRTY)
+	if (entry & ENTRY_SOFT_DIRTY)
 		return true;
 	return frame_before(soft, page) != frame_of(entry);
+}
+
+static int record_mapping(struct frames *now, uint64_t start, uint64_t end)
+{
+	if (now->mapped == now->mappings_room)
+		return ENOSPC;
+	now->mappings[2 * now->mapped] = start;
+	now->mappings[2 * now->mapped++ + 1] = end;
+	return 0;
 }
 
 static int record(struct frames *now, uint64_t page, uint64_t frame)
@@ -82,8 +109,8 @@ static int record(struct frames *now, uint64_t page, uint64_t frame)
 
 void soft_dirty_begin(struct soft_dirty *soft)
 {
-	soft->range_at = soft->page_at = 0;
-	soft->now.ranges = soft->now.pages = 0;
+	soft->range_at = soft->page_at = soft->mapping_at = 0;
+	soft->now.ranges = soft->now.pages = soft->now.mapped = 0;
 }
 
 int soft_dirty_scan(struct soft_dirty *soft, int pagemap, uint64_t start, uint64_t end, soft_dirty_found *found,
@@ -91,9 +118,13 @@ int soft_dirty_scan(struct soft_dirty *soft, int pagemap, uint64_t start, uint64
 {
 	uint64_t entries[BLOCK];
 	uint64_t from = start; /* of the pages that are alike, up to where the scan is */
+	const bool same = soft->options & SOFT_DIRTY_TRACKS && was_mapped(soft, start, end);
+	const int full = soft->options & SOFT_DIRTY_RECORDS ? record_mapping(&soft->now, start, end) : 0;
 	bool there = false;
 	bool written = false;
 
+	if (full)
+		return full;
 	while (start < end) {
 		const uint64_t left = (end - start) / PAGE;
 		const ssize_t got = pread(pagemap, entries, (left < BLOCK ? left : BLOCK) * sizeof(*entries),
@@ -105,7 +136,7 @@ int soft_dirty_scan(struct soft_dirty *soft, int pagemap, uint64_t start, uint64
 			return EIO;
 		for (size_t at = 0; at < (size_t)got / sizeof(*entries); at++, start += PAGE) {
 			const bool is = is_there(soft, entries[at]);
-			const bool was_written = is && is_written(soft, entries[at], start);
+			const bool was_written = is && (!same || is_written(soft, entries[at], start));
 			int failure = 0;
 
 			if (is && soft->options & SOFT_DIRTY_RECORDS)

@@ -8,14 +8,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Which frame of memory (or place in swap) each page had at one instant. */
+/* Which mappings there were at one instant, and which frame of memory (or place in swap) each page had. */
 struct frames {
-	uint64_t *bounds;     /* start, end, start, end ... ascending */
+	uint64_t *bounds;     /* of pages that there are: start, end, start, end ... ascending */
 	uint64_t *frames;     /* of each page within, in order */
+	uint64_t *mappings;   /* start, end, start, end ... ascending */
 	uint64_t ranges_room;
 	uint64_t pages_room;
+	uint64_t mappings_room;
 	uint64_t ranges;
 	uint64_t pages;
+	uint64_t mapped;      /* how many mappings */
 };
 
 enum {
@@ -30,6 +33,7 @@ struct soft_dirty {
 	struct frames now;    /* out */
 	uint64_t range_at;    /* how far the scan is in `before` */
 	uint64_t page_at;
+	uint64_t mapping_at;
 };
 
 /* Told of neighbouring pages that are alike; an errno ends the scan. */

@@ -277,7 +277,7 @@ class Space:
             found.make_room(self.prepared())
             self.early = found
         if self.frames is not None:
-            self.frames.make_room(self.present_pages * 5 // 4 + 1024, len(self._runs) // 2)
+            self.frames.make_room(self.present_pages * 5 // 4 + 1024, len(self._runs) // 2, len(self._vmas))
 
 
 class Early:

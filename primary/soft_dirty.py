@@ -21,7 +21,9 @@ What must hold:
 
 Not guaranteed: if anyone else clears the bits of a process (criu with `--track-mem`, a debugger of memory),
 its writes are lost to us. That cannot be detected: one tracker a process. The bits are the kernel's, not
-ours: they go on when the agent ends, and its successor, who knows no page, takes all for written.
+ours: they go on when the agent ends, and its successor, who knows no page, takes all for written. Nor is what
+a kernel before 6.19 forgets of mappings that became one, if they have the bounds again that they had before
+(native/soft_dirty.c).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ size_t sizes(int at) { return at ? sizeof(struct frames) : sizeof(struct soft_di
 size_t offsets(int at)
 {
     return (size_t[]){ offsetof(struct soft_dirty, before), offsetof(struct soft_dirty, now),
-                       offsetof(struct soft_dirty, range_at), offsetof(struct frames, pages) }[at];
+                       offsetof(struct soft_dirty, mapping_at), offsetof(struct frames, mapped) }[at];
 }
 """
 
@@ -106,7 +106,7 @@ def test_both_sides_lay_it_out_alike(library: ctypes.CDLL) -> None:
     native = SoftDirtyStruct
     assert library.sizes(0) == ctypes.sizeof(native)
     assert library.sizes(1) == ctypes.sizeof(type(native().before))
-    at = [native.before.offset, native.now.offset, native.range_at.offset, type(native().now).pages.offset]
+    at = [native.before.offset, native.now.offset, native.mapping_at.offset, type(native().now).mapped.offset]
     assert [library.offsets(number) for number in range(4)] == at
 
 
@@ -224,13 +224,48 @@ class TestWhatIsWritten:
     def test_is_told_apart_across_mappings_that_come_and_go(self, pagemap: Pagemap) -> None:
         pagemap.holds(10, PRESENT | 1, PRESENT | 2, 0, PRESENT | 3)
         pagemap.holds(20, PRESENT | 4, PRESENT | 5)
-        pagemap.clear((10, 14), (20, 22))
+        pagemap.clear((10, 13), (13, 14), (18, 20), (20, 22))
         pagemap.holds(15, PRESENT | 6, PRESENT | 7)
-        assert pagemap.scan((13, 14), (15, 17), (21, 22)) == [
+        assert pagemap.scan((13, 14), (15, 17), (20, 22)) == [
             (13, 14, False),
             (15, 17, True),
-            (21, 22, False),
+            (20, 22, False),
         ]
+
+    @pytest.mark.parametrize(
+        ("before", "now"),
+        [
+            ([(10, 14)], [(10, 15)]),
+            ([(10, 14)], [(9, 14)]),
+            ([(10, 14)], [(10, 12)]),
+            ([(10, 14)], [(10, 12), (12, 14)]),
+            ([(10, 12), (12, 14)], [(10, 14)]),
+            ([(10, 11), (11, 13), (13, 14)], [(10, 12), (12, 14)]),
+            ([], [(10, 14)]),
+        ],
+        ids=["grown", "grown downwards", "shrunk", "split", "become one", "divided anew", "new"],
+    )
+    def test_is_all_of_a_mapping_whose_bounds_changed(
+        self, pagemap: Pagemap, before: list[tuple[int, int]], now: list[tuple[int, int]]
+    ) -> None:
+        pagemap.holds(2, PRESENT | 8)
+        pagemap.holds(9, 0, *(PRESENT | frame for frame in range(1, 5)), 0)
+        pagemap.holds(20, PRESENT | 9)
+        pagemap.clear((2, 3), *before, (20, 21))
+        found = pagemap.scan((2, 3), *now, (20, 21))
+        assert found[0] == (2, 3, False)
+        assert found[-1] == (20, 21, False)
+        assert all(written for _, _, written in found[1:-1])
+        assert found[1][0] == 10
+
+    def test_is_judged_by_the_mappings_at_the_last_clear(self, pagemap: Pagemap) -> None:
+        pagemap.holds(10, PRESENT | 1, PRESENT | 2, 0)
+        pagemap.clear((10, 12))
+        assert pagemap.scan((10, 13)) == [(10, 12, True)]
+        assert pagemap.scan((10, 12)) == [(10, 12, False)]
+        assert pagemap.clear((10, 13)) == [(10, 12, True)]
+        assert pagemap.scan((10, 13)) == [(10, 12, False)]
+        assert pagemap.scan((10, 12)) == [(10, 12, True)]
 
     def test_is_everything_without_tracking(self, library: ctypes.CDLL) -> None:
         pagemap = Pagemap(library, tracks=False)
@@ -258,6 +293,19 @@ class TestRoom:
         pagemap.frames.make_room(0, 400)
         assert len(pagemap.clear((0, 800))) == 400
 
+    def test_that_is_too_little_for_mappings_is_told_and_can_be_enlarged(self, pagemap: Pagemap) -> None:
+        pagemap.holds(3998, PRESENT | 1, PRESENT | 2)
+        mappings = [(page, page + 2) for page in range(0, 4000, 2)]
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            pagemap.scan(*mappings, clears=True)
+        pagemap.frames.grow()
+        pagemap.clear(*mappings)
+        assert pagemap.scan(*mappings) == [(3998, 4000, False)]
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            pagemap.scan(*mappings, clears=True)
+        pagemap.frames.make_room(0, 0, 2000)
+        assert pagemap.clear(*mappings) == [(3998, 4000, False)]
+
     def test_is_not_needed_to_look(self, pagemap: Pagemap) -> None:
         pagemap.holds(0, *(PRESENT | 1000 + page for page in range(5000)))
         assert pagemap.scan((0, 5000)) == [(0, 5000, True)]
@@ -267,5 +315,5 @@ class TestRoom:
         pagemap.clear((0, 1))
         pagemap.holds(1, *(PRESENT | 2000 + page for page in range(5000)))
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            pagemap.scan((0, 5000), clears=True)
-        assert pagemap.scan((0, 2)) == [(0, 1, False), (1, 2, True)]
+            pagemap.scan((0, 1), (1, 5000), clears=True)
+        assert pagemap.scan((0, 1), (1, 2)) == [(0, 1, False), (1, 2, True)]
