@@ -195,7 +195,10 @@ static int append_marked(struct space *space, int fd, int memory, uint64_t start
 		uint64_t walk_end;
 		char byte;
 
-		if (pread(memory, &byte, 1, (off_t)page) != 1) {
+		const ssize_t got = pread(memory, &byte, 1, (off_t)page);
+		if (got != 1) {
+			if (got == 0) /* the address space is gone */
+				return ESRCH;
 			if (errno != EIO)
 				return errno;
 			continue; /* behind the end of its file: there is nothing */
