@@ -220,7 +220,7 @@ class Dumper:
             await self.spawned()
         return Dumped(result, frozen_wall_s, wall_ms, hook_ms)
 
-    async def stand_still(self, work: Callable[[], None]) -> float:
+    async def stand_still(self, work: Callable[[], object]) -> float:
         """Freeze the workload's cgroup for as long as `work` takes, in a thread; return how many ms that was.
 
         The keeper watches as it does at a dump: the criu that waits for the next one stands for the freeze.
@@ -240,7 +240,7 @@ class Dumper:
             await self._guard.end(criu_pid)
         return stopped_ms
 
-    def _still(self, work: Callable[[], None]) -> None:
+    def _still(self, work: Callable[[], object]) -> None:
         with self._freezer.held(_STILL_WITHIN_S):
             work()
 

@@ -221,7 +221,7 @@ class FastBackend:
 
     # --- while it runs ------------------------------------------------------------------------------
 
-    async def _stand_still(self, work: Callable[[], None]) -> None:
+    async def _stand_still(self, work: Callable[[], object]) -> None:
         """Have it stand still ahead of the freeze, and count how long, whatever comes of it."""
         begun_s = time.monotonic()
         try:

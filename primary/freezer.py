@@ -28,7 +28,7 @@ class NotFrozenError(CaptureError):
 class StandStill(Protocol):
     """Has a workload stand still."""
 
-    def __call__(self, work: Callable[[], None]) -> Awaitable[None]:
+    def __call__(self, work: Callable[[], object]) -> Awaitable[None]:
         """Do `work` while all stands still. Raises as `Dumper.stand_still` does."""
         ...
 

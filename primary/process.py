@@ -145,7 +145,7 @@ class TrackedProcess:
         """Read pages (ascending) in blocks: numbers, content, and which of them could be read."""
         buffer = memoryview(bytearray(min(len(numbers), _BLOCK_PAGES) * PAGE_BYTES))
         for at in range(0, len(numbers), _BLOCK_PAGES):
-            block, runs = _within(numbers[at : at + _BLOCK_PAGES], owned)
+            block, runs = _runs_within(numbers[at : at + _BLOCK_PAGES], owned)
             if len(block):
                 content = buffer[: len(block) * PAGE_BYTES]
                 yield block, content, read_running(self.pid, runs, content)
@@ -303,16 +303,23 @@ class TrackedProcess:
                 writer.add(self.key, block[rows], content, rows)
 
 
-def _within(
+def within(
+    numbers: NDArray[np.uint64], vmas: NDArray[np.void]
+) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+    """Keep the pages (ascending) that lie in the mappings, and return each one's row in `vmas`."""
+    addresses = numbers * np.uint64(PAGE_BYTES)
+    at = np.searchsorted(vmas["start"], addresses, side="right").astype(np.intp) - 1
+    here = at >= 0
+    if len(vmas):
+        here &= addresses < vmas["end"][at]
+    return numbers[here], at[here]
+
+
+def _runs_within(
     numbers: NDArray[np.uint64], owned: NDArray[np.void]
 ) -> tuple[NDArray[np.uint64], NDArray[np.void]]:
     """Keep the pages (ascending) that lie in owned mappings, and return them as runs too."""
-    addresses = numbers * np.uint64(PAGE_BYTES)
-    at = np.searchsorted(owned["start"], addresses, side="right").astype(np.intp) - 1
-    here = at >= 0
-    if len(owned):
-        here &= addresses < owned["end"][at]
-    numbers, at = numbers[here], at[here]
+    numbers, at = within(numbers, owned)
     unreadable = (owned["flags"][at] & READABLE) == 0
     if not unreadable.any():
         return numbers, runs_of(numbers)

@@ -22,10 +22,10 @@ import platform
 import re
 import struct
 import time
-from bisect import bisect_left
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import partial
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 import structlog
@@ -33,35 +33,38 @@ from numpy.typing import NDArray
 
 from common.errors import CaptureError, OutliveError
 from common.identity import PageHasher
+from common.model import PAGE_BYTES
 from common.threads import in_thread
+from primary.book import PageBook
 from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
 from primary.layers import LayerWriter
 from primary.pages import OWNED, VMA, Space, expand_runs, is_tracked, reads_directly
-from primary.process import TrackedProcess, open_of, resident_pages
+from primary.process import TrackedProcess, open_of, resident_pages, within
 
 log = structlog.get_logger(__name__)
 
 _UFFD_API: Final = 0xAA
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFDIO_REGISTER: Final = 0xC020AA00
+_UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 _FEATURES: Final = 1 << 15 | 1 << 13 | 1 << 12
 """WP_ASYNC, WP_UNPOPULATED, WP_HUGETLBFS_SHMEM (<linux/userfaultfd.h>)."""
 _MODE_WRITE_PROTECT: Final = 2
 _USER_MODE_ONLY: Final = 1
-_USER_SPACE_END: Final = 1 << 63
-"""What is above, [vsyscall], is the kernel's own."""
 _SYSCALL: Final = {"x86_64": 323, "aarch64": 282}
 
 _TRACK_AGAIN_S: Final = 5.0
 _SMALL_PAGES: Final = 1024
 """A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
-_ROUNDS: Final = 3
+_LIFT_TRIES: Final = 4
+_ROUNDS: Final = 4
 _FEW_PAGES: Final = 512
 """No pre-copy for so few: copying them beside CRIU takes less than 2 ms."""
 
-_Protected = tuple[NDArray[np.uint64], NDArray[np.void]]
-"""Page numbers that are to be copied, and the mappings (`VMA`) that are ours."""
+_T = TypeVar("_T")
+_Range = tuple[int, int]
+"""First address of a mapping, and its end."""
 
 
 class Userfault:
@@ -70,7 +73,8 @@ class Userfault:
     def __init__(self, descriptor: int) -> None:
         """Own the descriptor. Raises CaptureError if the kernel lacks the asynchronous mode."""
         self._descriptor = descriptor
-        self._refused: set[tuple[int, int]] = set()
+        self._refused: set[_Range] = set()
+        self._unlifted: list[_Range] = []
         request = array.array("Q", [_UFFD_API, _FEATURES, 0])
         try:
             fcntl.ioctl(descriptor, _UFFDIO_API, request)
@@ -78,26 +82,35 @@ class Userfault:
             os.close(descriptor)
             raise CaptureError(f"writes cannot be tracked by userfaultfd here: {error.strerror}") from error
 
-    def cover(self, pagemap: int, vmas: NDArray[np.void]) -> tuple[list[tuple[int, int]], bool]:
-        """Track all owned mappings that can be; `pagemap` is /proc/PID/pagemap, open.
-
-        Returns the ranges that were not tracked before, tracked now or not, and whether any is tracked now.
-        If none is, the descriptor is another address space's: the process has executed a program.
-
-        No mapping is ever tracked in part, not even one that grew since `vmas` was read: the kernel would
-        make two of it, and mremap(2) of what the process knows as one would fail, or stop half-way.
-        """
-        owned = [(start, end) for start, end, flags, _ in vmas.tolist() if flags & OWNED]
+    def fresh(self, pagemap: int, vmas: NDArray[np.void]) -> list[_Range]:
+        """Return the owned mappings that are not tracked; `pagemap` is /proc/PID/pagemap, open."""
+        owned = vmas[(vmas["flags"] & OWNED) != 0][["start", "end"]].tolist()
         fresh = [(start, end) for start, end in owned if not is_tracked(pagemap, start)]
         self._refused &= set(fresh)
-        starts = [start for start, _ in fresh]
-        for first, last in _rooms(vmas, self._refused):
-            within = fresh[bisect_left(starts, first) : bisect_left(starts, last)]
-            if within and not self._register(first, last):
-                # One among them cannot be (MAP_DROPPABLE, for one): it bounds the rooms from now on.
-                self._refused |= {each for each in within if not self._register(*each)}
-        tracked = len(owned) > len(fresh) or any(is_tracked(pagemap, start) for start, _ in fresh)
-        return fresh, tracked
+        return fresh
+
+    def coverable(self, fresh: Iterable[_Range]) -> int:
+        """Return how many pages there may be in those of the mappings that the kernel did not refuse."""
+        return sum((end - start) // PAGE_BYTES for start, end in fresh if (start, end) not in self._refused)
+
+    def cover(self, pagemap: int, vmas: NDArray[np.void]) -> tuple[list[_Range], bool]:
+        """Track all owned mappings that can be. `lift` comes next, before anything is read.
+
+        Returns those that were not tracked before, tracked now or not, and whether any is tracked now. If
+        none is, the descriptor is another address space's: the process has executed a program.
+
+        The process stands still since `vmas` was read. Else a mapping that grew meanwhile would be tracked in
+        part: the kernel makes two of it, and mremap(2) of what the process knows as one fails, or stops
+        half-way.
+        """
+        fresh = self.fresh(pagemap, vmas)
+        for each in fresh:
+            if self._register(*each):
+                self._unlifted.append(each)
+            else:
+                self._refused.add(each)
+        owned = int(((vmas["flags"] & OWNED) != 0).sum())
+        return fresh, owned > len(fresh) or any(is_tracked(pagemap, start) for start, _ in fresh)
 
     def _register(self, start: int, end: int) -> bool:
         request = bytearray(struct.pack("<QQQQ", start, end - start, _MODE_WRITE_PROTECT, 0))
@@ -106,6 +119,44 @@ class Userfault:
         except OSError:
             return False  # another userfaultfd's, a device's, or gone since: it stays untracked, so dirty
         return True
+
+    def lift(self, pagemap: int, space: Space) -> bool:
+        """Lift what protection there was where tracking began: every page there counts as written.
+
+        A mapping that is not tracked may have protected pages all the same, which pass for unwritten whatever
+        is written to them: where mremap(2) makes one mapping of what it moves and of a neighbour, the kernel
+        (6.18, for one) ends the tracking of both, and lifts the protection of what it moves only.
+
+        What is not tracked any more needs nothing. False if the rest changes too fast: close, and begin anew.
+        """
+        for _ in range(_LIFT_TRIES):
+            self._unlifted = [each for each in self._unlifted if not self._is_lifted(*each)]
+            if not self._unlifted:
+                return True
+            tracked = [
+                (start, end)
+                for start, end in space.mappings()[["start", "end"]].tolist()
+                if is_tracked(pagemap, start)
+            ]
+            self._unlifted = [
+                (max(start, first), min(end, last))
+                for start, end in tracked
+                for first, last in self._unlifted
+                if start < last and first < end
+            ]
+        return not self._unlifted
+
+    def _is_lifted(self, start: int, end: int) -> bool:
+        try:
+            fcntl.ioctl(self._descriptor, _UFFDIO_WRITEPROTECT, struct.pack("<QQQ", start, end - start, 0))
+        except OSError:
+            return False  # not all that is mapped there is tracked
+        return True
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a page that counts as unwritten is: nothing is left to `lift`."""
+        return not self._unlifted
 
     def close(self) -> None:
         """Stop tracking. Harmless when repeated."""
@@ -133,6 +184,29 @@ class _Watched:
         """
         self.direct = self.direct or reads_directly(pid)
         return self.direct
+
+    def give_up(self, process: TrackedProcess) -> None:
+        """Stop tracking it, and believe nothing; it is taken up anew."""
+        if self.userfault is not None:
+            self.userfault.close()
+            self.userfault = None
+        process.forget_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What is to be copied of one process, after it was protected."""
+
+    wanted: NDArray[np.uint64]
+    """Page numbers, ascending."""
+    tracked: NDArray[np.void]
+    """The mappings (`VMA`) that they are in."""
+    fresh_pages: int
+    """How many there may be in mappings that are not tracked yet."""
+
+    def shrinks(self, before: int) -> bool:
+        """Whether another round pays: it is the first (0 `before`), or there was much less to copy."""
+        return len(self.wanted) > _FEW_PAGES and (not before or len(self.wanted) <= before // 2)
 
 
 class UserfaultTracker:
@@ -181,67 +255,82 @@ class UserfaultTracker:
     async def copy_ahead(
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
     ) -> None:
-        """See `primary.tracking.Tracker.copy_ahead`: protect, be sure that nobody writes past that, copy."""
-        todo = dict.fromkeys(processes, 0)
-        for _ in range(_ROUNDS):
-            protected = await in_thread(self._protect_all, list(todo))
-            pages = sum(len(wanted) for wanted, _ in protected.values())
-            if not pages:
-                return
-            if self._stand_still is not None and not await _all_came_by(self._stand_still, pages):
-                return
-            await in_thread(self._copy_all, protected, hasher, writer)
-            todo = {
-                process: len(wanted)
-                for process, (wanted, _) in protected.items()
-                if len(wanted) > _FEW_PAGES and (not todo[process] or len(wanted) <= todo[process] // 2)
-            }
+        """See `primary.tracking.Tracker.copy_ahead`: protect, be sure that nobody writes past that, copy.
 
-    def _protect_all(self, processes: list[TrackedProcess]) -> dict[TrackedProcess, _Protected]:
-        found = {}
+        What is not tracked yet is from here on, and protected in the next round.
+        """
+        todo = dict.fromkeys(processes, 0)
+        try:
+            for _ in range(_ROUNDS):
+                found = await in_thread(self._each, self._protect, list(todo))
+                fresh = [process for process, ahead in found.items() if ahead.fresh_pages]
+                if sum(len(ahead.wanted) + ahead.fresh_pages for ahead in found.values()) <= _FEW_PAGES:
+                    return
+                if not await self._stood_still(partial(self._each, self._cover, fresh)):
+                    return
+                await in_thread(self._each, self._lift, fresh)
+                copy = partial(self._copy, found, hasher, writer)
+                await in_thread(self._each, copy, list(found))
+                todo = {
+                    process: 0 if ahead.fresh_pages else len(ahead.wanted)
+                    for process, ahead in found.items()
+                    if ahead.fresh_pages or ahead.shrinks(todo[process])
+                }
+        finally:
+            for process, watched in self._watched.items():
+                if watched.userfault is not None and not watched.userfault.is_sound:
+                    watched.give_up(process)
+
+    async def _stood_still(self, work: Callable[[], object]) -> bool:
+        """Do `work` while the workload stands still; and be sure that what was under way before is over.
+
+        Who writes into memory by a system call (process_vm_writev, `/proc/PID/mem`, O_DIRECT) looks a page
+        up, and writes to it later; if the page was protected in between, without a trace. A task that stands
+        still is in no such call. False if it may not have stood still: what is read then might be written to
+        unseen, and what `work` did is worth nothing.
+        """
+        if self._stand_still is None:
+            await in_thread(work)
+            return True
+        try:
+            await self._stand_still(work)
+        except CaptureError as error:
+            log.info("tracking.no_stop", reason=error.message)
+            return False
+        return True
+
+    def _each(
+        self, work: Callable[[TrackedProcess], _T], processes: Iterable[TrackedProcess]
+    ) -> dict[TrackedProcess, _T]:
+        """Do `work` with each of them; leave out those that end meanwhile."""
+        done = {}
         for process in processes:
             try:
-                found[process] = self._protect(process)
+                done[process] = work(process)
             except CaptureError as error:
                 if process.has_memory:
                     raise
                 log.debug("capture.process_ended", pid=process.pid, error=str(error))
-        return found
+        return done
 
-    def _copy_all(
-        self, protected: dict[TrackedProcess, _Protected], hasher: PageHasher, writer: LayerWriter
-    ) -> None:
-        for process, (wanted, owned) in protected.items():
-            try:
-                process.copy(hasher, writer, wanted, owned)
-            except CaptureError as error:
-                if process.has_memory:
-                    raise
-                log.debug("capture.process_ended", pid=process.pid, error=str(error))
-
-    def _protect(self, process: TrackedProcess) -> _Protected:
-        """Find what was written, and protect it; return what is to be copied, and its mappings."""
+    def _protect(self, process: TrackedProcess) -> _Ahead:
+        """Find what was written where writes are tracked, and protect it."""
         watched = self._watched.get(process)
-        nothing = np.empty(0, dtype=np.uint64), np.empty(0, dtype=VMA)
+        ahead = _Ahead(np.empty(0, dtype=np.uint64), np.empty(0, dtype=VMA), 0)
         space, book = process.space, process.book
         if watched is None or watched.userfault is None:
-            return nothing
+            return ahead
         vmas = space.mappings()
         with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
-            fresh, tracked = watched.userfault.cover(pagemap, vmas)
-            for start, end in fresh:
-                book.forget_range(start, end)
-            if not tracked:  # it has executed another program since
-                watched.userfault.close()
-                watched.userfault = None
-                book.forget_all()
-                return nothing
+            fresh = watched.userfault.fresh(pagemap, vmas)
+            _forget(book, fresh)
+            fresh_pages = watched.userfault.coverable(fresh)
             space.protects = watched.reads_directly(process.pid)
-            owned = vmas[(vmas["flags"] & OWNED) != 0]
+            tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], [at for at, _ in fresh])]
             wanted = book.numbers[~book.known]
             if not space.protects:
                 try:
-                    runs = space.written(pagemap, owned)
+                    runs = space.written(pagemap, tracked)
                 except BaseException:  # some may be protected now that nobody was told of
                     book.forget_all()
                     raise
@@ -252,31 +341,44 @@ class UserfaultTracker:
                 if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
                     space.protects = True
                     book.forget_all()
-                    return nothing
+                    return ahead
             with open_of(process.pid, "mem", os.O_RDONLY) as memory:
-                space.settle(pagemap, memory, owned)
-        return wanted, owned
+                space.settle(pagemap, memory, tracked)
+        return _Ahead(within(wanted, tracked)[0], tracked, fresh_pages)
+
+    def _cover(self, process: TrackedProcess) -> None:
+        """Track what is not; it stands still meanwhile."""
+        watched = self._watched[process]
+        if watched.userfault is None:
+            return
+        with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+            fresh, tracked = watched.userfault.cover(pagemap, process.space.mappings())
+            _forget(process.book, fresh)
+            if not tracked:  # it has executed another program since
+                watched.give_up(process)
+
+    def _lift(self, process: TrackedProcess) -> None:
+        """Make every page count as written of what is tracked only now."""
+        watched = self._watched[process]
+        if watched.userfault is None:
+            return
+        with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+            if not watched.userfault.lift(pagemap, process.space):
+                watched.give_up(process)
+
+    def _copy(
+        self,
+        found: Mapping[TrackedProcess, _Ahead],
+        hasher: PageHasher,
+        writer: LayerWriter,
+        process: TrackedProcess,
+    ) -> None:
+        process.copy(hasher, writer, found[process].wanted, found[process].tracked)
 
 
-async def _all_came_by(stand_still: StandStill, pages: int) -> bool:
-    """Have the workload stand still for a moment, so that what was under way at the protection is over.
-
-    Who writes into memory by a system call (process_vm_writev, `/proc/PID/mem`, O_DIRECT) looks a page up,
-    and writes to it later; if the page was protected in between, without a trace. A task that stands still is
-    in no such call. False if this was not done: what is read then might be written to unseen.
-    """
-    if pages <= _FEW_PAGES:
-        return False
-    try:
-        await stand_still(_nothing)
-    except CaptureError as error:
-        log.info("tracking.no_stop", reason=error.message)
-        return False
-    return True
-
-
-def _nothing() -> None:
-    """Do nothing: to stand still is all that is wanted."""
+def _forget(book: PageBook, ranges: Iterable[_Range]) -> None:
+    for start, end in ranges:
+        book.forget_range(start, end)
 
 
 def _flaw(release: str) -> str:
@@ -291,26 +393,6 @@ def _flaw(release: str) -> str:
     if [*numbers, 0, 0, 0][:3] >= [6, 12, 11]:
         return ""
     return f"Linux {release} loses track of pages that move or are swapped out: 6.12.11 and newer do not"
-
-
-def _rooms(vmas: NDArray[np.void], refused: Set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the ranges that hold owned mappings and no others, each from one of the others to the next.
-
-    What the kernel `refused` to track is one of the others.
-    """
-    rooms: list[tuple[int, int]] = []
-    before = first = last = 0
-    for start, end, flags, _ in vmas.tolist():
-        if flags & OWNED and (start, end) not in refused:
-            first = first or before or start
-            last = end
-        elif start < _USER_SPACE_END:
-            if first:
-                rooms.append((first, start))
-            before, first = end, 0
-    if first:
-        rooms.append((first, last))
-    return rooms
 
 
 def problem() -> str:

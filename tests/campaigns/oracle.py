@@ -51,6 +51,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     epochs: int
     compared: int
     pages_compared: int
+    reread: int
+    """Epochs in which all that was held for unchanged was read once more."""
     refused: int
     """Captures that failed and were tried again: a vfork, too many dirty pages."""
     reasons: dict[str, int]
@@ -100,7 +102,7 @@ async def run_seed(
         options = (*options, "--no-file-changes")
     chance = random.Random(seed)
     wrong: list[str] = []
-    compared = pages = refused = checks = steps = restored = stops = 0
+    compared = pages = reread = refused = checks = steps = restored = stops = 0
     freezes: list[float] = []
     reasons: Counter[str] = Counter()
     troubles: Counter[str] = Counter()
@@ -126,7 +128,10 @@ async def run_seed(
                         compared, pages = compared + 1, pages + size
                         wrong += [f"epoch {number + 1}: {each}" for each in found]
                     else:
-                        captured = await subject.fast.capture(epoch, replica.holds)
+                        rereads = chance.randrange(4) == 0
+                        reread += rereads
+                        with subject.fast.rereading(wrong if rereads else None):
+                            captured = await subject.fast.capture(epoch, replica.holds)
             except CaptureError as error:
                 refused += 1
                 reasons[re.sub(r"[0-9]+", "#", error.message)] += 1
@@ -168,6 +173,7 @@ async def run_seed(
         epochs=number,
         compared=compared,
         pages_compared=pages,
+        reread=reread,
         refused=refused,
         reasons=dict(reasons),
         checks=checks,

@@ -43,12 +43,12 @@ from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.terms import TermGuard
 from primary.capture import CapturedEpoch
 from primary.dumping import Dumped, Dumper
-from primary.fast import FastBackend
 from primary.outgoing import Held, epoch_messages
 from primary.stock import StockBackend
 from primary.tracking import TrackerName
 from replica.assembly import Assembly, Committed
 from replica.store import EpochStore
+from tests.campaigns.reread import RereadingBackend
 from tests.oracle.build import ask
 
 NAME = "subject"
@@ -138,7 +138,7 @@ class Subject:
             )
 
         self._fast_dumper, self._stock_dumper = dumper(with_shim=True), dumper(with_shim=False)
-        self.fast = FastBackend(
+        self.fast = RereadingBackend(
             self.config,
             self._fast_dumper,
             workload=self.spec.name,

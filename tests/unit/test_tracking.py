@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from common.errors import CaptureError, UnsupportedError
 from primary import tracking, userfault
 from primary.freezer import NotFrozenError
-from primary.pages import OWNED, VMA
 from primary.soft_dirty import Look, SoftDirtyTracker
 from primary.tracking import TrackerChoice, TrackerName, choose, make
 
@@ -38,29 +36,6 @@ def kernel(**problems: str) -> dict[TrackerName, Callable[[], str]]:
 )
 def test_kernels_that_lose_track_of_pages_are_told(release: str, is_sound: bool) -> None:
     assert (userfault._flaw(release) == "") is is_sound
-
-
-class TestRooms:
-    def vmas(self, *ranges: tuple[int, int, int]) -> np.ndarray:
-        return np.array([(start << 12, end << 12, flags, 0) for start, end, flags in ranges], dtype=VMA)
-
-    def rooms(self, vmas: np.ndarray, *refused: tuple[int, int]) -> list[tuple[int, int]]:
-        found = userfault._rooms(vmas, {(start << 12, end << 12) for start, end in refused})
-        return [(start >> 12, end >> 12) for start, end in found]
-
-    def test_reach_from_one_mapping_of_others_to_the_next(self) -> None:
-        vmas = self.vmas(
-            (10, 12, OWNED), (12, 13, 0), (20, 21, OWNED), (25, 26, OWNED), (30, 31, 0), (40, 41, OWNED)
-        )
-        assert self.rooms(vmas) == [(10, 12), (13, 30), (31, 41)]
-
-    def test_end_at_what_the_kernel_refuses(self) -> None:
-        vmas = self.vmas((10, 12, OWNED), (20, 21, OWNED), (25, 26, OWNED))
-        assert self.rooms(vmas, (20, 21)) == [(10, 20), (21, 26)]
-
-    def test_leave_out_what_is_the_kernels(self) -> None:
-        vmas = self.vmas((10, 12, OWNED), (1 << 51 | 5, 1 << 51 | 6, 0))
-        assert self.rooms(vmas) == [(10, 12)]
 
 
 class TestAuto:
