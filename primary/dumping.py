@@ -31,7 +31,7 @@ from common.errors import CaptureError, NoSpaceError, OutliveError
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.threads import in_thread
 from primary.capture import FreezeTimes, MetadataFile
-from primary.freezer import Freezer, NotFrozenError
+from primary.freezer import Freezer, NotFrozenError, Work
 from primary.shim import ShimChannel
 
 log = structlog.get_logger(__name__)
@@ -220,7 +220,7 @@ class Dumper:
             await self.spawned()
         return Dumped(result, frozen_wall_s, wall_ms, hook_ms)
 
-    async def stand_still(self, work: Callable[[], object]) -> float:
+    async def stand_still(self, work: Work) -> float:
         """Freeze the workload's cgroup for as long as `work` takes, in a thread; return how many ms that was.
 
         The keeper watches as it does at a dump: the criu that waits for the next one stands for the freeze.
@@ -240,9 +240,9 @@ class Dumper:
             await self._guard.end(criu_pid)
         return stopped_ms
 
-    def _still(self, work: Callable[[], object]) -> None:
-        with self._freezer.held(_STILL_WITHIN_S):
-            work()
+    def _still(self, work: Work) -> None:
+        with self._freezer.held(_STILL_WITHIN_S) as pids:
+            work(pids)
 
     async def close(self) -> None:
         """End the criu that waits for the next epoch. Idempotent."""

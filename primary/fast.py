@@ -23,7 +23,6 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -44,6 +43,7 @@ from primary.book import PageBook
 from primary.capture import CapturedEpoch, SpacePages
 from primary.criu_pages import stack_pages, take_criu_pages
 from primary.dumping import Dumped, Dumper, metadata_in
+from primary.freezer import Work
 from primary.layers import LayerChain, LayeredPages, LayerWriter
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
@@ -221,7 +221,7 @@ class FastBackend:
 
     # --- while it runs ------------------------------------------------------------------------------
 
-    async def _stand_still(self, work: Callable[[], object]) -> None:
+    async def _stand_still(self, work: Work) -> None:
         """Have it stand still ahead of the freeze, and count how long, whatever comes of it."""
         begun_s = time.monotonic()
         try:

@@ -3,7 +3,7 @@
 In: the cgroup. Out: a time in which none of its tasks runs, nor is in a system call that reads from a device
 into its memory: the kernel reports a cgroup as frozen when each task has come to rest.
 
-Not guaranteed: that a task of the tree is in that cgroup; what is not, runs on.
+What is not in that cgroup runs on: who is in it is told while all of it stands still.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -25,10 +25,14 @@ class NotFrozenError(CaptureError):
     """The cgroup was not frozen, so nothing was done; the workload runs on."""
 
 
+Work = Callable[[frozenset[int]], object]
+"""What is done while processes stand still: those with these PIDs, and no others."""
+
+
 class StandStill(Protocol):
     """Has a workload stand still."""
 
-    def __call__(self, work: Callable[[], object]) -> Awaitable[None]:
+    def __call__(self, work: Work) -> Awaitable[None]:
         """Do `work` while all stands still. Raises as `Dumper.stand_still` does."""
         ...
 
@@ -41,13 +45,16 @@ class Freezer:
         self._cgroup = cgroup
 
     @contextlib.contextmanager
-    def held(self, within_s: float) -> Iterator[None]:
-        """Freeze, and thaw at the end whatever happens. Blocking, for `within_s` at most until it is frozen.
+    def held(self, within_s: float) -> Iterator[frozenset[int]]:
+        """Freeze, tell whom (PIDs), and thaw at the end whatever happens.
+
+        Blocking, for `within_s` at most until it is frozen.
 
         Raises NotFrozenError if it does not freeze or somebody else has frozen it already, and CaptureError
         at the end if it was thawed meanwhile: then it did not stand still for all of that time.
         """
         file, frozen, thawed = self._file()
+        members = list(file.parent.rglob("cgroup.procs"))
         if _is_frozen(file):
             raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
         try:  # opened first: thawing must not fail for want of a descriptor
@@ -56,7 +63,7 @@ class Freezer:
             raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
         try:
             _freeze(file, switch, frozen, within_s)
-            yield
+            yield _pids_in(members)
             if not _is_frozen(file):
                 raise CaptureError(f"{file.parent} was thawed by somebody else")
         finally:
@@ -83,6 +90,14 @@ def _freeze(file: Path, switch: int, word: str, within_s: float) -> None:
         if time.monotonic() > until_s:
             raise NotFrozenError(f"{file.parent} did not freeze within {within_s * 1000:.0f} ms")
         time.sleep(_LOOK_AGAIN_S)
+
+
+def _pids_in(members: Iterable[Path]) -> frozenset[int]:
+    pids: set[int] = set()
+    for file in members:
+        with contextlib.suppress(OSError):  # it is gone, or has only threads of processes of other cgroups
+            pids.update(map(int, file.read_text().split()))
+    return frozenset(pids)
 
 
 def _write(switch: int, word: str) -> None:

@@ -171,18 +171,23 @@ class SoftDirtyTracker:
         """Begin anew, with everything at rest."""
         for process in processes:
             process.prepare()
+        cleared: list[TrackedProcess] = []
         try:
-            await self._stand_still(partial(self._clear, processes))
+            await self._stand_still(partial(self._clear, processes, cleared))
         except NotFrozenError:
             raise
         except BaseException:
             for process in processes:
                 process.forget_all()
             raise
-        await in_thread(self._take_note, processes)
+        await in_thread(self._take_note, cleared)
 
-    def _clear(self, processes: list[TrackedProcess]) -> None:
-        self._call.run([process.space for process in processes])
+    def _clear(
+        self, processes: list[TrackedProcess], cleared: list[TrackedProcess], pids: frozenset[int]
+    ) -> None:
+        """Read and clear the bits of those that stand still; the others are left for the freeze."""
+        cleared += [process for process in processes if process.pid in pids]
+        self._call.run([process.space for process in cleared])
 
     def _take_note(self, processes: list[TrackedProcess]) -> None:
         for process in processes:

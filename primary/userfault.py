@@ -215,8 +215,7 @@ class UserfaultTracker:
     name: Literal["userfaultfd"] = "userfaultfd"
     copies_ahead = True
 
-    def __init__(self, stand_still: StandStill | None = None) -> None:
-        """Without `stand_still`, what is tracked is written to by stores only, by no system call."""
+    def __init__(self, stand_still: StandStill) -> None:
         self._stand_still = stand_still
         self._watched: dict[TrackedProcess, _Watched] = {}
 
@@ -266,38 +265,43 @@ class UserfaultTracker:
                 fresh = [process for process, ahead in found.items() if ahead.fresh_pages]
                 if sum(len(ahead.wanted) + ahead.fresh_pages for ahead in found.values()) <= _FEW_PAGES:
                     return
-                if not await self._stood_still(partial(self._each, self._cover, fresh)):
+                still = await self._cover_standing(fresh)
+                if not still:
                     return
                 await in_thread(self._each, self._lift, fresh)
                 copy = partial(self._copy, found, hasher, writer)
-                await in_thread(self._each, copy, list(found))
+                await in_thread(self._each, copy, [process for process in found if process.pid in still])
                 todo = {
                     process: 0 if ahead.fresh_pages else len(ahead.wanted)
                     for process, ahead in found.items()
-                    if ahead.fresh_pages or ahead.shrinks(todo[process])
+                    if process.pid in still and (ahead.fresh_pages or ahead.shrinks(todo[process]))
                 }
         finally:
             for process, watched in self._watched.items():
                 if watched.userfault is not None and not watched.userfault.is_sound:
                     watched.give_up(process)
 
-    async def _stood_still(self, work: Callable[[], object]) -> bool:
-        """Do `work` while the workload stands still; and be sure that what was under way before is over.
+    async def _cover_standing(self, fresh: Iterable[TrackedProcess]) -> frozenset[int]:
+        """Track all of the processes' memory while they stand still; return who stood still (PIDs).
 
-        Who writes into memory by a system call (process_vm_writev, `/proc/PID/mem`, O_DIRECT) looks a page
-        up, and writes to it later; if the page was protected in between, without a trace. A task that stands
-        still is in no such call. False if it may not have stood still: what is read then might be written to
-        unseen, and what `work` did is worth nothing.
+        What was under way before is over then. Who writes into memory by a system call (process_vm_writev,
+        `/proc/PID/mem`, O_DIRECT) looks a page up, and writes to it later; if the page was protected in
+        between, without a trace. A task that stands still is in no such call. What is read of others might be
+        written to unseen.
         """
-        if self._stand_still is None:
-            await in_thread(work)
-            return True
+        still: frozenset[int] = frozenset()
+
+        def cover(pids: frozenset[int]) -> None:
+            nonlocal still
+            self._each(self._cover, [process for process in fresh if process.pid in pids])
+            still = pids
+
         try:
-            await self._stand_still(work)
-        except CaptureError as error:
+            await self._stand_still(cover)
+        except CaptureError as error:  # it may not have stood still: what was begun is given up
             log.info("tracking.no_stop", reason=error.message)
-            return False
-        return True
+            return frozenset()
+        return still
 
     def _each(
         self, work: Callable[[TrackedProcess], _T], processes: Iterable[TrackedProcess]

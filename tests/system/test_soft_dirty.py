@@ -389,7 +389,7 @@ class Stops:
         assert callable(work)
         self.count += 1
         with self.child.stopped():
-            work()
+            work(frozenset({self.child.pid}))
         if self.failure:
             raise self.failure
 

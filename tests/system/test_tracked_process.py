@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 from common.errors import CaptureError
 from common.identity import PageHasher
 from primary import userfault
-from primary.freezer import NotFrozenError, StandStill
+from primary.freezer import NotFrozenError, StandStill, Work
 from primary.layers import LayerWriter
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
@@ -33,6 +33,16 @@ pytestmark = [
 _PAGES = 2048
 _SHARE_MEMORY = 0x100
 _BORROWER = "libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p({stack}), {flags}, None)"
+
+
+class _Everybody(frozenset[int]):
+    def __contains__(self, pid: object) -> bool:
+        return True
+
+
+async def stand_still(work: Work) -> None:
+    """Pretend: nobody writes anything meanwhile."""
+    work(_Everybody([0]))
 
 
 @pytest.fixture
@@ -58,7 +68,7 @@ async def copied(
 async def test_a_child_in_its_parents_memory_takes_nothing_from_the_parents_book(
     child: Child, writer: LayerWriter
 ) -> None:
-    hasher, tracker = PageHasher(), UserfaultTracker()
+    hasher, tracker = PageHasher(), UserfaultTracker(stand_still)
     pages = child.map(_PAGES)
     child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
     stack = child.map(16)
@@ -88,7 +98,9 @@ async def test_a_child_in_its_parents_memory_takes_nothing_from_the_parents_book
 async def test_a_process_with_memory_of_its_own_borrows_none(child: Child) -> None:
     forked = child.do("fork()")
     try:
-        parent, other = (TrackedProcess(pid, UserfaultTracker().space(pid)) for pid in (child.pid, forked))
+        parent, other = (
+            TrackedProcess(pid, UserfaultTracker(stand_still).space(pid)) for pid in (child.pid, forked)
+        )
         assert not other.borrows_from([parent])
         assert not other.borrows
     finally:
@@ -97,15 +109,17 @@ async def test_a_process_with_memory_of_its_own_borrows_none(child: Child) -> No
 
 async def test_a_process_that_ended_is_no_lender(child: Child) -> None:
     other = Child()
-    lender = TrackedProcess(other.pid, UserfaultTracker().space(other.pid))
+    lender = TrackedProcess(other.pid, UserfaultTracker(stand_still).space(other.pid))
     other.end()
-    assert not TrackedProcess(child.pid, UserfaultTracker().space(child.pid)).borrows_from([lender])
+    assert not TrackedProcess(child.pid, UserfaultTracker(stand_still).space(child.pid)).borrows_from(
+        [lender]
+    )
 
 
 def test_a_process_may_have_half_a_character_in_its_name(child: Child) -> None:
     child.do("libc.prctl(15, b'\\xe2\\x82', 0, 0, 0)")
     assert b"\xe2\x82" in Path(f"/proc/{child.pid}/stat").read_bytes()
-    process = TrackedProcess(child.pid, UserfaultTracker().space(child.pid))
+    process = TrackedProcess(child.pid, UserfaultTracker(stand_still).space(child.pid))
     assert process.is_same
     assert process.key.ident == child.pid
 
@@ -115,7 +129,7 @@ class Looked:
 
     def __init__(self, child: Child, hasher: PageHasher, writer: LayerWriter) -> None:
         self.hasher, self.writer = hasher, writer
-        self.tracker = UserfaultTracker()
+        self.tracker = UserfaultTracker(stand_still)
         self.pages = child.map(_PAGES)
         child.do(f"ctypes.memset({self.pages.start}, 1, {_PAGES << 12}) and 0")
         self.process = TrackedProcess(child.pid, self.tracker.space(child.pid))
@@ -209,12 +223,12 @@ class TestStandingStill:
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
         stops = 0
 
-        async def stand_still(work: Callable[[], None]) -> None:
+        async def stand_still(work: Work) -> None:
             nonlocal stops
             stops += 1
             if stops == 1:
                 await asyncio.to_thread(pages.write, 7, value=9)
-            work()
+            work(frozenset({child.pid}))
 
         hasher = PageHasher()
         tracker, process = self.tracked(child, stand_still)
@@ -233,13 +247,13 @@ class TestStandingStill:
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
         grown = 0
 
-        async def stand_still(work: Callable[[], None]) -> None:
+        async def stand_still(work: Work) -> None:
             nonlocal grown
             if not grown:
                 resize = f"libc.mremap({pages.start}, {_PAGES << 12}, {2 * _PAGES << 12}, 0, 0)"
                 grown = await asyncio.to_thread(child.do, resize)
             with child.stopped():
-                work()
+                work(frozenset({child.pid}))
 
         tracker, process = self.tracked(child, stand_still)
         await tracker.take_up(process)
@@ -256,8 +270,8 @@ class TestStandingStill:
         pages = child.map(_PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
 
-        async def stand_still(work: Callable[[], None]) -> None:
-            work()
+        async def stand_still(work: Work) -> None:
+            work(frozenset({child.pid}))
             raise CaptureError("it was thawed by somebody else")
 
         tracker, process = self.tracked(child, stand_still)
@@ -268,11 +282,24 @@ class TestStandingStill:
         assert not tracker.begins_anew_frozen(process)
         tracker.let_go(process)
 
+    async def test_of_who_runs_on_nothing_is_known(self, child: Child, writer: LayerWriter) -> None:
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+
+        async def others(work: Work) -> None:
+            work(frozenset({1}))
+
+        tracker, process = self.tracked(child, others)
+        await tracker.take_up(process)
+        await copied(tracker, process, PageHasher(), writer)
+        assert not process.book.known.any()
+        tracker.let_go(process)
+
     async def test_without_it_nothing_is_known(self, child: Child, writer: LayerWriter) -> None:
         pages = child.map(_PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
 
-        async def stand_still(work: Callable[[], None]) -> None:
+        async def stand_still(work: Work) -> None:
             raise NotFrozenError("a task waits for a disk")
 
         tracker, process = self.tracked(child, stand_still)
@@ -284,10 +311,10 @@ class TestStandingStill:
     async def test_for_few_pages_nobody_stands_still(self, child: Child, writer: LayerWriter) -> None:
         stops = 0
 
-        async def stand_still(work: Callable[[], None]) -> None:
+        async def stand_still(work: Work) -> None:
             nonlocal stops
             stops += 1
-            work()
+            work(frozenset({child.pid}))
 
         pages = child.map(_PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")

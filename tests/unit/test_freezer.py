@@ -66,6 +66,15 @@ def test_it_stands_still_for_as_long_as_it_is_held(cgroup: Cgroup) -> None:
     assert cgroup.words == (["FROZEN", "THAWED"] if cgroup.version == 1 else ["1", "0"])
 
 
+def test_it_tells_who_stands_still_in_cgroups_below_too(cgroup: Cgroup) -> None:
+    (cgroup.directory / "cgroup.procs").write_text("4\n12\n")
+    (cgroup.directory / "below" / "that").mkdir(parents=True)
+    (cgroup.directory / "below" / "that" / "cgroup.procs").write_text("99\n")
+    (cgroup.directory / "below" / "cgroup.procs").mkdir()  # it cannot be read
+    with Freezer("/w").held(1.0) as pids:
+        assert pids == {4, 12, 99}
+
+
 def test_it_is_waited_for(cgroup: Cgroup) -> None:
     cgroup.obeys = False
     later = threading.Timer(0.05, cgroup.let, ["frozen"])

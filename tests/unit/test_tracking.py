@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import CaptureError, UnsupportedError
 from primary import tracking, userfault
-from primary.freezer import NotFrozenError
+from primary.freezer import NotFrozenError, StandStill, Work
 from primary.soft_dirty import Look, SoftDirtyTracker
 from primary.tracking import TrackerChoice, TrackerName, choose, make
 
@@ -122,7 +122,7 @@ class Process:
     """A process of which much is written."""
 
     def __init__(self) -> None:
-        self.pid = 1
+        self.pid = 7
         self.space: Any = None
         self.noted = self.forgotten = 0
 
@@ -136,6 +136,13 @@ class Process:
         self.forgotten += 1
 
 
+class Call:
+    """Clears nothing."""
+
+    def run(self, spaces: object) -> int:
+        return 0
+
+
 class TestAStop:
     @pytest.fixture
     def process(self, monkeypatch: pytest.MonkeyPatch) -> Process:
@@ -144,14 +151,22 @@ class TestAStop:
 
     async def stop(self, process: Process, stand_still: Any) -> None:
         tracker = SoftDirtyTracker(stand_still)
+        tracker._call = Call()  # type: ignore[assignment]
         await tracker._stop([process])  # type: ignore[list-item]
 
-    async def test_that_was_one_notes_what_was_cleared(self, process: Process) -> None:
-        async def still(work: object) -> None:
-            """All is at rest."""
+    def at_rest(self, pids: set[int]) -> StandStill:
+        async def still(work: Work) -> None:
+            work(frozenset(pids))
 
-        await self.stop(process, still)
+        return still
+
+    async def test_that_was_one_notes_what_was_cleared(self, process: Process) -> None:
+        await self.stop(process, self.at_rest({7}))
         assert (process.noted, process.forgotten) == (1, 0)
+
+    async def test_of_others_leaves_it_alone(self, process: Process) -> None:
+        await self.stop(process, self.at_rest({8}))
+        assert (process.noted, process.forgotten) == (0, 0)
 
     async def test_in_which_not_all_stood_still_forgets_everything(self, process: Process) -> None:
         async def thawed(work: object) -> None:
