@@ -1,8 +1,8 @@
 """The pages of running and frozen processes: what is there, what was written, and copies of it.
 
 In: PIDs, and which pages' content is known already. Out: runs of pages, and their bytes. All of it is done
-by `native/pages.c`, where the rules on what counts as dirty stand; this module lays out memory for it ahead
-of time, so that inside a freeze it is a single call that allocates nothing.
+by `native/pages.c` (`native/scan.c` has the rules on what counts as dirty); this module lays out memory for
+it ahead of time, so that inside a freeze it is a single call that allocates nothing.
 
     running: `Space.mappings`, `Space.written` (finds and protects), `read_running`
     frozen:  `FrozenCall`, of all processes at once: `run_early` while CRIU is at work, then `run`
@@ -35,7 +35,7 @@ EXECUTABLE: Final = 8
 DIRTY: Final = 1
 UNREADABLE: Final = 2
 WRITTEN: Final = 4
-"""Flags of a run, as `native/pages.c` has them; the last one is told by scans with `Frames` only."""
+"""Flags of a run, as `native/space.h` has them; the last one is told by scans with `Frames` only."""
 
 RUN: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("unused", "<u4")])
 """Neighbouring pages that are treated alike: bytes from `start` to `end` (exclusive)."""
@@ -51,7 +51,7 @@ _FIRST_RUNS: Final = 4096
 
 
 class _Space(ctypes.Structure):
-    """`struct space` of native/pages.c."""
+    """`struct space` of native/space.h."""
 
     _fields_ = (
         ("pid", ctypes.c_int32),

@@ -17,7 +17,10 @@ _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 _SHARED = ("-fPIC", "-shared")
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "outlive-shim.so": (("shim.c",), _SHARED),
-    "outlive-pages.so": (("pages.c", "soft_dirty.c"), _SHARED),
+    "outlive-pages.so": (
+        ("pages.c", "scan.c", "copy.c", "soft_dirty.c"),
+        (*_SHARED, "-fvisibility=hidden"),
+    ),
     "outlive-inject": (("inject.c",), ()),
 }
 

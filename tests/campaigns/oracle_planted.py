@@ -30,8 +30,10 @@ from outlive.cli.running import configure_logs
 from primary import pages
 from primary.book import PageBook
 from primary.capture import SpacePages
+from primary.pages import Space
 from primary.process import TrackedProcess
 from primary.tracking import TrackerName, choose
+from primary.userfault import Userfault
 from setup import native
 from tests.campaigns.oracle import run_seed
 
@@ -120,6 +122,18 @@ def early_copies_are_dropped() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def protection_stays() -> Iterator[None]:
+    """Have tracking begin with pages that are protected already, as the kernel leaves them."""
+
+    def lift(userfault: Userfault, pagemap: int, space: Space) -> bool:
+        userfault._unlifted.clear()
+        return True
+
+    with patch.object(Userfault, "lift", lift):
+        yield
+
+
+@contextlib.contextmanager
 def devices_write_unheeded() -> Iterator[None]:
     """Have nobody look for direct I/O, with a disk that is slow enough for it to matter.
 
@@ -156,16 +170,20 @@ BUGS: dict[str, Bug] = {
     "a device's writes may come after the protection": Bug(devices_write_unheeded, "direct_read"),
     "pages that vanished stay": Bug(vanished_pages_stay, "dontneed,munmap,mmap,store_page"),
     "what was copied early is not taken note of": Bug(early_copies_are_dropped, "store_word,store_page"),
+    "tracking begins with what is protected already": Bug(
+        protection_stays,
+        "mmap,munmap,mremap_move,mremap_grow,mremap_shrink,mprotect_read,mprotect_back,store_word,store_page",
+    ),
     "a marker in a file mapping counts as clean": Bug(
         lambda: altered(
             (
-                "pages.c",
+                "scan.c",
                 "failure = append_marked(space, fd, memory, regions[each].start, regions[each].end,\n"
                 "\t\t\t\t\t\t\tbase);",
                 "(void)memory, failure = append_clean(space, pair, regions[each].start,\n"
                 "regions[each].end, base);",
             ),
-            ("pages.c", "static int append_marked(", "__attribute__((unused)) static int append_marked("),
+            ("scan.c", "static int append_marked(", "__attribute__((unused)) static int append_marked("),
             # Or the markers are gone before a freeze meets them.
             (
                 "pages.c",
@@ -177,14 +195,14 @@ BUGS: dict[str, Bug] = {
     ),
     "what is written counts as clean": Bug(
         lambda: altered(
-            ("pages.c", "else if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN)", "else if (0)")
+            ("scan.c", "else if (!(is & PAGE_IS_WPALLOWED) || is & PAGE_IS_WRITTEN)", "else if (0)")
         ),
         "store_word,store_page",
     ),
     "closed mappings are not read": Bug(
         lambda: altered(
             (
-                "pages.c",
+                "copy.c",
                 "failure = read_unreadable(pid, run->start, run->end - run->start, into);",
                 "failure = 0 * read_unreadable(pid, run->start, 0, into);",
             )

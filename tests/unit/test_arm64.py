@@ -77,7 +77,7 @@ def test_they_say_what_those_for_this_machine_say(tmp_path: Path) -> None:
     said = []
     for compiler, runner in (("cc", ()), (_COMPILER, (_EMULATOR,))):
         made = tmp_path / compiler
-        sources = (program, native.SOURCES / "soft_dirty.c")
+        sources = (program, *(native.SOURCES / name for name in ("scan.c", "copy.c", "soft_dirty.c")))
         options = ("-static", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{native.SOURCES}")
         subprocess.run([compiler, *options, "-o", made, *sources], check=True)
         done = subprocess.run([*runner, made, maps, pagemap], capture_output=True, text=True, check=True)
