@@ -39,8 +39,9 @@ from primary.book import PageBook
 from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
 from primary.layers import LayerWriter
-from primary.pages import OWNED, VMA, Space, expand_runs, is_tracked, reads_directly
-from primary.process import TrackedProcess, open_of, resident_pages, within
+from primary.page_set import NO_PAGES, PageSet
+from primary.pages import OWNED, VMA, Space, is_tracked, pages_in, reads_directly
+from primary.process import TrackedProcess, open_of, resident_pages
 
 log = structlog.get_logger(__name__)
 
@@ -197,8 +198,7 @@ class _Watched:
 class _Ahead:
     """What is to be copied of one process, after it was protected."""
 
-    wanted: NDArray[np.uint64]
-    """Page numbers, ascending."""
+    wanted: PageSet
     tracked: NDArray[np.void]
     """The mappings (`VMA`) that they are in."""
     fresh_pages: int
@@ -320,7 +320,7 @@ class UserfaultTracker:
     def _protect(self, process: TrackedProcess) -> _Ahead:
         """Find what was written where writes are tracked, and protect it."""
         watched = self._watched.get(process)
-        ahead = _Ahead(np.empty(0, dtype=np.uint64), np.empty(0, dtype=VMA), 0)
+        ahead = _Ahead(NO_PAGES, np.empty(0, dtype=VMA), 0)
         space, book = process.space, process.book
         if watched is None or watched.userfault is None:
             return ahead
@@ -331,24 +331,24 @@ class UserfaultTracker:
             fresh_pages = watched.userfault.coverable(fresh)
             space.protects = watched.reads_directly(process.pid)
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], [at for at, _ in fresh])]
-            wanted = book.numbers[~book.known]
+            wanted = book.unknown
             if not space.protects:
                 try:
                     runs = space.written(pagemap, tracked)
                 except BaseException:  # some may be protected now that nobody was told of
                     book.forget_all()
                     raise
-                written = np.unique(expand_runs(runs))
+                written = pages_in(runs)
                 book.expect(written)
                 book.forget(written)
-                wanted = np.union1d(wanted, written)
+                wanted |= written
                 if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
                     space.protects = True
                     book.forget_all()
                     return ahead
             with open_of(process.pid, "mem", os.O_RDONLY) as memory:
                 space.settle(pagemap, memory, tracked)
-        return _Ahead(within(wanted, tracked)[0], tracked, fresh_pages)
+        return _Ahead(wanted & pages_in(tracked), tracked, fresh_pages)
 
     def _cover(self, process: TrackedProcess) -> None:
         """Track what is not; it stands still meanwhile."""
