@@ -81,7 +81,8 @@ class PageBook:
 
     def forget(self, pages: PageSet) -> None:
         """Hold the content of these pages for doubtful."""
-        self._mark(pages, known=False)
+        for first, end in self.pages.rank(pages.bounds).reshape(-1, 2).tolist():
+            self._known[first:end] = False
 
     def forget_range(self, start: int, end: int) -> None:
         """Hold the content of all pages between two addresses for doubtful."""
@@ -97,9 +98,9 @@ class PageBook:
         self._become(present)
 
     def table(self, lazy: PageSet) -> SpacePages:
-        """Return what is here now, and which of it is `lazy`; later changes do not reach it."""
+        """Return what is here now, of which `lazy` may come lazily; later changes do not reach it."""
         self._shared = True
-        return SpacePages(self.key, self._identities, lazy & self.pages)
+        return SpacePages(self.key, self._identities, lazy)
 
     def identity_of(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return what pages that are here (ascending) hold; shape (n, 2)."""
@@ -115,9 +116,4 @@ class PageBook:
             return
         known = self.known
         self._identities, self._shared = self._identities.reshaped(pages), False
-        self._known = np.zeros(len(pages), dtype=np.bool_)
-        self._mark(known, known=True)
-
-    def _mark(self, pages: PageSet, *, known: bool) -> None:
-        for first, end in self.pages.rank(pages.bounds).reshape(-1, 2).tolist():
-            self._known[first:end] = known
+        self._known = pages.marks(known)

@@ -76,7 +76,7 @@ class Identities:
         same = ~np.isin(places, _places(changed), assume_unique=True)
         fresh._blocks[same] = self._blocks[at[same]]
         for batch in _batches(np.flatnonzero(~same)):
-            numbers = fresh._within(batch).numbers
+            numbers = pages.at(fresh._rows(batch))
             here = self.pages.has(numbers)
             identity = np.full((len(numbers), 2), _NOTHING, dtype=np.uint64)
             identity[here] = self.get(numbers[here])
@@ -88,17 +88,18 @@ class Identities:
         """Return the pages that the other one lacks, or has with another identity."""
         if self is other:
             return NO_PAGES
-        lacking, common = self.pages - other.pages, self.pages & other.pages
+        changed = self.pages ^ other.pages
         _, ours, theirs = np.intersect1d(self._places, other._places, True, return_indices=True)
         # Blocks of other pages may be equal and mean something else.
-        moved = np.isin(self._places[ours], _places(self.pages ^ other.pages), assume_unique=True)
+        moved = np.isin(self._places[ours], _places(changed), assume_unique=True)
         differ = ~moved & (self._blocks[ours] != other._blocks[theirs])
-        parts = [lacking]
+        parts = [changed & self.pages]
         for at, theirs_at in zip(_batches(ours[differ]), _batches(theirs[differ]), strict=True):
             rows = self._rows(at)[_differ(self._held(at), other._held(theirs_at))]
             parts.append(PageSet.of(self.pages.at(rows)))
         for at in _batches(ours[moved]):
-            numbers = (self._within(at) & common).numbers
+            numbers = self.pages.at(self._rows(at))
+            numbers = numbers[other.pages.has(numbers)]
             parts.append(PageSet.of(numbers[_differ(self.get(numbers), other.get(numbers))]))
         return PageSet.union(parts)
 
@@ -146,11 +147,6 @@ class Identities:
         for end in ends.tolist():
             yield content[first:end]
             first = end
-
-    def _within(self, at: NDArray[np.intp]) -> PageSet:
-        """Return the pages of blocks (ascending)."""
-        starts = self._places[at] << _BLOCK_BITS
-        return self.pages & PageSet.spanning(starts, starts + (np.uint64(1) << _BLOCK_BITS))
 
 
 def _places(pages: PageSet) -> NDArray[np.uint64]:

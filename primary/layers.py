@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from common.criu.images import SpaceKey
 from common.errors import CaptureError, NoSpaceError
 from common.model import PAGE_BYTES, EpochId
-from primary.page_set import NO_PAGES, PageSet
+from primary.page_set import NO_PAGES, PageSet, in_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class _Runs:
         starts = np.concatenate([part.starts for part in parts])
         ends = starts + np.concatenate([part.counts for part in parts])
         at = np.concatenate([part.at for part in parts])
-        points = np.union1d(starts, ends)  # between two of them, all pages were added together
+        # Between two of these, all pages were added together.
+        points = in_order(np.concatenate((starts, ends)))
         first, end = np.searchsorted(points, starts), np.searchsorted(points, ends)
         covered = np.repeat(first - (np.cumsum(end - first) - (end - first)), end - first)
         covered += np.arange(len(covered))

@@ -19,7 +19,7 @@ from common.errors import CaptureError
 from common.messages import BULK_BYTES, Begin, Buffer, Commit, Metadata, Pages, Space, encode
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import CapturedEpoch, MetadataFile, PageTable, SpacePages
-from primary.page_set import NO_PAGES, PageSet
+from primary.page_set import NO_PAGES, PageSet, in_order
 
 Frames = list[Buffer]
 
@@ -132,7 +132,7 @@ def _packed(space: SpacePages, base: Held | None, seed: Seed | None) -> tuple[Pa
     zero = space.identities.zeros(changed)
     lent = NO_PAGES if seed is None else (changed - zero) - seed.table.changed(space)
     marks = ((changed, PE_PRESENT ^ PE_PARENT), (zero, ZERO), (lent, SEEDED), (space.lazy, PE_LAZY))
-    points = np.unique(np.concatenate([space.pages.bounds, *(pages.bounds for pages, _ in marks)]))
+    points = in_order(np.concatenate([space.pages.bounds, *(pages.bounds for pages, _ in marks)]))
     starts = points[space.pages.has(points)]
     ends = points[1:][space.pages.has(points[:-1])]
     flags = np.full(len(starts), PE_PARENT, dtype=np.uint8)

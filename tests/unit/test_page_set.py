@@ -58,6 +58,12 @@ def test_a_page_s_row_is_how_many_come_before_it(pages: set[int]) -> None:
 
 
 @given(PAGES, PAGES)
+def test_rows_of_what_another_set_has_are_marked(one: set[int], other: set[int]) -> None:
+    marks = PageSet.of(array(one)).marks(PageSet.of(array(other)))
+    assert marks.tolist() == [number in other for number in sorted(one)]
+
+
+@given(PAGES, PAGES)
 @pytest.mark.parametrize("join", [operator.and_, operator.or_, operator.sub, operator.xor])
 def test_sets_are_joined_as_pythons_are(
     join: Callable[[object, object], object], one: set[int], other: set[int]
