@@ -17,7 +17,7 @@ from common.criu.images import SpaceKey
 from common.model import PAGE_BYTES
 from primary.capture import SpacePages
 from primary.identities import NO_IDENTITIES
-from primary.page_set import PageSet
+from primary.page_set import NO_PAGES, PageSet
 
 
 class PageBook:
@@ -29,6 +29,7 @@ class PageBook:
     def __init__(self, key: SpaceKey) -> None:
         self.key = key
         self._identities = NO_IDENTITIES
+        self._lazy = NO_PAGES
         self._shared = True
         self._known = np.empty(0, dtype=np.bool_)
 
@@ -40,14 +41,12 @@ class PageBook:
     @property
     def known(self) -> PageSet:
         """Those of them that are known."""
-        if self.is_known:
-            return self.pages
-        return self.pages.at_rows(np.flatnonzero(np.diff(self._known, prepend=False, append=False)))
+        return self.pages if self.is_known else self._at(self._known)
 
     @property
     def unknown(self) -> PageSet:
         """Those of them that are not."""
-        return self.pages - self.known
+        return self._at(~self._known)
 
     @property
     def is_known(self) -> bool:
@@ -100,7 +99,9 @@ class PageBook:
     def table(self, lazy: PageSet) -> SpacePages:
         """Return what is here now, of which `lazy` may come lazily; later changes do not reach it."""
         self._shared = True
-        return SpacePages(self.key, self._identities, lazy)
+        if lazy != self._lazy:
+            self._lazy = lazy
+        return SpacePages(self.key, self._identities, self._lazy)
 
     def identity_of(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return what pages that are here (ascending) hold; shape (n, 2)."""
@@ -109,6 +110,10 @@ class PageBook:
     def zeros(self, pages: PageSet) -> PageSet:
         """Return those of the pages, which are here, that hold zeros only."""
         return self._identities.zeros(pages)
+
+    def _at(self, rows: NDArray[np.bool_]) -> PageSet:
+        """Return the pages at marked rows."""
+        return self.pages.at_rows(np.flatnonzero(np.diff(rows, prepend=False, append=False)))
 
     def _become(self, pages: PageSet) -> None:
         """Have just these pages, and know of them what was known."""

@@ -133,7 +133,7 @@ def restored_pages(private: PageSet, memory_map: MemoryMap, stacks: PageSet) -> 
         and not vma.status & (_VDSO | _VSYSCALL | _VVAR)
     ]
     restored = private & pages_of(vmas)
-    return restored, (restored & pages_of(lazy)) - stacks
+    return restored, restored & (pages_of(lazy) - stacks)
 
 
 def pages_of(vmas: Iterable[Vma]) -> PageSet:

@@ -133,9 +133,9 @@ def _packed(space: SpacePages, base: Held | None, seed: Seed | None) -> tuple[Pa
     lent = NO_PAGES if seed is None else (changed - zero) - seed.table.changed(space)
     marks = ((changed, PE_PRESENT ^ PE_PARENT), (zero, ZERO), (lent, SEEDED), (space.lazy, PE_LAZY))
     points = in_order(np.concatenate([space.pages.bounds, *(pages.bounds for pages, _ in marks)]))
-    starts = points[space.pages.has(points)]
-    ends = points[1:][space.pages.has(points[:-1])]
+    at = np.flatnonzero(space.pages.has(points))
+    starts, counts = points[at], points[at + 1] - points[at]
     flags = np.full(len(starts), PE_PARENT, dtype=np.uint8)
     for pages, flag in marks:
         flags ^= pages.has(starts) * np.uint8(flag)
-    return (changed - zero) - lent, list(pack_runs(starts, ends - starts, flags))
+    return (changed - zero) - lent, list(pack_runs(starts, counts, flags))

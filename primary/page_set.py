@@ -73,27 +73,34 @@ class PageSet:
         )
 
     def __and__(self, other: PageSet) -> PageSet:
-        return self if self == other else self._joined(other, np.logical_and)
+        if self == other:
+            return self
+        return self._joined(other, np.logical_and) if self._counts_in(other).any() else NO_PAGES
 
     def __or__(self, other: PageSet) -> PageSet:
-        return self if not len(other) or self == other else self._joined(other, np.logical_or)
+        has_all = np.array_equal(self._counts_in(other), np.diff(other._rows))
+        return self if has_all else self._joined(other, np.logical_or)
 
     def __sub__(self, other: PageSet) -> PageSet:
-        return self if not len(other) else self._joined(other, np.greater)
+        return self._joined(other, np.greater) if self._counts_in(other).any() else self
 
     def __xor__(self, other: PageSet) -> PageSet:
         return NO_PAGES if self == other else self._joined(other, np.not_equal)
 
     def _joined(self, other: PageSet, rule: _Rule) -> PageSet:
         """The pages for which the rule holds of being here and being there."""
-        bounds = np.concatenate((self.bounds, other.bounds))
-        order = np.argsort(bounds, kind="stable")  # which merges what is in order already
-        bounds, ours = bounds[order], order < 2 * len(self._starts)
+        one = np.uint64(1)
+        points = np.sort(np.concatenate((self.bounds << one, other.bounds << one | one)))
+        bounds, ours = points >> one, points & one == 0
         # A page lies within a run if an odd number of bounds are at it or before it.
         here, there = np.logical_xor.accumulate(ours), np.logical_xor.accumulate(~ours)
         last = np.append(bounds[1:] != bounds[:-1], True)[: len(bounds)]
         bounds, marks = bounds[last], rule(here[last], there[last])
         return PageSet(bounds[np.diff(marks, prepend=False)])
+
+    def _counts_in(self, other: PageSet) -> NDArray[np.int64]:
+        """Return how many of the pages are in each run of the other one."""
+        return np.diff(self.rank(other.bounds).reshape(-1, 2), axis=1).reshape(-1)
 
     @property
     def bounds(self) -> NDArray[np.uint64]:

@@ -265,13 +265,13 @@ class Space:
         return self.early.prepared(self.prepared())
 
     def make_room(self, runs: int, *, early: bool = False) -> None:
-        """Be ready for a freeze, with room for that many runs, and twice as many as the last one found.
+        """Be ready for a freeze, with room for that many runs, and a quarter more than the last one found.
 
         With `early`, its first call may be about this process.
         """
-        wanted = max(runs, 2 * int(self._native.runs_count) if not self.error else 0)
-        if wanted > len(self._runs):
-            self._runs = _touched(2 * wanted, RUN)
+        wanted = max(runs, int(self._native.runs_count) * 5 // 4, _FIRST_RUNS)
+        if wanted > len(self._runs) or (2 * wanted < len(self._runs) and not self.error):
+            self._runs = _touched(wanted * 5 // 4, RUN)
         found, self.early = self.early, None
         if early:
             found = found or Early()
@@ -294,7 +294,7 @@ class Early:
         self._native, self._ran = _Space(), False
         if native.vmas_room > len(self._vmas):
             self._vmas = _touched(native.vmas_room, VMA)
-        if native.runs_room > len(self._runs):
+        if native.runs_room != len(self._runs):
             self._runs = _touched(native.runs_room, RUN)
 
     def prepared(self, native: _Space) -> _Space:

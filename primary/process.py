@@ -44,6 +44,8 @@ from primary.shim import Smaps
 from primary.verification import Slice
 
 _BLOCK_PAGES: Final = 512
+_WRITTEN_RUNS: Final = 16_384
+"""Runs that written pages make of few others: two for each of the most that may be copied frozen."""
 _SMAPS_AGE_S: Final = 1.0
 _SMAPS_SHARE: Final = 20.0
 """The flags of unchanged mappings are read anew after a second, and after 20 times as long as that takes."""
@@ -171,7 +173,8 @@ class TrackedProcess:
         """Lay everything out for the freeze; with `early`, copy as much as can be while CRIU is at work."""
         bounds = self.book.known.byte_bounds
         self.space.knows(bounds)
-        self.space.make_room(len(bounds) + 1024, early=early)
+        written = min(len(self.book.pages), _WRITTEN_RUNS)
+        self.space.make_room(len(bounds) // 2 * 5 // 4 + written, early=early)
 
     def smaps(self) -> Smaps | None:
         """Return what its smaps say, read anew if its mappings changed or some time has passed."""
