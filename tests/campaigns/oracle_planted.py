@@ -30,7 +30,6 @@ from outlive.cli.running import configure_logs
 from primary import pages
 from primary.book import PageBook
 from primary.capture import SpacePages
-from primary.pages import Space
 from primary.process import TrackedProcess
 from primary.tracking import TrackerName, choose
 from primary.userfault import Userfault
@@ -125,7 +124,7 @@ def early_copies_are_dropped() -> Iterator[None]:
 def protection_stays() -> Iterator[None]:
     """Have tracking begin with pages that are protected already, as the kernel leaves them."""
 
-    def lift(userfault: Userfault, pagemap: int, space: Space) -> bool:
+    def lift(userfault: Userfault, pagemap: int) -> bool:
         userfault._unlifted.clear()
         return True
 
