@@ -36,6 +36,7 @@ _FEATURES: Final = 1 << 15 | 1 << 13 | 1 << 12
 _MODE_WRITE_PROTECT: Final = 2
 _USER_MODE_ONLY: Final = 1
 _SYSCALL: Final = {"x86_64": 323, "aarch64": 282}
+_OLD_S: Final = 1.0
 
 _Range = tuple[int, int]
 """First address of a mapping, and its end."""
@@ -65,34 +66,37 @@ class Userfault:
         self._refused &= self._since.keys()
         return fresh
 
-    def gain(self, pagemap: int, fresh: NDArray[np.void], most: int, age_s: float) -> int:
+    def gain(self, pagemap: int, vmas: NDArray[np.void], fresh: NDArray[np.void], most: int) -> int:
         """Return how many pages tracking `fresh` mappings would spare the next freezes: `most` at most.
 
-        It is `most`, too, if one of them has been there for longer than `age_s`: until it is tracked as well,
-        the kernel makes no single mapping of it and a neighbour that is. What it has refused does not count.
+        It is `most`, too, if one of them lies beside one that is tracked. What the process knows as one
+        mapping may be both, and mremap(2) of both fails, or stops half-way: as soon as can be, they must be
+        alike. Likewise after a second, wherever it lies. What the kernel has refused to track does not count.
         """
         open_ones = fresh[[each not in self._refused for each in _ranges(fresh)]]
-        if any(self._since[each] < time.monotonic() - age_s for each in _ranges(open_ones)):
+        tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
+        beside = np.isin(open_ones["start"], tracked["end"]) | np.isin(open_ones["end"], tracked["start"])
+        old_s = time.monotonic() - _OLD_S
+        if beside.any() or any(self._since[each] < old_s for each in _ranges(open_ones)):
             return most
         return count_pages(pagemap, open_ones, most)
 
-    def cover(self, vmas: NDArray[np.void], fresh: NDArray[np.void], until_s: float) -> bool:
-        """Track those of the `fresh` mappings that are in `vmas` as they were; False if time ran out.
+    def cover(self, pagemap: int, vmas: NDArray[np.void], until_s: float) -> None:
+        """Track all owned mappings that can be, in a process that stands still since `vmas` was read.
 
-        The process stands still since `vmas` was read. Else a mapping that grew meanwhile would be tracked in
-        part: the kernel makes two of it, and mremap(2) of what the process knows as one fails, or stops
-        half-way. What is not covered stays fresh. `lift` comes next, before anything is believed.
+        Else one that grew meanwhile would be tracked in part: the kernel makes two of it, and mremap(2) of
+        what the process knows as one fails, or stops half-way. So all of what lies side by side is tracked, or
+        none; but for that, the rest is left for another time at `until_s` (monotonic).
         """
-        rows = np.minimum(np.searchsorted(vmas["start"], fresh["start"]), max(len(vmas) - 1, 0))
-        here = fresh[(vmas["start"][rows] == fresh["start"]) & (vmas["end"][rows] == fresh["end"])]
-        for each in _ranges(here):
-            if time.monotonic() > until_s:
-                return False
-            if self._register(*each):
-                self._unlifted.append(each)
+        before = 0
+        for start, end in _ranges(untracked(pagemap, vmas[(vmas["flags"] & OWNED) != 0])):
+            if before and start != before and time.monotonic() > until_s:
+                return
+            before = end
+            if self._register(start, end):
+                self._unlifted.append((start, end))
             else:
-                self._refused.add(each)
-        return True
+                self._refused.add((start, end))
 
     def _register(self, start: int, end: int) -> bool:
         request = bytearray(struct.pack("<QQQQ", start, end - start, _MODE_WRITE_PROTECT, 0))
@@ -101,6 +105,11 @@ class Userfault:
         except OSError:
             return False  # another userfaultfd's, a device's, or gone since: it stays untracked, so dirty
         return True
+
+    @property
+    def covered(self) -> tuple[_Range, ...]:
+        """What is tracked since the last `lift`: of its pages, nothing is known."""
+        return tuple(self._unlifted)
 
     def lift(self, pagemap: int) -> bool:
         """Have every page that `cover` tracks count as written.

@@ -51,10 +51,8 @@ _SMALL_PAGES: Final = 1024
 _ROUNDS: Final = 4
 _FEW_PAGES: Final = 512
 """No pre-copy for so few: copying them beside CRIU takes less than 2 ms."""
-_FRESH_S: Final = 1.0
-"""A mapping that is not tracked after that time is worth a stop, however small it is."""
 _COVER_S: Final = 0.02
-"""Mappings are tracked for so long in one stop, 7 µs each; the others in the next one."""
+"""Mappings are tracked for so long in one stop, 5 µs each; the others in the next one."""
 
 _CLOSER = ThreadPoolExecutor(1, "userfaultfd")
 _T = TypeVar("_T")
@@ -154,18 +152,18 @@ class UserfaultTracker:
         self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
     ) -> None:
         """See `primary.tracking.Tracker.copy_ahead`. What a stop has tracked is copied in the next round."""
-        todo, covers = dict.fromkeys(processes, 0), True
+        todo = dict.fromkeys(processes, 0)
         try:
-            for _ in range(_ROUNDS):
+            for each in range(_ROUNDS):
                 found = await in_thread(self._each, self._look, list(todo))
-                fresh = {process: ahead for process, ahead in found.items() if ahead.gain and covers}
-                gains = sum(ahead.gain for ahead in fresh.values())
+                fresh = {process: ahead for process, ahead in found.items() if ahead.gain}
+                # What came since the first round is no reason for another stop.
+                gains = 0 if each else sum(ahead.gain for ahead in fresh.values())
                 if sum(len(ahead.wanted) for ahead in found.values()) + gains <= _FEW_PAGES:
                     return
                 still = await self._stop(fresh)
                 if not still:
                     return
-                covers = False  # what comes since then has until the next epoch
                 await in_thread(self._lift_all, fresh)
                 copy = partial(self._copy, found, hasher, writer)
                 await in_thread(self._each, copy, [process for process in found if process.pid in still])
@@ -187,9 +185,9 @@ class UserfaultTracker:
         def cover(pids: frozenset[int]) -> None:
             nonlocal still
             until_s = time.monotonic() + _COVER_S
-            for process, ahead in fresh.items():
+            for process in fresh:
                 if process.pid in pids:
-                    self._cover(process, ahead, until_s)
+                    self._cover(process, until_s)
             still = pids
 
         try:
@@ -232,7 +230,7 @@ class UserfaultTracker:
             for start, end in fresh[["start", "end"]].tolist():
                 book.forget_range(start, end)
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
-            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, fresh, _FEW_PAGES + 1, _FRESH_S)
+            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, vmas, fresh, _FEW_PAGES + 1)
             space.protects = watched.reads_directly(process.pid)
             wanted = book.numbers[~book.known]
             if not space.protects:
@@ -253,12 +251,13 @@ class UserfaultTracker:
                 space.settle(pagemap, memory, tracked)
         return _Ahead(within(wanted, tracked)[0], tracked, fresh, gain)
 
-    def _cover(self, process: TrackedProcess, ahead: _Ahead, until_s: float) -> None:
-        """Track what the look found fresh; it stands still meanwhile."""
+    def _cover(self, process: TrackedProcess, until_s: float) -> None:
+        """Track what is not; it stands still meanwhile."""
         userfault = self._watched[process].userfault
         try:
-            if userfault is not None and not userfault.cover(process.space.mappings(), ahead.fresh, until_s):
-                log.debug("tracking.many_mappings", pid=process.pid, mappings=len(ahead.fresh))
+            with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+                if userfault is not None:
+                    userfault.cover(pagemap, process.space.mappings(), until_s)
         except CaptureError as error:  # it is ending, or stays fresh
             log.debug("tracking.not_covered", pid=process.pid, error=str(error))
 
@@ -269,6 +268,8 @@ class UserfaultTracker:
             if watched.userfault is None:
                 continue
             try:
+                for start, end in watched.userfault.covered:
+                    process.book.forget_range(start, end)
                 with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
                     if not watched.userfault.lift(pagemap):
                         continue

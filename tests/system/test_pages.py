@@ -229,7 +229,7 @@ class Reader:
         with self.child.stopped():
             vmas = self.space.mappings()
             fresh = self.userfault.fresh(self.pagemap, vmas)
-            assert self.userfault.cover(vmas, fresh, time.monotonic() + 1)
+            self.userfault.cover(self.pagemap, vmas, time.monotonic() + 1)
         assert self.userfault.lift(self.pagemap)
         owned = vmas[(vmas["flags"] & OWNED) != 0]
         tracked = len(untracked_of(self.pagemap, owned)) < len(owned)
@@ -1025,8 +1025,7 @@ class TestTracking:
     ) -> None:
         reader.child.map(4).write(0)
         assert reader.userfault
-        vmas = reader.space.mappings()
-        reader.userfault.cover(vmas, reader.userfault.fresh(reader.pagemap, vmas), time.monotonic() + 1)
+        reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() + 1)
         assert not reader.userfault.is_sound
         with monkeypatch.context() as broken:
             broken.setattr(userfault, "lift", lambda *_: False)
@@ -1041,47 +1040,52 @@ class TestTracking:
         """An allocator that gives back page after page, while protection is lifted."""
         region = self.left_protected(reader)
         assert reader.userfault
-        with reader.child.stopped():
-            vmas = reader.space.mappings()
-            reader.userfault.cover(vmas, reader.userfault.fresh(reader.pagemap, vmas), time.monotonic() + 1)
+        reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() + 1)
         reader.child.map(1, at=region.start)
         reader.child.map(1, at=region.start + 4 * PAGE_BYTES)
         assert reader.userfault.lift(reader.pagemap)
         assert reader.written(region) == {1, 2, 3, 5, 6, 7}
 
-    async def test_begins_only_with_what_is_mapped_as_it_was(self, reader: Reader) -> None:
-        region = reader.child.alone(8)
-        other = reader.child.alone(8)
-        assert reader.userfault
-        fresh = reader.userfault.fresh(reader.pagemap, reader.space.mappings())
-        reader.child.do(f"libc.munmap({region.start}, {4 * PAGE_BYTES})")
-        reader.userfault.cover(reader.space.mappings(), fresh, time.monotonic() + 1)
-        assert is_tracked(reader.pagemap, other.start)
-        assert not is_tracked(reader.pagemap, region.start + 4 * PAGE_BYTES)
-        assert reader.fresh(region) == {4, 5, 6, 7}
-
     async def test_of_more_mappings_than_there_is_time_for_goes_on_later(self, reader: Reader) -> None:
-        region = reader.child.alone(8)
+        first, second = reader.child.alone(8), reader.child.alone(8)
+        first.write(0), second.write(0)
+        for region in (first, second):  # three mappings each, side by side
+            middle = Region(reader.child, region.start + 2 * PAGE_BYTES, 4)
+            middle.protect(_READ_ONLY)
         assert reader.userfault
-        vmas = reader.space.mappings()
-        fresh = reader.userfault.fresh(reader.pagemap, vmas)
-        assert not reader.userfault.cover(vmas, fresh, time.monotonic() - 1)
-        assert not is_tracked(reader.pagemap, region.start)
-        assert reader.fresh(region) == set(range(8))
+        for _ in range(200):
+            reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() - 1)
+            for region in (first, second):
+                tracked = {is_tracked(reader.pagemap, region.start + at * PAGE_BYTES) for at in range(8)}
+                assert len(tracked) == 1, "what lies side by side is alike"
+        assert not reader.userfault.is_sound
 
-    async def test_gains_what_there_is_to_copy_or_was_there_for_long(self, reader: Reader) -> None:
+    def gain(self, reader: Reader, most: int = 1 << 20) -> int:
+        vmas = reader.space.mappings()
+        assert reader.userfault
+        return reader.userfault.gain(reader.pagemap, vmas, reader.userfault.fresh(reader.pagemap, vmas), most)
+
+    async def test_gains_what_there_is_to_copy(self, reader: Reader) -> None:
         reader.cover()
+        assert self.gain(reader) == 0
         region = reader.child.alone(1000)
         region.write(*range(5))
-        assert reader.userfault
-        fresh = reader.userfault.fresh(reader.pagemap, reader.space.mappings())
-        gain = reader.userfault.gain(reader.pagemap, fresh, 1 << 20, 60)
-        assert 5 <= gain < 1000, "what was never touched costs nothing"
-        assert reader.userfault.gain(reader.pagemap, fresh, 3, 60) == 3
-        assert reader.userfault.gain(reader.pagemap, fresh, 1 << 20, -1) == 1 << 20
+        assert 5 <= self.gain(reader) < 1000, "what was never touched costs nothing"
+        assert self.gain(reader, most=3) == 3
+
+    async def test_of_what_lies_beside_something_tracked_or_was_there_for_long_is_asked_for(
+        self, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        around = reader.child.alone(16)
+        reader.child.do(f"libc.munmap({around.start + 8 * PAGE_BYTES}, {8 * PAGE_BYTES})")
         reader.cover()
-        fresh = reader.userfault.fresh(reader.pagemap, reader.space.mappings())
-        assert reader.userfault.gain(reader.pagemap, fresh, 1 << 20, -1) == 0, "nor does what is refused"
+        reader.child.map(4, at=around.start + 12 * PAGE_BYTES)
+        assert self.gain(reader) < 10
+        with monkeypatch.context() as later:
+            later.setattr(userfault, "_OLD_S", -1)
+            assert self.gain(reader) == 1 << 20
+        reader.child.map(4, at=around.start + 8 * PAGE_BYTES)
+        assert self.gain(reader) == 1 << 20
 
     async def test_survives_mprotect(self, reader: Reader) -> None:
         region = reader.child.map(4)

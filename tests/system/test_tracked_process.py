@@ -15,7 +15,7 @@ import pytest
 
 from common.errors import CaptureError
 from common.identity import PageHasher
-from primary import userfault, userfault_tracker
+from primary import userfault
 from primary.freezer import NotFrozenError, StandStill, Work
 from primary.layers import LayerWriter
 from primary.pages import FrozenBuffer, FrozenCall
@@ -320,8 +320,8 @@ class TestStandingStill:
         assert stops == before
         tracker.let_go(process)
 
-    async def test_is_asked_for_when_a_mapping_has_been_there_for_long(
-        self, child: Child, writer: LayerWriter, monkeypatch: pytest.MonkeyPatch
+    async def test_is_asked_for_when_a_mapping_came_beside_one_that_is_tracked(
+        self, child: Child, writer: LayerWriter
     ) -> None:
         """Until it is tracked as well, mremap(2) of it and of what it was mapped beside fails."""
         around = child.alone(2 * _PAGES)
@@ -337,8 +337,6 @@ class TestStandingStill:
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
         child.map(16, at=pages.end)
-        await copied(tracker, process, PageHasher(), writer)
-        monkeypatch.setattr(userfault_tracker, "_FRESH_S", -1)
         await copied(tracker, process, PageHasher(), writer)
         both = _PAGES + 16
         moved = child.do(f"done(libc.mremap({pages.start}, {both << 12}, {2 * both << 12}, 1, 0))")
