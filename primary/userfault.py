@@ -85,8 +85,8 @@ class Userfault:
         """Track all owned mappings that can be, in a process that stands still since `vmas` was read.
 
         Else one that grew meanwhile would be tracked in part: the kernel makes two of it, and mremap(2) of
-        what the process knows as one fails, or stops half-way. So all of what lies side by side is tracked, or
-        none; but for that, the rest is left for another time at `until_s` (monotonic).
+        what the process knows as one fails, or stops half-way. So all of what lies side by side is tracked,
+        or none; but for that, the rest is left for another time at `until_s` (monotonic).
         """
         before = 0
         for start, end in _ranges(untracked(pagemap, vmas[(vmas["flags"] & OWNED) != 0])):
