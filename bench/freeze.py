@@ -39,6 +39,7 @@ from bench.target import WORKLOAD, Target, running_target
 from bench.tcp_walk import tcp_walk_ms
 from common.criu.locate import locate_criu
 from common.errors import LabError
+from common.heap import keep_heap_small
 from common.identity import PageHasher
 from common.model import EpochId
 from outlive.cli.running import configure_logs
@@ -238,7 +239,7 @@ async def _first_write(target: Target, series: _Series) -> FirstWrite:
 
 
 def _changed(held: PageTable, table: PageTable) -> int:
-    return sum(int(held.changed_rows(space).sum()) for space in table.spaces.values())
+    return sum(len(held.changed(space)) for space in table.spaces.values())
 
 
 def _dirty_pages(backend: FastBackend | StockBackend) -> int:
@@ -299,6 +300,7 @@ def main() -> None:
     parser.add_argument("--level-epochs", type=int, default=defaults.level_epochs, help="0: no levels")
     parser.add_argument("--output", choices=("json", "table"), default="table")
     options = parser.parse_args()
+    keep_heap_small()  # as agents do
     configure_logs("warning")
     told = run_to_end(_run(options))
     if options.output == "json":

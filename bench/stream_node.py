@@ -124,7 +124,7 @@ class _Primary:
             stands_on=None,
             frozen_wall_s=time.time(),
             freeze=FreezeTimes(0.0, 0.0, 0.0),
-            spaces=(SpacePages(SPACE, self._numbers, self._flags, self._identity),),
+            spaces=(SpacePages.of(SPACE, self._numbers, self._flags, self._identity),),
             metadata=(),
             pages=pages,
         )

@@ -69,22 +69,21 @@ def with_content(flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return marks
 
 
-def pack_runs(numbers: NDArray[np.uint64], flags: NDArray[np.uint8]) -> Iterator[PackedRuns]:
-    """Write page numbers (ascending, unique) and their flags as runs, as many frames as it takes (≥ 1)."""
-    breaks = np.flatnonzero((np.diff(numbers) != 1) | (np.diff(flags) != 0)) + 1
-    bounds = np.concatenate(([0], breaks, [len(numbers)])) if len(numbers) else np.zeros(1, dtype=np.int64)
-    content = np.concatenate(([0], np.cumsum(with_content(flags))))
-    first, last = bounds[:-1], bounds[1:]
-    runs = np.empty(len(first), dtype=_RUN)
-    runs["start"] = numbers[first]
-    runs["count"] = last - first
-    runs["flags"] = flags[first]
+def pack_runs(
+    starts: NDArray[np.uint64], counts: NDArray[np.uint64], flags: NDArray[np.uint8]
+) -> Iterator[PackedRuns]:
+    """Write runs of pages (ascending, apart) as many frames as it takes (≥ 1).
+
+    Of each run its first page, how many pages it has, and their flags; shapes (n,).
+    """
+    runs = np.empty(len(starts), dtype=_RUN)
+    runs["start"], runs["count"], runs["flags"] = starts, counts, flags
     for at in range(0, max(len(runs), 1), _RUNS_PER_FRAME):
         part = runs[at : at + _RUNS_PER_FRAME]
-        low, high = bounds[at], bounds[at + len(part)]
+        content = with_content(flags[at : at + _RUNS_PER_FRAME])
         yield PackedRuns(
-            pages=int(high - low),
-            changed=int(content[high] - content[low]),
+            pages=int(part["count"].sum()),
+            changed=int(part["count"][content].sum()),
             frame=pack(part.tobytes()),
         )
 

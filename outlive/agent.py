@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import resource
 import signal
@@ -54,6 +53,7 @@ from common.errors import (
     StoreError,
 )
 from common.events import Event, EventLog, event_file
+from common.heap import keep_heap_small
 from common.heartbeat import AgentBeater
 from common.identity import PageHasher
 from common.keyring import read_keyring
@@ -89,8 +89,6 @@ _REFUSED_PAUSE_S = 1.0
 _FOLD_EVERY_S = 1.0
 _JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
-_M_ARENA_MAX, _M_TRIM_THRESHOLD = -8, -1
-"""From glibc's <malloc.h>."""
 
 
 async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
@@ -99,7 +97,7 @@ async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> Non
     `reread` returns the file as it is at SIGHUP, for its keys.
     Workloads are left running, whatever ends it.
     """
-    _keep_heap_small()
+    keep_heap_small()
     raise_limit()
     agent = Agent(config)
     agent.reload_keys_on_hangup(reread)
@@ -119,18 +117,6 @@ async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> Non
             await task
         except* OutliveError as group:
             raise group.exceptions[0] from None
-
-
-def _keep_heap_small() -> None:
-    """Let malloc give memory back: page hashes and blocks pass through several threads, in bursts.
-
-    With glibc's defaults each thread keeps a heap of its own: 14 MiB more at 512 MiB of workload. Without
-    glibc nothing is changed.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
 
 class _KeeperGuard:

@@ -22,8 +22,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.criu.images import SpaceKey
-from common.model import EpochId
+from common.criu.images import PE_LAZY, PE_PRESENT, SpaceKey
+from common.model import PAGE_BYTES, EpochId
+from primary.identities import Identities
+from primary.page_set import PageSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,46 @@ class SpacePages:
     """The present pages of one address space or shared segment, at the instant of an epoch."""
 
     key: SpaceKey
-    numbers: NDArray[np.uint64]
-    """Page numbers (address / 4096), ascending, unique; shape (n,)."""
-    flags: NDArray[np.uint8]
-    """CRIU's own flags but PE_PARENT: PE_PRESENT, and PE_LAZY where eligible; shape (n,)."""
-    identity: NDArray[np.uint64]
-    """Keyed 128-bit content identity; shape (n, 2). `ZERO_IDENTITY` for pages of zeros.
+    identities: Identities
+    """The pages, and a keyed 128-bit identity of each one's content; `ZERO_IDENTITY` for pages of zeros.
 
     One that no page has (`common.identity.fresh_identity`) for pages that must be sent with every epoch.
     """
+    lazy: PageSet
+    """Those of them that may be brought in lazily: all have CRIU's PE_PRESENT, these PE_LAZY too."""
+
+    @classmethod
+    def of(
+        cls,
+        key: SpaceKey,
+        numbers: NDArray[np.uint64],
+        flags: NDArray[np.uint8],
+        identity: NDArray[np.uint64],
+    ) -> SpacePages:
+        """Make it of page numbers (ascending, unique), CRIU's flags, identities; shapes (n,) and (n, 2)."""
+        lazy = PageSet.of(numbers[(flags & PE_LAZY) != 0])
+        return cls(key, Identities.of(numbers, identity), lazy)
+
+    @property
+    def pages(self) -> PageSet:
+        """Which pages there are; a page's row is its place among them."""
+        return self.identities.pages
+
+    @property
+    def numbers(self) -> NDArray[np.uint64]:
+        """Their numbers (address / 4096), ascending; shape (n,). Like all that follows: for what is small."""
+        return self.pages.numbers
+
+    @property
+    def flags(self) -> NDArray[np.uint8]:
+        """CRIU's own flags but PE_PARENT; shape (n,)."""
+        lazy = self.lazy.has(self.numbers)
+        return np.where(lazy, np.uint8(PE_PRESENT | PE_LAZY), np.uint8(PE_PRESENT))
+
+    @property
+    def identity(self) -> NDArray[np.uint64]:
+        """What they hold; shape (n, 2)."""
+        return self.identities.get(self.numbers)
 
 
 ZERO_IDENTITY = (0, 0)
@@ -49,7 +82,7 @@ ZERO_IDENTITY = (0, 0)
 class PageTable:
     """What a holder (a replica, as its primary knows) has of every space: page numbers and identities.
 
-    24 bytes a page; arrays are shared with the epoch that they came from and never written to.
+    Shares with the epoch that it came from, and with those around it, all that did not change between them.
     """
 
     def __init__(self, spaces: Sequence[SpacePages]) -> None:
@@ -58,33 +91,16 @@ class PageTable:
     @property
     def pages(self) -> int:
         """How many there are."""
-        return sum(len(space.numbers) for space in self.spaces.values())
+        return sum(len(space.pages) for space in self.spaces.values())
 
-    def changed_rows(self, space: SpacePages) -> NDArray[np.bool_]:
-        """Mark the rows of `space` that this holder lacks or has with another content; shape (n,).
+    def changed(self, space: SpacePages) -> PageSet:
+        """Return the pages of `space` that this holder lacks or has with another content.
 
         A space or page that the holder does not have is changed, whatever its content: a page that
         vanished and came back is new.
         """
         held = self.spaces.get(space.key)
-        if held is None:
-            return np.ones(space.numbers.shape, dtype=np.bool_)
-        if held.numbers.shape == space.numbers.shape and np.array_equal(held.numbers, space.numbers):
-            rows = np.arange(len(space.numbers))
-            known = np.ones(space.numbers.shape, dtype=np.bool_)
-        else:
-            rows = np.searchsorted(held.numbers, space.numbers)
-            rows = np.minimum(rows, max(len(held.numbers) - 1, 0))
-            known = (
-                held.numbers[rows] == space.numbers
-                if len(held.numbers)
-                else np.zeros(space.numbers.shape, dtype=np.bool_)
-            )
-        if not len(held.numbers):
-            return ~known
-        same = (held.identity[rows] == space.identity).all(axis=1)
-        changed: NDArray[np.bool_] = ~(known & same)
-        return changed
+        return space.pages if held is None else space.identities.differing(held.identities)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +163,7 @@ class CapturedEpoch:
     @property
     def memory_bytes(self) -> int:
         """Size of all present pages."""
-        return sum(len(space.numbers) for space in self.spaces) * 4096
+        return sum(len(space.pages) for space in self.spaces) * PAGE_BYTES
 
     def table(self) -> PageTable:
         """Return what a holder of this epoch has."""
@@ -162,7 +178,7 @@ class PageReader(Protocol):
     """Where an epoch's page contents come from."""
 
     def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
-        """Copy the pages at `rows` (ascending) of a space's `numbers` into `into`, 4096 bytes each.
+        """Copy the pages at `rows` (ascending) of a space into `into`, 4096 bytes each.
 
         Raises CaptureError when a page cannot be read or was not part of what this epoch holds.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +22,7 @@ from common.criu.images import (
     PE_PRESENT,
     MemoryMap,
     PageImage,
-    expand,
+    Vma,
     read_pagemap,
 )
 from common.criu.proto import core_pb2
@@ -31,6 +31,7 @@ from common.identity import PageHasher, fresh_identity
 from common.model import PAGE_BYTES
 from primary.book import PageBook
 from primary.layers import LayerChain, LayerWriter
+from primary.page_set import PageSet
 
 Marks = Callable[[NDArray[np.uint64]], NDArray[np.bool_]]
 """Marks some of the pages that it is given; shapes (n,)."""
@@ -51,26 +52,29 @@ def take_criu_pages(
     *,
     missing: LayerChain | None,
     always: Marks | None = None,
-) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Note in `book` what CRIU dumped of a space, and keep what changed; return its pages and their flags.
+) -> tuple[PageSet, PageSet]:
+    """Note in `book` what CRIU dumped of a space, and keep what changed; return its pages, and the lazy ones.
 
     With `missing`, pages that are not in that chain are kept too. Those that `always` marks are kept in any
     case, and get an identity that no page had. Raises CaptureError if an entry says its page is elsewhere.
     """
-    numbers, flags = expand(read_pagemap(directory / image.key.pagemap_name).entries)
-    if not np.all(flags & PE_PRESENT):
+    entries = read_pagemap(directory / image.key.pagemap_name).entries
+    if not all(entry.flags & PE_PRESENT for entry in entries):
         raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
-    if not len(numbers):
-        return numbers, flags
-    book.expect(numbers)
+    pages = _spanned((entry.vaddr, entry.end) for entry in entries)
+    lazy = _spanned((entry.vaddr, entry.end) for entry in entries if entry.flags & PE_LAZY)
+    if not len(pages):
+        return pages, lazy
+    book.expect(pages)
     file = os.open(directory / image.pages_name, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        buffer = memoryview(bytearray(min(len(numbers), _BLOCK_PAGES) * PAGE_BYTES))
-        for at in range(0, len(numbers), _BLOCK_PAGES):
-            block = numbers[at : at + _BLOCK_PAGES]
+        at = 0
+        buffer = memoryview(bytearray(min(len(pages), _BLOCK_PAGES) * PAGE_BYTES))
+        for block in pages.pieces(_BLOCK_PAGES):
             content = buffer[: len(block) * PAGE_BYTES]
-            if os.preadv(file, [content], at * PAGE_BYTES) != len(content):
+            if os.preadv(file, [content], at) != len(content):
                 raise CaptureError(f"{image.pages_name} ends too early")
+            at += len(content)
             keep(hasher, writer, book, block, content)
             if missing is not None and (marks := ~missing.covered(image.key, block)).any():
                 writer.add(book.key, block[marks], content, np.flatnonzero(marks))
@@ -79,7 +83,7 @@ def take_criu_pages(
                 book.put(block[marks], np.tile(fresh_identity(), (int(marks.sum()), 1)))
     finally:
         os.close(file)
-    return numbers, flags
+    return pages, lazy
 
 
 def keep(
@@ -99,36 +103,34 @@ def keep(
     book.put(numbers, identity)
 
 
-def page_flags(
-    numbers: NDArray[np.uint64], memory_map: MemoryMap, stacks: NDArray[np.uint64]
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return CRIU's flags for private pages (ascending), and which of them CRIU would restore; shapes (n,).
+def restored_pages(private: PageSet, memory_map: MemoryMap, stacks: PageSet) -> tuple[PageSet, PageSet]:
+    """Return which of these private pages CRIU would restore, and which of those may come lazily.
 
-    Pages may come lazily by the rule of CRIU's `vma_entry_can_be_lazy` (criu/include/vma.h), but for those
-    that a stack pointer points into.
+    That is by the rule of CRIU's `vma_entry_can_be_lazy` (criu/include/vma.h), but for pages that a stack
+    pointer points into.
     """
-    vmas = [vma for vma in memory_map.vmas if not vma.status & _GUARD]
-    starts = np.array([vma.start for vma in vmas], dtype=np.uint64) // np.uint64(PAGE_BYTES)
-    ends = np.array([vma.end for vma in vmas], dtype=np.uint64) // np.uint64(PAGE_BYTES)
-    private = np.array(
-        [bool(vma.flags & mmap.MAP_PRIVATE and not vma.flags & _MAP_DROPPABLE) for vma in vmas]
-    )
-    lazy = np.array(
-        [
-            bool(vma.flags & mmap.MAP_PRIVATE)
-            and bool(vma.flags & mmap.MAP_ANONYMOUS)
-            and not vma.flags & (_MAP_LOCKED | MAP_HUGETLB)
-            and not vma.status & (_VDSO | _VSYSCALL | _VVAR)
-            for vma in vmas
-        ]
-    )
-    at = np.searchsorted(starts, numbers, side="right").astype(np.intp) - 1
-    within = (at >= 0) & (numbers < ends[at]) & private[at]
-    flags = np.where(lazy[at] & ~np.isin(numbers, stacks), PE_PRESENT | PE_LAZY, PE_PRESENT)
-    return flags.astype(np.uint8), within
+    vmas = [
+        vma
+        for vma in memory_map.vmas
+        if vma.flags & mmap.MAP_PRIVATE and not (vma.flags & _MAP_DROPPABLE or vma.status & _GUARD)
+    ]
+    lazy = [
+        vma
+        for vma in vmas
+        if vma.flags & mmap.MAP_ANONYMOUS
+        and not vma.flags & (_MAP_LOCKED | MAP_HUGETLB)
+        and not vma.status & (_VDSO | _VSYSCALL | _VVAR)
+    ]
+    restored = private & pages_of(vmas)
+    return restored, (restored & pages_of(lazy)) - stacks
 
 
-def stack_pages(directory: Path) -> NDArray[np.uint64]:
+def pages_of(vmas: Iterable[Vma]) -> PageSet:
+    """Return all pages that there may be in mappings."""
+    return _spanned((vma.start, vma.end) for vma in vmas)
+
+
+def stack_pages(directory: Path) -> PageSet:
     """Return the pages that any thread's stack pointer points into."""
     pointers = []
     for path in directory.glob("core-*.img"):
@@ -136,4 +138,10 @@ def stack_pages(directory: Path) -> NDArray[np.uint64]:
         for info in ("thread_info", "ti_aarch64"):
             if core.HasField(info):
                 pointers.append(getattr(core, info).gpregs.sp)
-    return np.unique(np.array(pointers, dtype=np.uint64) // np.uint64(PAGE_BYTES))
+    return _spanned((pointer, pointer + PAGE_BYTES) for pointer in pointers)
+
+
+def _spanned(ranges: Iterable[tuple[int, int]]) -> PageSet:
+    """Return the pages from each address to another (exclusive), both rounded down."""
+    bounds = np.array(list(ranges), dtype=np.uint64).reshape(-1, 2) // np.uint64(PAGE_BYTES)
+    return PageSet.spanning(bounds[:, 0], bounds[:, 1])

@@ -45,6 +45,7 @@ from primary.criu_pages import stack_pages, take_criu_pages
 from primary.dumping import Dumped, Dumper, metadata_in
 from primary.freezer import Work
 from primary.layers import LayerChain, LayeredPages, LayerWriter
+from primary.page_set import PageSet
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
 from primary.shim import ShimChannel
@@ -215,7 +216,7 @@ class FastBackend:
             spaces=spaces,
             metadata=metadata,
             pages=_EpochPages(
-                directory, LayeredPages(chain.layers, {space.key: space.numbers for space in spaces})
+                directory, LayeredPages(chain.layers, {space.key: space.pages for space in spaces})
             ),
         )
 
@@ -442,8 +443,8 @@ class FastBackend:
         if not self._wants_all:
             return chain.stands_on
         for space in spaces:
-            zero = (space.identity == 0).all(axis=1)
-            if not (chain.covered(space.key, space.numbers) | zero).all():
+            uncovered = space.pages - chain.of(space.key)
+            if len(space.identities.zeros(uncovered)) < len(uncovered):
                 return chain.stands_on
         return None
 
@@ -452,9 +453,9 @@ class FastBackend:
     ) -> SpacePages:
         """Take over a shared segment as CRIU dumped it: whole, with what changed told by content."""
         book = self._shared.setdefault(image.key, PageBook(image.key))
-        numbers, flags = take_criu_pages(self._hasher, writer, book, directory, image, missing=missing)
-        book.restrict(numbers)
-        return book.table(flags)
+        pages, lazy = take_criu_pages(self._hasher, writer, book, directory, image, missing=missing)
+        book.restrict(pages)
+        return book.table(lazy)
 
     # --- what is kept -------------------------------------------------------------------------------
 
@@ -473,12 +474,12 @@ class FastBackend:
         """What has all pages but those that a replica lacks; None if none lacks any."""
         return self._chain if self._wants_all else None
 
-    def _private(self) -> dict[SpaceKey, NDArray[np.uint64]]:
-        return {process.key: process.book.numbers for process in self._processes.values()}
+    def _private(self) -> dict[SpaceKey, PageSet]:
+        return {process.key: process.book.pages for process in self._processes.values()}
 
-    def _present(self) -> dict[SpaceKey, NDArray[np.uint64]]:
+    def _present(self) -> dict[SpaceKey, PageSet]:
         books = [*self._shared.values(), *(process.book for process in self._processes.values())]
-        return {book.key: book.numbers for book in books}
+        return {book.key: book.pages for book in books}
 
 
 class _EpochPages:

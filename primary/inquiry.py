@@ -18,7 +18,9 @@ from common.errors import ProtocolError
 from common.messages import AskHeld, AskStored, encode
 from common.model import EpochId
 from common.threads import in_thread
+from primary.book import PageBook
 from primary.capture import CapturedEpoch, PageTable, SpacePages
+from primary.page_set import NO_PAGES
 from primary.session import Session
 from primary.verification import different
 
@@ -40,8 +42,7 @@ async def _ask_space(
     session: Session, space: SpacePages, secret: int, held: EpochId | None, seed: int
 ) -> SpacePages:
     """Ask part by part: one message is in memory at a time, on either side."""
-    numbers: list[NDArray[np.uint64]] = []
-    identities: list[NDArray[np.uint64]] = []
+    kept = PageBook(space.key)
     row, last, more = 0, -1, True
     while more:
         ask = AskHeld(
@@ -62,26 +63,24 @@ async def _ask_space(
                     f"the replica says twice that it holds a page of {space.key.pagemap_name}"
                 )
             last = int(part[-1])
-        ours = np.isin(part, space.numbers, assume_unique=True)
-        numbers.append(part[ours])
-        identities.append(identity[ours])
+        ours = space.pages.has(part)
+        kept.put(part[ours], identity[ours])
         row += told.pages
-        more = told.more and told.pages > 0 and len(space.numbers) > 0 and last < space.numbers[-1]
-        more = more and row < _TIMES_LISTENED * max(len(space.numbers), HELD_PAGES)
-    held_numbers = np.concatenate(numbers)
-    flags = np.zeros(len(held_numbers), np.uint8)
-    return SpacePages(space.key, held_numbers, flags, np.concatenate(identities))
+        more = (
+            told.more and told.pages > 0 and len(space.pages) > 0 and last < int(space.pages.bounds[-1]) - 1
+        )
+        more = more and row < _TIMES_LISTENED * max(len(space.pages), HELD_PAGES)
+    return kept.table(NO_PAGES)
 
 
 async def ask_stored(
-    session: Session, epoch: EpochId, space: SpacePages, rows: NDArray[np.intp], secret: int
+    session: Session, epoch: EpochId, space: SpacePages, numbers: NDArray[np.uint64], secret: int
 ) -> tuple[NDArray[np.bool_], str]:
-    """Ask what is on the replica's disk of these rows (ascending) of a space, in an epoch that it committed.
+    """Ask what is on the replica's disk of these pages (ascending) of a space, in an epoch that it committed.
 
     Marks those that it does not have, or has otherwise; shape (n,). With a reason, it could not tell, and
     nothing is marked. Raises as `ask_held` does.
     """
-    numbers, identity = space.numbers[rows], space.identity[rows]
     told = [np.empty(0, dtype=np.uint64)]
     told_identity = [np.empty((0, 2), dtype=np.uint64)]
     first_page, end_page, more = int(numbers[0]), int(numbers[-1]) + 1, True
@@ -98,7 +97,7 @@ async def ask_stored(
         if (answer.kind, answer.ident) != (space.key.kind, space.key.ident):
             raise ProtocolError(f"the replica was asked for {space.key.pagemap_name} and spoke of another")
         if answer.problem:
-            return np.zeros(len(rows), dtype=np.bool_), answer.problem
+            return np.zeros(len(numbers), dtype=np.bool_), answer.problem
         part, part_identity = await in_thread(unpack_held, frame, answer.pages)
         if answer.pages:
             if int(part[0]) < first_page or int(part[-1]) >= end_page:
@@ -107,4 +106,5 @@ async def ask_stored(
             told.append(part)
             told_identity.append(part_identity)
         more = answer.more and answer.pages > 0
+    identity = space.identities.get(numbers)
     return different(numbers, identity, np.concatenate(told), np.concatenate(told_identity)), ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,59 @@ from numpy.typing import NDArray
 from common.criu.images import SpaceKey
 from common.errors import CaptureError, NoSpaceError
 from common.model import PAGE_BYTES, EpochId
+from primary.page_set import NO_PAGES, PageSet, in_order
 
-_NO_ROWS = np.empty(0, dtype=np.int64)
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Where pages stand in a file: runs of neighbours that are neighbours there too, 24 bytes each."""
+
+    starts: NDArray[np.uint64]
+    """First page of each, ascending."""
+    counts: NDArray[np.uint64]
+    at: NDArray[np.int64]
+    """Where that first page stands, in pages."""
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.uint64], first: int) -> _Runs:
+        """Pages (ascending, at least one) that stand one after the other from `first` on."""
+        rows = np.flatnonzero(np.append(True, np.diff(numbers) != 1))
+        return cls(numbers[rows], np.diff(rows, append=len(numbers)).astype(np.uint64), rows + first)
+
+    @classmethod
+    def newest(cls, parts: list[_Runs]) -> _Runs:
+        """Of pages that were added several times, keep the last place."""
+        starts = np.concatenate([part.starts for part in parts])
+        ends = starts + np.concatenate([part.counts for part in parts])
+        at = np.concatenate([part.at for part in parts])
+        # Between two of these, all pages were added together.
+        points = in_order(np.concatenate((starts, ends)))
+        first, end = np.searchsorted(points, starts), np.searchsorted(points, ends)
+        covered = np.repeat(first - (np.cumsum(end - first) - (end - first)), end - first)
+        covered += np.arange(len(covered))
+        newest = np.full(len(points), -1, dtype=np.intp)
+        np.maximum.at(newest, covered, np.repeat(np.arange(len(starts)), end - first))
+        here = np.flatnonzero(newest >= 0)
+        run, begin = newest[here], points[here]
+        place = at[run] + (begin - starts[run]).astype(np.int64)
+        counts = points[here + 1] - begin
+        apart = np.append(
+            True,
+            (begin[1:] != begin[:-1] + counts[:-1])
+            | (place[1:] != place[:-1] + counts[:-1].astype(np.int64)),
+        )
+        return cls(begin[apart], np.add.reduceat(counts, np.flatnonzero(apart)), place[apart])
+
+    @property
+    def pages(self) -> PageSet:
+        """Which pages they are."""
+        return PageSet.spanning(self.starts, self.starts + self.counts)
+
+    def places(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return where pages stand; -1 for those that are not here; shape (n,)."""
+        run = np.maximum(np.searchsorted(self.starts, numbers, side="right") - 1, 0)
+        distance = numbers - self.starts[run]  # beyond any count for what comes before the first
+        return np.where(distance < self.counts[run], self.at[run] + distance.astype(np.int64), -1)
 
 
 class LayerWriter:
@@ -34,7 +86,7 @@ class LayerWriter:
             raise CaptureError(f"no file for pages can be made in {directory}: {error.strerror}") from error
         self._directory = directory
         self._pages = 0
-        self._index: dict[SpaceKey, list[tuple[NDArray[np.uint64], NDArray[np.int64]]]] = {}
+        self._index: dict[SpaceKey, list[_Runs]] = {}
 
     @property
     def size_bytes(self) -> int:
@@ -62,13 +114,12 @@ class LayerWriter:
                 f"pages cannot be kept in {self._directory}: {error.strerror}",
                 hint="enlarge the tmpfs, or point node.image_dir at a larger one",
             ) from error
-        places = np.arange(self._pages, at, dtype=np.int64)
-        self._index.setdefault(key, []).append((numbers, places))
+        self._index.setdefault(key, []).append(_Runs.of(numbers, self._pages))
         self._pages = at
 
     def seal(self, epoch: EpochId) -> Layer:
         """Make it the layer of an epoch; nothing can be added any more. The caller holds it."""
-        return Layer(epoch, self._file, {key: _newest(parts) for key, parts in self._index.items()})
+        return Layer(epoch, self._file, {key: _Runs.newest(parts) for key, parts in self._index.items()})
 
     def drop(self) -> None:
         """Throw it away."""
@@ -78,9 +129,7 @@ class LayerWriter:
 class Layer:
     """Pages' contents of one epoch, or of several that were merged; gone with its last holder."""
 
-    def __init__(
-        self, epoch: EpochId, file: int, index: dict[SpaceKey, tuple[NDArray[np.uint64], NDArray[np.int64]]]
-    ) -> None:
+    def __init__(self, epoch: EpochId, file: int, index: dict[SpaceKey, _Runs]) -> None:
         self.epoch = epoch
         """The newest epoch whose changes are here."""
         self._file = file
@@ -90,7 +139,7 @@ class Layer:
     @property
     def pages(self) -> int:
         """How many pages can be read of it."""
-        return sum(len(numbers) for numbers, _ in self._index.values())
+        return sum(len(self.of(key)) for key in self._index)
 
     @property
     def keys(self) -> tuple[SpaceKey, ...]:
@@ -108,17 +157,15 @@ class Layer:
         if self._holders == 0:
             os.close(self._file)
 
-    def numbers(self, key: SpaceKey) -> NDArray[np.uint64]:
-        """Return which pages of a space are here, ascending."""
-        return self._index[key][0] if key in self._index else np.empty(0, dtype=np.uint64)
+    def of(self, key: SpaceKey) -> PageSet:
+        """Return which pages of a space are here."""
+        return self._index[key].pages if key in self._index else NO_PAGES
 
     def places(self, key: SpaceKey, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return where in the file pages stand; -1 for those that are not here; shape (n,)."""
-        if key not in self._index or not len(self._index[key][0]):
+        if key not in self._index:
             return np.full(len(numbers), -1, dtype=np.int64)
-        here, places = self._index[key]
-        rows = np.minimum(np.searchsorted(here, numbers), len(here) - 1)
-        return np.where(here[rows] == numbers, places[rows], -1)
+        return self._index[key].places(numbers)
 
     def read(self, places: NDArray[np.int64], slots: NDArray[np.int64], into: memoryview) -> None:
         """Copy the pages at `places` to the pages `slots` of `into`. Raises CaptureError."""
@@ -132,17 +179,17 @@ class Layer:
 class LayeredPages:
     """Page contents of one epoch, out of its layers; a `PageReader`."""
 
-    def __init__(self, layers: Sequence[Layer], numbers: dict[SpaceKey, NDArray[np.uint64]]) -> None:
-        """`layers` from the oldest to the newest; `numbers` are those of the epoch's spaces."""
+    def __init__(self, layers: Sequence[Layer], pages: dict[SpaceKey, PageSet]) -> None:
+        """`layers` from the oldest to the newest; `pages` are those of the epoch's spaces."""
         self._layers = tuple(layer.hold() for layer in layers)
-        self._numbers = numbers
+        self._pages = pages
         self._released = False
 
     def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
         """Copy the pages at `rows` into `into`. See `PageReader.read`."""
-        if self._released or key not in self._numbers:
+        if self._released or key not in self._pages:
             raise CaptureError(f"the epoch was released, or never had {key.pagemap_name}")
-        wanted, slots = self._numbers[key][rows], np.arange(len(rows), dtype=np.int64)
+        wanted, slots = self._pages[key].at(rows), np.arange(len(rows), dtype=np.int64)
         for layer in reversed(self._layers):
             places = layer.places(key, wanted)
             here = places >= 0
@@ -199,21 +246,24 @@ class LayerChain:
             marks |= layer.places(key, numbers) >= 0
         return marks
 
-    def merge(self, present: dict[SpaceKey, NDArray[np.uint64]]) -> None:
+    def of(self, key: SpaceKey) -> PageSet:
+        """Return the pages of a space whose content is in the chain."""
+        return PageSet.union([layer.of(key) for layer in self._layers])
+
+    def merge(self, present: dict[SpaceKey, PageSet]) -> None:
         """Make one layer of all, if they are too many: the newest content of each page that is present."""
         if len(self._layers) <= self._most_layers:
             return
         writer = LayerWriter(self._directory)
         try:
             buffer = memoryview(bytearray(256 * PAGE_BYTES))
-            for key, numbers in present.items():
-                wanted = numbers[self.covered(key, numbers)]
+            for key, pages in present.items():
+                wanted = pages & self.of(key)
                 source = LayeredPages(self._layers, {key: wanted})
                 try:
-                    for at in range(0, len(wanted), 256):
-                        rows = np.arange(at, min(at + 256, len(wanted)), dtype=np.int64)
-                        source.read(key, rows, buffer[: len(rows) * PAGE_BYTES])
-                        writer.add(key, wanted[rows], buffer, np.arange(len(rows)))
+                    for numbers in wanted.pieces(256):
+                        source.read(key, wanted.rank(numbers), buffer[: len(numbers) * PAGE_BYTES])
+                        writer.add(key, numbers, buffer, np.arange(len(numbers)))
                 finally:
                     source.release()
         except BaseException:
@@ -229,16 +279,3 @@ class LayerChain:
         for layer in self._layers:
             layer.drop()
         self._layers = []
-
-
-def _newest(
-    parts: list[tuple[NDArray[np.uint64], NDArray[np.int64]]],
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Of pages that were added several times, keep the last place; ascending."""
-    numbers = np.concatenate([part[0] for part in parts])
-    places = np.concatenate([part[1] for part in parts])
-    order = np.argsort(numbers, kind="stable")
-    numbers, places = numbers[order], places[order]
-    last = np.ones(len(numbers), dtype=np.bool_)
-    last[:-1] = numbers[1:] != numbers[:-1]
-    return numbers[last], places[last]

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from common.bulk import BLOCK_PAGES, SEEDED, ZERO, EpochDigest, pack, pack_runs, with_content
+from common.bulk import BLOCK_PAGES, SEEDED, ZERO, EpochDigest, PackedRuns, pack, pack_runs
 from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
 from common.errors import CaptureError
 from common.messages import BULK_BYTES, Begin, Buffer, Commit, Metadata, Pages, Space, encode
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import CapturedEpoch, MetadataFile, PageTable, SpacePages
+from primary.page_set import NO_PAGES, PageSet, in_order
 
 Frames = list[Buffer]
 
@@ -83,7 +83,7 @@ def _body(
     for file in epoch.metadata:
         yield from _metadata(file)
     for space in epoch.spaces:
-        yield from _space(epoch, space, _wire_flags(space, base, seed), memoryview(buffer))
+        yield from _space(epoch, space, base, seed, memoryview(buffer))
 
 
 def _metadata(file: MetadataFile) -> Iterator[Frames]:
@@ -102,9 +102,9 @@ def _metadata(file: MetadataFile) -> Iterator[Frames]:
 
 
 def _space(
-    epoch: CapturedEpoch, space: SpacePages, flags: NDArray[np.uint8], buffer: memoryview
+    epoch: CapturedEpoch, space: SpacePages, base: Held | None, seed: Seed | None, buffer: memoryview
 ) -> Iterator[Frames]:
-    packed = list(pack_runs(space.numbers, flags))
+    content, packed = _packed(space, base, seed)
     for place, runs in enumerate(packed, start=1):
         yield encode(
             Space(
@@ -116,26 +116,26 @@ def _space(
             ),
             [runs.frame],
         )
-    rows = np.flatnonzero(with_content(flags))
-    for at in range(0, len(rows), BLOCK_PAGES):
-        block = rows[at : at + BLOCK_PAGES]
+    for block in content.pieces(BLOCK_PAGES):
         raw = buffer[: len(block) * PAGE_BYTES]
-        epoch.pages.read(space.key, block, raw)
+        epoch.pages.read(space.key, space.pages.rank(block), raw)
         yield encode(Pages(raw_bytes=len(raw)), [pack(raw)])
 
 
-def _wire_flags(space: SpacePages, base: Held | None, seed: Seed | None) -> NDArray[np.uint8]:
-    """CRIU's flags for each page; PE_PARENT for what the base has.
+def _packed(space: SpacePages, base: Held | None, seed: Seed | None) -> tuple[PageSet, list[PackedRuns]]:
+    """Return the pages whose content is sent, and all pages with the flags that say of each where it is.
 
-    Of the changed ones, ZERO for those of zeros, and SEEDED for those that the seed has.
+    Those are CRIU's flags; PE_PARENT for what the base has. Of the changed ones, ZERO for those of zeros, and
+    SEEDED for those that the seed has.
     """
-    lazy = space.flags & np.uint8(PE_LAZY)
-    zero = (space.identity == 0).all(axis=1)
-    fresh = np.where(zero, np.uint8(PE_PRESENT | ZERO), np.uint8(PE_PRESENT))
-    if seed is not None:
-        lent = ~zero & ~seed.table.changed_rows(space)
-        fresh = np.where(lent, np.uint8(PE_PRESENT | SEEDED), fresh)
-    if base is not None:
-        fresh = np.where(base.table.changed_rows(space), fresh, np.uint8(PE_PARENT))
-    flags: NDArray[np.uint8] = (fresh | lazy).astype(np.uint8)
-    return flags
+    changed = space.pages if base is None else base.table.changed(space)
+    zero = space.identities.zeros(changed)
+    lent = NO_PAGES if seed is None else (changed - zero) - seed.table.changed(space)
+    marks = ((changed, PE_PRESENT ^ PE_PARENT), (zero, ZERO), (lent, SEEDED), (space.lazy, PE_LAZY))
+    points = in_order(np.concatenate([space.pages.bounds, *(pages.bounds for pages, _ in marks)]))
+    starts = points[space.pages.has(points)]
+    ends = points[1:][space.pages.has(points[:-1])]
+    flags = np.full(len(starts), PE_PARENT, dtype=np.uint8)
+    for pages, flag in marks:
+        flags ^= pages.has(starts) * np.uint8(flag)
+    return (changed - zero) - lent, list(pack_runs(starts, ends - starts, flags))

@@ -25,6 +25,7 @@ from common.errors import CaptureError
 from common.model import PAGE_BYTES
 from primary.frames import Frames
 from primary.native import built
+from primary.page_set import PageSet
 
 OWNED: Final = 1
 FILE: Final = 2
@@ -462,30 +463,14 @@ def reads_directly(pid: int) -> bool:
     return bool(found)
 
 
-def expand_runs(runs: NDArray[np.void]) -> NDArray[np.uint64]:
-    """Return the page numbers (address / 4096) of runs, in their order; shape (n,)."""
-    first = runs["start"] // np.uint64(PAGE_BYTES)
-    counts = (runs["end"] - runs["start"]) // np.uint64(PAGE_BYTES)
-    before = np.cumsum(counts, dtype=np.uint64) - counts
-    numbers = np.repeat(first - before, counts.astype(np.intp))
-    numbers += np.arange(len(numbers), dtype=np.uint64)
-    return numbers
-
-
-def bounds_of(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return first byte and end of each range of neighbouring pages (ascending); shape (2n,)."""
-    if not len(numbers):
-        return np.empty(0, dtype=np.uint64)
-    breaks = np.flatnonzero(np.diff(numbers) != 1)
-    bounds = np.empty(2 * (len(breaks) + 1), dtype=np.uint64)
-    bounds[0::2] = numbers[np.concatenate(([0], breaks + 1))]
-    bounds[1::2] = numbers[np.concatenate((breaks, [len(numbers) - 1]))] + np.uint64(1)
-    return bounds * np.uint64(PAGE_BYTES)
+def pages_in(runs: NDArray[np.void]) -> PageSet:
+    """Return the pages of runs or mappings."""
+    return PageSet.spanning(runs["start"] // np.uint64(PAGE_BYTES), runs["end"] // np.uint64(PAGE_BYTES))
 
 
 def runs_of(numbers: NDArray[np.uint64], flags: int = 0) -> NDArray[np.void]:
     """Return pages (ascending) as runs."""
-    bounds = bounds_of(numbers)
+    bounds = PageSet.of(numbers).byte_bounds
     runs = np.zeros(len(bounds) // 2, dtype=RUN)
     runs["start"], runs["end"], runs["flags"] = bounds[0::2], bounds[1::2], flags
     return runs

@@ -26,8 +26,9 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.book import PageBook
 from primary.capture import SpacePages
-from primary.criu_pages import keep, page_flags, take_criu_pages
+from primary.criu_pages import keep, pages_of, restored_pages, take_criu_pages
 from primary.layers import LayerChain, LayerWriter
+from primary.page_set import PageSet
 from primary.pages import (
     DIRTY,
     OWNED,
@@ -35,7 +36,7 @@ from primary.pages import (
     UNREADABLE,
     FrozenBuffer,
     Space,
-    expand_runs,
+    pages_in,
     read_running,
     runs_of,
 )
@@ -106,10 +107,10 @@ class TrackedProcess:
         self,
         hasher: PageHasher,
         writer: LayerWriter,
-        wanted: NDArray[np.uint64],
+        wanted: PageSet,
         owned: NDArray[np.void] | None = None,
     ) -> int:
-        """Copy pages (ascending) that were protected before, or cleared; return how many were wanted.
+        """Copy pages that were protected before, or cleared; return how many were wanted.
 
         `owned` are its mappings that are ours, if they are known. A page that cannot be read stays unknown.
         """
@@ -125,13 +126,11 @@ class TrackedProcess:
         self, hasher: PageHasher, writer: LayerWriter, chain: LayerChain, until_s: float
     ) -> None:
         """Copy known pages whose content is in no layer, as many as the time allows."""
-        numbers = self.book.numbers[self.book.known]
-        numbers = numbers[~chain.covered(self.key, numbers)]
-        identity = self.book.identity_of(numbers)
-        numbers = numbers[(identity != 0).any(axis=1)]
+        uncovered = self.book.known - chain.of(self.key)
+        uncovered -= self.book.zeros(uncovered)
         vmas = self.space.mappings()
         owned = vmas[(vmas["flags"] & OWNED) != 0]
-        for block, content, good in self._read(numbers, owned):
+        for block, content, good in self._read(uncovered, owned):
             if time.monotonic() > until_s:
                 return
             # What was written since is not what the book says; it is copied as such.
@@ -140,12 +139,12 @@ class TrackedProcess:
             writer.add(self.key, block[rows], content, rows)
 
     def _read(
-        self, numbers: NDArray[np.uint64], owned: NDArray[np.void]
+        self, pages: PageSet, owned: NDArray[np.void]
     ) -> Iterator[tuple[NDArray[np.uint64], memoryview, NDArray[np.bool_]]]:
-        """Read pages (ascending) in blocks: numbers, content, and which of them could be read."""
-        buffer = memoryview(bytearray(min(len(numbers), _BLOCK_PAGES) * PAGE_BYTES))
-        for at in range(0, len(numbers), _BLOCK_PAGES):
-            block, runs = _runs_within(numbers[at : at + _BLOCK_PAGES], owned)
+        """Read pages in blocks: numbers, content, and which of them could be read."""
+        buffer = memoryview(bytearray(min(len(pages), _BLOCK_PAGES) * PAGE_BYTES))
+        for numbers in pages.pieces(_BLOCK_PAGES):
+            block, runs = _runs_within(numbers, owned)
             if len(block):
                 content = buffer[: len(block) * PAGE_BYTES]
                 yield block, content, read_running(self.pid, runs, content)
@@ -158,11 +157,11 @@ class TrackedProcess:
         self._looked, self._differing = 0, np.empty(0, dtype=np.uint64)
         if due is None:
             return
-        rows = due.rows(self.book.numbers)
-        numbers = self.book.numbers[rows[self.book.known[rows]]]
+        numbers = due.within(self.book.pages)
+        pages = PageSet.of(numbers[self.book.knows(numbers)])
         vmas = self.space.mappings()
         differing = [self._differing]
-        for block, content, good in self._read(numbers, vmas[(vmas["flags"] & OWNED) != 0]):
+        for block, content, good in self._read(pages, vmas[(vmas["flags"] & OWNED) != 0]):
             differs = (hasher.identify(content) != self.book.identity_of(block)).any(axis=1)
             differing.append(block[good & differs])
             self._looked += int(good.sum())
@@ -170,8 +169,9 @@ class TrackedProcess:
 
     def prepare(self, *, early: bool = False) -> None:
         """Lay everything out for the freeze; with `early`, copy as much as can be while CRIU is at work."""
-        self.space.knows(self.book.known_bounds)
-        self.space.make_room(len(self.book.known_bounds) + 1024, early=early)
+        bounds = self.book.known.byte_bounds
+        self.space.knows(bounds)
+        self.space.make_room(len(bounds) + 1024, early=early)
 
     def smaps(self) -> Smaps | None:
         """Return what its smaps say, read anew if its mappings changed or some time has passed."""
@@ -200,7 +200,7 @@ class TrackedProcess:
         if early is not None and early.is_lost:
             self.forget_all()
         elif early is not None:
-            self.book.forget(expand_runs(early.copied))
+            self.book.forget(pages_in(early.copied))
 
     def keep_early(
         self, hasher: PageHasher, writer: LayerWriter, buffer: FrozenBuffer, missing: LayerChain | None
@@ -211,9 +211,7 @@ class TrackedProcess:
         """
         early = self.space.early
         if early is not None:
-            numbers = expand_runs(early.copied)
-            self.book.expect(numbers)
-            self._keep(hasher, writer, buffer, early.content_at, numbers, missing)
+            self._keep(hasher, writer, buffer, early.content_at, early.copied, missing)
 
     def not_taken(self) -> None:
         """The epoch came to nothing: what was protected for it is unknown."""
@@ -222,8 +220,8 @@ class TrackedProcess:
             self.forget_all()
         elif self.space.protects:
             runs = self.space.runs
-            self.book.restrict(expand_runs(runs))
-            self.book.forget(expand_runs(runs[(runs["flags"] & DIRTY) != 0]))
+            self.book.restrict(pages_in(runs))
+            self.book.forget(pages_in(runs[(runs["flags"] & DIRTY) != 0]))
 
     def compare(self) -> tuple[int, NDArray[np.uint64]]:
         """Find the pages that `look` found to differ, and that nobody was told were written by the freeze.
@@ -234,10 +232,10 @@ class TrackedProcess:
         differing = self._differing
         if len(differing):
             runs = self.space.runs
-            clean = np.isin(differing, expand_runs(runs[(runs["flags"] & DIRTY) == 0]))
+            clean = pages_in(runs[(runs["flags"] & DIRTY) == 0])
             if self.space.early is not None:
-                clean &= ~np.isin(differing, expand_runs(self.space.early.copied))
-            differing = differing[clean]
+                clean -= pages_in(self.space.early.copied)
+            differing = differing[clean.has(differing)]
         return self._looked - len(self._differing) + len(differing), differing
 
     def assemble(
@@ -248,7 +246,7 @@ class TrackedProcess:
         directory: Path,
         image: PageImage,
         memory_map: MemoryMap,
-        stacks: NDArray[np.uint64],
+        stacks: PageSet,
         missing: LayerChain | None,
     ) -> SpacePages:
         """Take in what was dirty at the freeze, and what CRIU dumped of it; return its table.
@@ -256,17 +254,14 @@ class TrackedProcess:
         Raises CaptureError if a page that is present is neither known nor was copied.
         """
         runs = self.space.runs
-        present = expand_runs(runs)
-        dirty = expand_runs(runs[(runs["flags"] & DIRTY) != 0])
-        self.book.expect(dirty)
+        dirty = runs[(runs["flags"] & DIRTY) != 0]
         self._keep(hasher, writer, buffer, self.space.content_at, dirty, missing)
-        flags, within = page_flags(present, memory_map, stacks)
-        present, flags = present[within], flags[within]
-        if memory_map.without_parent(present).any():
+        present, lazy = restored_pages(pages_in(runs), memory_map, stacks)
+        if len(present & pages_of(memory_map.parentless)):
             raise CaptureError(
                 f"process {self.pid} maps a file of huge pages privately: only the stock backend can do that"
             )
-        theirs, their_flags = take_criu_pages(
+        theirs, their_lazy = take_criu_pages(
             hasher,
             writer,
             self.book,
@@ -275,15 +270,11 @@ class TrackedProcess:
             missing=missing,
             always=memory_map.without_parent,
         )
-        if len(theirs):
-            ours = ~np.isin(present, theirs)
-            numbers = np.concatenate((present[ours], theirs))
-            order = np.argsort(numbers)
-            present, flags = numbers[order], np.concatenate((flags[ours], their_flags))[order]
+        present, lazy = present | theirs, (lazy - theirs) | their_lazy
         self.book.restrict(present)
-        if not self.book.known.all():
+        if not self.book.is_known:
             raise CaptureError(f"{image.key.pagemap_name}: a page is neither known nor was it copied")
-        return self.book.table(flags)
+        return self.book.table(lazy)
 
     def _keep(
         self,
@@ -291,35 +282,33 @@ class TrackedProcess:
         writer: LayerWriter,
         buffer: FrozenBuffer,
         first: int,
-        numbers: NDArray[np.uint64],
+        runs: NDArray[np.void],
         missing: LayerChain | None,
     ) -> None:
-        for at in range(0, len(numbers), _BLOCK_PAGES):
-            block = numbers[at : at + _BLOCK_PAGES]
-            content = buffer.content(first + at, len(block))
+        """Take in the pages of runs, copied frozen: they stand in the buffer from `first` on, in order."""
+        if (runs["start"][1:] < runs["end"][:-1]).any():
+            raise CaptureError(f"the dirty pages of process {self.pid} are told out of order")
+        pages = pages_in(runs)
+        self.book.expect(pages)
+        for block in pages.pieces(_BLOCK_PAGES):
+            content = buffer.content(first, len(block))
+            first += len(block)
             keep(hasher, writer, self.book, block, content)
             if missing is not None:
                 rows = np.flatnonzero(~missing.covered(self.key, block))
                 writer.add(self.key, block[rows], content, rows)
 
 
-def within(
-    numbers: NDArray[np.uint64], vmas: NDArray[np.void]
-) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
-    """Keep the pages (ascending) that lie in the mappings, and return each one's row in `vmas`."""
-    addresses = numbers * np.uint64(PAGE_BYTES)
-    at = np.searchsorted(vmas["start"], addresses, side="right").astype(np.intp) - 1
-    here = at >= 0
-    if len(vmas):
-        here &= addresses < vmas["end"][at]
-    return numbers[here], at[here]
-
-
 def _runs_within(
     numbers: NDArray[np.uint64], owned: NDArray[np.void]
 ) -> tuple[NDArray[np.uint64], NDArray[np.void]]:
     """Keep the pages (ascending) that lie in owned mappings, and return them as runs too."""
-    numbers, at = within(numbers, owned)
+    addresses = numbers * np.uint64(PAGE_BYTES)
+    at = np.searchsorted(owned["start"], addresses, side="right").astype(np.intp) - 1
+    here = at >= 0
+    if len(owned):
+        here &= addresses < owned["end"][at]
+    numbers, at = numbers[here], at[here]
     unreadable = (owned["flags"][at] & READABLE) == 0
     if not unreadable.any():
         return numbers, runs_of(numbers)

@@ -35,9 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from common.errors import CaptureError
 from common.identity import PageHasher
@@ -45,8 +43,9 @@ from common.threads import in_thread
 from primary.frames import Frames
 from primary.freezer import NotFrozenError, StandStill
 from primary.layers import LayerWriter
+from primary.page_set import PageSet
 from primary.pagemap import zero_frame
-from primary.pages import WRITTEN, FrozenBuffer, FrozenCall, Space, expand_runs, reads_directly
+from primary.pages import WRITTEN, FrozenBuffer, FrozenCall, Space, pages_in, reads_directly
 from primary.process import TrackedProcess
 
 log = structlog.get_logger(__name__)
@@ -200,10 +199,10 @@ class SoftDirtyTracker:
         copied = 0
         for process in processes:
             book = process.book
-            wanted = book.numbers[~book.known]
+            wanted = book.unknown
             try:
                 if seen:
-                    wanted = np.setdiff1d(wanted, _written(process), assume_unique=True)
+                    wanted -= _written(process)
                 elif reads_directly(process.pid):  # since when is not known
                     process.forget_all()
                     continue
@@ -215,7 +214,7 @@ class SoftDirtyTracker:
         return copied
 
 
-def _written(process: TrackedProcess) -> NDArray[np.uint64]:
-    """Return the pages that the last scan has seen written, ascending."""
+def _written(process: TrackedProcess) -> PageSet:
+    """Return the pages that the last scan has seen written."""
     runs = process.space.runs
-    return expand_runs(runs[(runs["flags"] & WRITTEN) != 0])
+    return pages_in(runs[(runs["flags"] & WRITTEN) != 0])

@@ -53,7 +53,7 @@ class StockBackend:
             if isinstance(error, OSError):
                 raise CaptureError(f"epoch {epoch} of {self._workload}: {error}") from error
             raise
-        self._last_bytes = sum(len(space.numbers) for space in spaces) * PAGE_BYTES
+        self._last_bytes = sum(len(space.pages) for space in spaces) * PAGE_BYTES
         return CapturedEpoch(
             workload=self._workload,
             id=epoch,
@@ -85,7 +85,7 @@ class StockBackend:
                     identity[read_memory_map(directory / name).without_parent(numbers)] = fresh_identity()
             else:
                 identity = np.zeros((0, 2), dtype=np.uint64)
-            spaces.append(SpacePages(image.key, numbers, flags, identity))
+            spaces.append(SpacePages.of(image.key, numbers, flags, identity))
         return tuple(spaces)
 
 

@@ -35,24 +35,24 @@ class StoreVerifier:
         """
         spaces = {space.key: space for space in epoch.spaces}
         compared, mismatch = 0, None
-        for due in self._verification.plan(lambda: {key: each.numbers for key, each in spaces.items()}):
+        for due in self._verification.plan(lambda: {key: each.pages for key, each in spaces.items()}):
             space = spaces.get(due.key)
             if space is None:
                 continue
-            rows = due.rows(space.numbers)
+            numbers = due.within(space.pages)
             # What goes with every epoch whatever it holds has no identity that could be compared.
-            rows = rows[~is_fresh(space.identity[rows])]
-            if not len(rows):
+            numbers = numbers[~is_fresh(space.identities.get(numbers))]
+            if not len(numbers):
                 continue
-            marks, problem = await ask_stored(session, epoch.id, space, rows, self._secret)
+            marks, problem = await ask_stored(session, epoch.id, space, numbers, self._secret)
             if problem:
                 if problem != self._verification.problem:
                     log.warning("verify.cannot_tell", replica=self._replica, reason=problem)
                 self._verification.problem = problem
                 return None
-            compared += len(rows)
+            compared += len(numbers)
             if marks.any():
-                mismatch = Mismatch(self._replica, epoch.id, due.key, space.numbers[rows[marks]])
+                mismatch = Mismatch(self._replica, epoch.id, due.key, numbers[marks])
                 self._verification.found(mismatch)
         self._verification.looked_at(compared)
         return Doubt(epoch=epoch.id, reason=mismatch.sentence[:4096]) if mismatch is not None else None

@@ -39,8 +39,9 @@ from common.threads import in_thread
 from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
 from primary.layers import LayerWriter
-from primary.pages import OWNED, VMA, Space, expand_runs, reads_directly, untracked
-from primary.process import TrackedProcess, open_of, resident_pages, within
+from primary.page_set import NO_PAGES, PageSet
+from primary.pages import OWNED, VMA, Space, pages_in, reads_directly, untracked
+from primary.process import TrackedProcess, open_of, resident_pages
 from primary.userfault import Userfault
 
 log = structlog.get_logger(__name__)
@@ -92,8 +93,8 @@ class _Watched:
 class _Ahead:
     """What a look found of one process."""
 
-    wanted: NDArray[np.uint64]
-    """Numbers of the pages that are to be copied, ascending."""
+    wanted: PageSet
+    """What is to be copied."""
     tracked: NDArray[np.void]
     """The mappings (`VMA`) that are tracked."""
     fresh: NDArray[np.void]
@@ -223,7 +224,7 @@ class UserfaultTracker:
         nothing = np.empty(0, dtype=VMA)
         space, book = process.space, process.book
         if watched is None or watched.userfault is None:
-            return _Ahead(np.empty(0, dtype=np.uint64), nothing, nothing, 0)
+            return _Ahead(NO_PAGES, nothing, nothing, 0)
         vmas = space.mappings()
         with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
             fresh = watched.userfault.fresh(pagemap, vmas)
@@ -232,24 +233,24 @@ class UserfaultTracker:
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
             gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, vmas, fresh, _FEW_PAGES + 1)
             space.protects = watched.reads_directly(process.pid)
-            wanted = book.numbers[~book.known]
+            wanted = book.unknown
             if not space.protects:
                 try:
                     runs = space.written(pagemap, tracked)
                 except BaseException:  # some may be protected now that nobody was told of
                     book.forget_all()
                     raise
-                written = np.unique(expand_runs(runs))
+                written = pages_in(runs)
                 book.expect(written)
                 book.forget(written)
-                wanted = np.union1d(wanted, written)
+                wanted |= written
                 if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
                     space.protects = True
                     book.forget_all()
-                    wanted = wanted[:0]
+                    wanted = NO_PAGES
             with open_of(process.pid, "mem", os.O_RDONLY) as memory:
                 space.settle(pagemap, memory, tracked)
-        return _Ahead(within(wanted, tracked)[0], tracked, fresh, gain)
+        return _Ahead(wanted & pages_in(tracked), tracked, fresh, gain)
 
     def _cover(self, process: TrackedProcess, until_s: float) -> None:
         """Track what is not; it stands still meanwhile."""

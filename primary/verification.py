@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from common.criu.images import SpaceKey
 from common.model import PAGE_BYTES, EpochId
-from primary.pages import bounds_of
+from primary.page_set import PageSet
 
 LEAST_PAGES: Final = 64
 """A slice is at least as large: small workloads are through in no time."""
@@ -45,11 +45,9 @@ class Slice:
         """How many there were."""
         return int((self.bounds[1::2] - self.bounds[0::2]).sum())
 
-    def rows(self, numbers: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """Return the rows of those of `numbers` (ascending) that lie in it."""
-        at = np.searchsorted(numbers, self.bounds)
-        parts = [np.arange(first, end) for first, end in at.reshape(-1, 2).tolist() if first < end]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.intp)
+    def within(self, pages: PageSet) -> NDArray[np.uint64]:
+        """Return the numbers of those of `pages` that lie in it, ascending."""
+        return (pages & PageSet(self.bounds)).numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +119,10 @@ class Verification:
         """Begin a round anew, in large slices. One that is under way does not count."""
         self._wanted = True
 
-    def plan(self, present: Callable[[], Mapping[SpaceKey, NDArray[np.uint64]]]) -> tuple[Slice, ...]:
+    def plan(self, present: Callable[[], Mapping[SpaceKey, PageSet]]) -> tuple[Slice, ...]:
         """Say what is due at the next epoch; the same until `looked_at`.
 
-        `present` is asked when a round begins: the page numbers of each space, ascending.
+        `present` is asked when a round begins: the pages of each space.
         """
         if not (self._length or self._wanted or self._hurried):
             return ()
@@ -159,11 +157,11 @@ class Verification:
         self.pages_different += len(mismatch.numbers)
         self._on_mismatch(mismatch)
 
-    def _begin(self, present: Mapping[SpaceKey, NDArray[np.uint64]]) -> None:
+    def _begin(self, present: Mapping[SpaceKey, PageSet]) -> None:
         self._hurried, self._wanted = self._hurried or self._wanted, False
-        self._keys = tuple(sorted(key for key, numbers in present.items() if len(numbers)))
-        self._ranges = tuple(bounds_of(present[key]) // np.uint64(PAGE_BYTES) for key in self._keys)
-        self.pages_due = sum(int((each[1::2] - each[0::2]).sum()) for each in self._ranges)
+        self._keys = tuple(sorted(key for key, pages in present.items() if len(pages)))
+        self._ranges = tuple(present[key].bounds for key in self._keys)
+        self.pages_due = sum(len(present[key]) for key in self._keys)
         self.pages_done = self.epochs = 0
 
     def _cut(self, first: int, end: int) -> tuple[Slice, ...]:

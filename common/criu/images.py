@@ -150,19 +150,23 @@ class MemoryMap(msgspec.Struct, frozen=True):
         """Size of all mappings of huge pages."""
         return sum(vma.end - vma.start for vma in self.vmas if vma.flags & MAP_HUGETLB)
 
-    def without_parent(self, numbers: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Mark the pages (address / 4096, ascending) that CRIU never looks for in the parent checkpoint.
+    @property
+    def parentless(self) -> tuple[Vma, ...]:
+        """The mappings whose pages CRIU never looks for in the parent checkpoint.
 
         Those of private huge pages: CRIU 4.2 has the restored task itself read them, from the newest
         checkpoint's pages image whatever their flags say; if they say PE_PARENT, that was seen never to end.
         Shared ones are filled by criu, which follows the flags.
         """
+        return tuple(vma for vma in self.vmas if vma.flags & MAP_HUGETLB and vma.flags & mmap.MAP_PRIVATE)
+
+    def without_parent(self, numbers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Mark the pages (address / 4096, ascending) that are in `parentless` mappings."""
         marks = np.zeros(numbers.shape, dtype=np.bool_)
-        for vma in self.vmas:
-            if vma.flags & MAP_HUGETLB and vma.flags & mmap.MAP_PRIVATE:
-                bounds = np.array([vma.start, vma.end], dtype=np.uint64) // np.uint64(PAGE_SIZE)
-                first, last = np.searchsorted(numbers, bounds)
-                marks[first:last] = True
+        for vma in self.parentless:
+            bounds = np.array([vma.start, vma.end], dtype=np.uint64) // np.uint64(PAGE_SIZE)
+            first, last = np.searchsorted(numbers, bounds)
+            marks[first:last] = True
         return marks
 
 

@@ -22,14 +22,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from common.criu.images import PE_PRESENT
 from outlive.cli.running import configure_logs
 from primary import pages
 from primary.book import PageBook
-from primary.capture import SpacePages
+from primary.page_set import PageSet
 from primary.process import TrackedProcess
 from primary.tracking import TrackerName, choose
 from primary.userfault import Userfault
@@ -97,16 +94,10 @@ def vanished_pages_stay() -> Iterator[None]:
     """Have the book go on with pages that are not there any more, as long as it knew them."""
     restrict = PageBook.restrict
 
-    def keeping(book: PageBook, present: NDArray[np.uint64]) -> None:
-        restrict(book, np.union1d(present, book.numbers[book.known]))
+    def keeping(book: PageBook, present: PageSet) -> None:
+        restrict(book, present | book.known)
 
-    def table(book: PageBook, flags: NDArray[np.uint8]) -> SpacePages:
-        book._shared = True
-        return SpacePages(
-            book.key, book._numbers, np.full(len(book._numbers), PE_PRESENT, np.uint8), book._identity
-        )
-
-    with patch.object(PageBook, "restrict", keeping), patch.object(PageBook, "table", table):
+    with patch.object(PageBook, "restrict", keeping):
         yield
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.fast import FastBackend
-from primary.pages import DIRTY, UNREADABLE, FrozenBuffer, expand_runs, read_running
+from primary.page_set import PageSet
+from primary.pages import DIRTY, UNREADABLE, FrozenBuffer, pages_in, read_running
 from primary.process import TrackedProcess
 from primary.shim import ShimChannel
 
@@ -47,7 +48,7 @@ class RereadingBackend(FastBackend):
 
     def _look_again(self, process: TrackedProcess) -> list[str]:
         clean = process.space.runs[(process.space.runs["flags"] & DIRTY) == 0].copy()
-        numbers = expand_runs(clean)
+        numbers = pages_in(clean).numbers
         clean["flags"] &= UNREADABLE
         content = memoryview(bytearray(len(numbers) * PAGE_BYTES))
         good = read_running(process.pid, clean, content)
@@ -61,10 +62,10 @@ def _believed(
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """Return what pages are held to contain, and of which pages anything is held; shapes (n, 2) and (n,)."""
     identity, here = np.zeros((len(numbers), 2), dtype=np.uint64), np.zeros(len(numbers), dtype=np.bool_)
-    known = process.book.known & np.isin(process.book.numbers, numbers)
-    tables = [(process.book.numbers[known], process.book.identity_of(process.book.numbers[known]))]
+    known = (process.book.known & PageSet.of(numbers)).numbers
+    tables = [(known, process.book.identity_of(known))]
     if process.space.early is not None:  # it says more of what was copied beside CRIU
-        copied = expand_runs(process.space.early.copied)
+        copied = pages_in(process.space.early.copied).numbers
         content = buffer.content(process.space.early.content_at, len(copied))
         tables.append((copied, hasher.identify(content)))
     for table, identities in tables:

@@ -27,6 +27,7 @@ from common.errors import CaptureError
 from common.model import PAGE_BYTES
 from primary import userfault
 from primary.injection import take_userfaultfd
+from primary.page_set import PageSet
 from primary.pages import (
     DIRTY,
     OWNED,
@@ -36,8 +37,7 @@ from primary.pages import (
     FrozenBuffer,
     FrozenCall,
     Space,
-    bounds_of,
-    expand_runs,
+    pages_in,
     read_running,
     reads_directly,
     runs_of,
@@ -250,12 +250,12 @@ class Reader:
         return vmas[(vmas["end"] > region.start) & (vmas["start"] < region.end)]
 
     def written(self, region: Region) -> set[int]:
-        return region.index(expand_runs(self.space.written(self.pagemap, self.mappings_of(region))))
+        return region.index(pages_in(self.space.written(self.pagemap, self.mappings_of(region))).numbers)
 
     def know(self, region: Region, *pages: int) -> None:
         """Say that the content of pages is known; of all if none are named."""
         wanted = sorted(pages) or range(region.pages)
-        self.space.knows(bounds_of(region.numbers[list(wanted)]))
+        self.space.knows(PageSet.of(region.numbers[list(wanted)]).byte_bounds)
 
     def freeze(self, region: Region) -> Frozen:
         self.space.make_room(1)
@@ -266,8 +266,8 @@ class Reader:
     def found(self, region: Region, dirty_pages: int) -> Frozen:
         assert self.space.error == 0, os.strerror(self.space.error)
         runs = self.space.runs
-        present, dirty = expand_runs(runs), expand_runs(runs[(runs["flags"] & DIRTY) != 0])
-        assert np.all(np.diff(present.astype(np.int64)) > 0)
+        present, dirty = pages_in(runs).numbers, pages_in(runs[(runs["flags"] & DIRTY) != 0]).numbers
+        assert (runs["start"][1:] >= runs["end"][:-1]).all()
         assert len(present) == self.space._native.present_pages
         assert len(dirty) == self.space.dirty_pages <= dirty_pages
         first = region.start // PAGE_BYTES
@@ -423,7 +423,7 @@ class TestEarly:
         call.run_early([reader.space], room)
         early = reader.space.early
         assert early is not None
-        numbers = expand_runs(early.copied)
+        numbers = pages_in(early.copied).numbers
         first = region.start // PAGE_BYTES
         contents = {
             int(number) - first: bytes(reader.buffer.content(early.content_at + row, 1))
@@ -1108,11 +1108,11 @@ class TestTracking:
         forked = reader.child.do("fork()")
         try:
             space = Space(forked)
-            space.knows(bounds_of(region.numbers))
+            space.knows(PageSet.of(region.numbers).byte_bounds)
             with reader.child.stopped():
                 FrozenCall(reader.buffer).run([space])
             runs = space.runs
-            assert region.index(expand_runs(runs[(runs["flags"] & DIRTY) != 0])) == {0, 1}
+            assert region.index(pages_in(runs[(runs["flags"] & DIRTY) != 0]).numbers) == {0, 1}
             reader.know(region)
             assert reader.freeze(region) == Frozen({0, 1}, {}), "the parent's pages are what they were"
             region.write(1, value=4)
@@ -1222,6 +1222,6 @@ def test_pages_and_runs_say_the_same() -> None:
         (0x7000, 0x8000, READABLE),
         (0x9000, 0xB000, READABLE),
     ]
-    assert expand_runs(runs).tolist() == numbers.tolist()
-    assert expand_runs(runs[:0]).tolist() == []
+    assert pages_in(runs).numbers.tolist() == numbers.tolist()
+    assert pages_in(runs[:0]).numbers.tolist() == []
     assert mmap.PAGESIZE == PAGE_BYTES

@@ -15,8 +15,9 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.frames import Frames
 from primary.layers import LayerWriter
+from primary.page_set import PageSet
 from primary.pagemap import pagemap_problem, soft_dirty_problem, zero_frame
-from primary.pages import WRITTEN, FrozenBuffer, FrozenCall, Space, bounds_of, expand_runs
+from primary.pages import WRITTEN, FrozenBuffer, FrozenCall, Space, pages_in
 from primary.process import TrackedProcess
 from primary.soft_dirty import SoftDirtyTracker
 from primary.tracking import NoTracker, choose
@@ -61,7 +62,7 @@ class SoftReader(Reader):
 
     def written_pages(self, region: Region) -> set[int]:
         runs = self.space.runs
-        return region.index(expand_runs(runs[(runs["flags"] & WRITTEN) != 0]))
+        return region.index(pages_in(runs[(runs["flags"] & WRITTEN) != 0]).numbers)
 
 
 @pytest.fixture
@@ -327,10 +328,10 @@ class TestProcesses:
         forked = reader.child.do("fork()")
         try:
             space = Space(forked, Frames(zero_frame()))
-            space.knows(bounds_of(region.numbers))
+            space.knows(PageSet.of(region.numbers).byte_bounds)
             self.run(space)
             runs = space.runs
-            assert region.index(expand_runs(runs[(runs["flags"] & WRITTEN) != 0])) == {0, 1}
+            assert region.index(pages_in(runs[(runs["flags"] & WRITTEN) != 0]).numbers) == {0, 1}
             reader.know(region)
             assert reader.look(region) == Frozen({0, 1}, {})
             region.write(1, value=4)
@@ -371,7 +372,7 @@ class TestWithoutTracking:
         if other.space.error:
             pytest.skip(f"PAGEMAP_SCAN: {os.strerror(other.space.error)}")
         try:
-            ours, theirs = expand_runs(untracked.space.runs), expand_runs(other.space.runs)
+            ours, theirs = pages_in(untracked.space.runs).numbers, pages_in(other.space.runs).numbers
             assert ours.tolist() == theirs.tolist()
         finally:
             other.close()
@@ -410,11 +411,11 @@ class TestCopyingAhead:
         child.do(f"poke({region.start}, b'x' * {4000 * PAGE_BYTES})")
         await tracker.copy_ahead([process], PageHasher(), writer)
         assert stops.count == 1
-        assert np.isin(region.numbers, process.book.numbers[process.book.known]).all()
+        assert process.book.known.has(region.numbers).all()
         region.write(7, 9)
         await tracker.copy_ahead([process], PageHasher(), writer)
         assert stops.count == 1, "little was written since"
-        unknown = process.book.numbers[~process.book.known]
+        unknown = process.book.unknown.numbers
         assert {7, 9} <= region.index(unknown)
         assert len(region.index(unknown)) < 20
 
@@ -427,12 +428,12 @@ class TestCopyingAhead:
         region = child.map(4000)
         child.do(f"poke({region.start}, b'x' * {4000 * PAGE_BYTES})")
         await tracker.copy_ahead([process], PageHasher(), writer)
-        assert process.book.known.any()
+        assert len(process.book.known)
         child.do(f"poke({region.start}, b'y' * {4000 * PAGE_BYTES})")
         stops.failure = RuntimeError("thawed")
         with pytest.raises(RuntimeError):
             await tracker.copy_ahead([process], PageHasher(), writer)
-        assert not process.book.known.any()
+        assert not len(process.book.known)
 
     async def test_what_may_be_read_into_directly_is_never_cleared_ahead(
         self, child: Child, writer: LayerWriter, tmp_path: Path
@@ -467,4 +468,4 @@ async def test_no_tracker_copies_nothing_ahead(child: Child, tmp_path: Path) -> 
     process = TrackedProcess(child.pid, tracker.space(child.pid))
     await tracker.take_up(process)
     await tracker.copy_ahead([process], PageHasher(), LayerWriter(tmp_path))
-    assert len(process.book.numbers) == 0
+    assert len(process.book.pages) == 0

@@ -18,6 +18,7 @@ from common.identity import PageHasher
 from primary import userfault
 from primary.freezer import NotFrozenError, StandStill, Work
 from primary.layers import LayerWriter
+from primary.page_set import PageSet
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
 from primary.userfault_tracker import UserfaultTracker
@@ -76,7 +77,7 @@ async def test_a_child_in_its_parents_memory_takes_nothing_from_the_parents_book
     assert not parent.borrows_from([])
     await tracker.take_up(parent)
     await copied(tracker, parent, hasher, writer)
-    assert parent.book.known[np.isin(parent.book.numbers, pages.numbers)].sum() == _PAGES
+    assert len(parent.book.known & PageSet.of(pages.numbers)) == _PAGES
 
     borrower_pid = child.do(_BORROWER.format(stack=stack.end, flags=_SHARE_MEMORY | signal.SIGCHLD))
     try:
@@ -86,9 +87,9 @@ async def test_a_child_in_its_parents_memory_takes_nothing_from_the_parents_book
         for _ in range(2):  # small ones are not taken up at once
             await tracker.take_up(borrower)
         await copied(tracker, borrower, hasher, writer)
-        assert not len(borrower.book.numbers)
+        assert not len(borrower.book.pages)
         await copied(tracker, parent, hasher, writer)
-        unknown = parent.book.numbers[~parent.book.known]
+        unknown = parent.book.unknown.numbers
         assert pages.index(unknown) == {7}, "the write went unnoticed"
     finally:
         os.kill(borrower_pid, signal.SIGKILL)
@@ -260,7 +261,7 @@ class TestStandingStill:
         for _ in range(2):  # what is not as it was has to wait for the next stop
             await copied(tracker, process, PageHasher(), writer)
         assert grown == pages.start
-        assert process.book.known[np.isin(process.book.numbers, pages.numbers)].sum() == _PAGES
+        assert len(process.book.known & PageSet.of(pages.numbers)) == _PAGES
         moved = child.do(f"done(libc.mremap({pages.start}, {2 * _PAGES << 12}, {4 * _PAGES << 12}, 1, 0))")
         assert moved > 0, os.strerror(-moved)
         tracker.let_go(process)
@@ -279,7 +280,7 @@ class TestStandingStill:
         await tracker.take_up(process)
         assert tracker.begins_anew_frozen(process)
         await copied(tracker, process, PageHasher(), writer)
-        assert not process.book.known.any()
+        assert not len(process.book.known)
         assert not tracker.begins_anew_frozen(process)
         tracker.let_go(process)
 
@@ -293,7 +294,7 @@ class TestStandingStill:
         tracker, process = self.tracked(child, others)
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
-        assert not process.book.known.any()
+        assert not len(process.book.known)
         tracker.let_go(process)
 
     async def test_that_gains_nothing_is_not_asked_for(self, child: Child, writer: LayerWriter) -> None:
@@ -372,7 +373,7 @@ class TestStandingStill:
         tracker, process = self.tracked(child, stand_still)
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
-        assert not process.book.known.any()
+        assert not len(process.book.known)
         tracker.let_go(process)
 
     async def test_for_few_pages_nobody_stands_still(self, child: Child, writer: LayerWriter) -> None:
@@ -396,7 +397,7 @@ class TestStandingStill:
         await copied(tracker, process, hasher, writer)
         assert stops == before
         book = process.book
-        assert pages.index(book.numbers[~book.known]) == {7, 8}, "they are left for the freeze"
+        assert pages.index(book.unknown.numbers) == {7, 8}, "they are left for the freeze"
         tracker.let_go(process)
 
 
@@ -410,7 +411,7 @@ class TestWhatWasCopiedEarly:
         looked.process.not_taken()
         changed = (looked.process.book.identity_of(looked.pages.numbers) != before).any(axis=1)
         assert np.flatnonzero(changed).tolist() == [5, 200]
-        assert looked.process.book.known[np.isin(looked.process.book.numbers, looked.pages.numbers)].all()
+        assert looked.process.book.known.has(looked.pages.numbers).all()
 
     def test_is_doubtful_if_it_cannot_be_written_down(
         self, looked: Looked, monkeypatch: pytest.MonkeyPatch
@@ -423,7 +424,7 @@ class TestWhatWasCopiedEarly:
             with pytest.raises(OSError, match="No space"):
                 looked.process.keep_early(looked.hasher, looked.writer, looked.buffer, None)
         book = looked.process.book
-        assert looked.pages.index(book.numbers[~book.known]) >= {5, 200}
+        assert looked.pages.index(book.unknown.numbers) >= {5, 200}
 
     def test_leaves_nothing_known_if_it_is_lost(
         self, looked: Looked, monkeypatch: pytest.MonkeyPatch
@@ -434,7 +435,7 @@ class TestWhatWasCopiedEarly:
             looked.freeze(early=True)
         looked.process.doubt_early()
         looked.process.keep_early(looked.hasher, looked.writer, looked.buffer, None)
-        assert not looked.process.book.known.any()
+        assert not len(looked.process.book.known)
 
 
 def _full(*_: object) -> None:

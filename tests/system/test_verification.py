@@ -26,7 +26,7 @@ from outlive.cluster import Node, eventually
 from primary.capture import CapturedEpoch
 from primary.dumping import Dumper
 from primary.fast import FastBackend
-from primary.pages import expand_runs, runs_of
+from primary.pages import pages_in, runs_of
 from primary.userfault import problem
 from primary.verification import Mismatch, Verification
 from replica.holdings import Holdings
@@ -284,7 +284,7 @@ async def test_a_write_that_tracking_misses_is_found_within_a_round_and_mended(
 
         def missing(pagemap: int, vmas: np.ndarray) -> np.ndarray:
             """Lose one page: the kernel has protected it again, and nobody hears that it was written."""
-            numbers = expand_runs(written(pagemap, vmas))
+            numbers = pages_in(written(pagemap, vmas)).numbers
             probe = max(np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1), key=len)
             if len(probe) > 100:
                 missed.append(int(probe[50]))
@@ -315,7 +315,7 @@ async def test_a_write_that_tracking_misses_is_found_within_a_round_and_mended(
 async def test_a_book_that_is_wrong_of_many_pages_is_found_and_all_of_the_process_is_read_again() -> None:
     async with captured_target(10) as captured:
         book = captured.process.book
-        pages = book.numbers[book.known][1000:6000:7]
+        pages = book.known.numbers[1000:6000:7]
         good = book.identity_of(pages).copy()
         book.put(pages, good ^ np.uint64(1))
         mended = await captured.epoch()

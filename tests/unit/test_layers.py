@@ -19,6 +19,7 @@ from common.criu.images import SpaceKey
 from common.errors import CaptureError, NoSpaceError
 from common.model import PAGE_BYTES, EpochId
 from primary.layers import Layer, LayerChain, LayeredPages, LayerWriter
+from primary.page_set import NO_PAGES, PageSet
 
 TASK, SHARED = SpaceKey("task", 1), SpaceKey("shmem", 7)
 MOST_LAYERS = 3
@@ -112,7 +113,7 @@ class ChainAgainstHistory(RuleBasedStateMachine):
 
     @rule()
     def hold(self) -> None:
-        numbers = {key: array(list(pages)) for key, pages in self.now.items()}
+        numbers = {key: PageSet.of(array(list(pages))) for key, pages in self.now.items()}
         has = {key: dict(pages) for key, pages in self.now.items()}
         self.readers.append((LayeredPages(self.chain.layers, numbers), has, self.content()))
 
@@ -137,7 +138,7 @@ class ChainAgainstHistory(RuleBasedStateMachine):
 
     @rule()
     def merge(self) -> None:
-        self.chain.merge({key: array(list(pages)) for key, pages in self.now.items()})
+        self.chain.merge({key: PageSet.of(array(list(pages))) for key, pages in self.now.items()})
         if len(self.changed) > MOST_LAYERS:
             self.changed = [(self.changed[-1][0], self.content())]
         assert len(self.chain.layers) <= MOST_LAYERS
@@ -161,6 +162,7 @@ class ChainAgainstHistory(RuleBasedStateMachine):
             numbers = array(list(self.now[key]))
             marks = self.chain.covered(key, numbers)
             assert set(numbers[marks].tolist()) == pages.keys()
+            assert pages.keys() <= set(self.chain.of(key).numbers.tolist()) <= set(range(13))
 
     @invariant()
     def what_is_held_reads_as_it_was(self) -> None:
@@ -228,7 +230,7 @@ class TestALayer:
         chain.append(writer.seal(EpochId(1, 1)))
         assert chain.layers[0].pages == 2
         assert chain.layers[0].keys == (TASK,)
-        reader = LayeredPages(chain.layers, {TASK: array([4, 9])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([4, 9]))})
         assert read(reader, TASK, array([4, 9]), [4, 9]) == [page(3), page(30)]
         reader.release()
 
@@ -237,14 +239,14 @@ class TestALayer:
         add(writer, TASK, {1: 1, 2: 2, 5: 5, 6: 6}, skipped=(0, 2, 5))
         chain.append(writer.seal(EpochId(1, 1)))
         numbers = array([1, 2, 5, 6])
-        reader = LayeredPages(chain.layers, {TASK: numbers})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(numbers)})
         assert read(reader, TASK, numbers, [1, 2, 5, 6]) == [page(1), page(2), page(5), page(6)]
         reader.release()
 
     def test_knows_no_page_of_a_space_that_it_lacks(self, layer: Layered) -> None:
         made = layer(1, {1: 1})
         assert made.places(SHARED, array([1])).tolist() == [-1]
-        assert made.numbers(SHARED).tolist() == []
+        assert made.of(SHARED) == NO_PAGES
 
     def test_knows_no_page_beyond_its_last(self, layer: Layered) -> None:
         assert layer(1, {1: 1, 5: 5}).places(TASK, array([0, 1, 3, 5, 9])).tolist() == [-1, 0, -1, 1, -1]
@@ -282,7 +284,7 @@ class TestAnEpochsPages:
         layer(2, {2: 22})
         layer(3, {1: 31})
         numbers = array([1, 2, 3])
-        reader = LayeredPages(chain.layers, {TASK: numbers})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(numbers)})
         assert read(reader, TASK, numbers, [1, 2, 3]) == [page(31), page(22), page(13)]
         assert read(reader, TASK, numbers, [2]) == [page(22)]
         assert read(reader, TASK, numbers, []) == []
@@ -290,7 +292,7 @@ class TestAnEpochsPages:
 
     def test_are_not_those_of_epochs_that_came_later(self, chain: LayerChain, layer: Layered) -> None:
         layer(1, {1: 11})
-        reader = LayeredPages(chain.layers, {TASK: array([1])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1]))})
         layer(2, {1: 22})
         assert read(reader, TASK, array([1]), [1]) == [page(11)]
         reader.release()
@@ -298,7 +300,7 @@ class TestAnEpochsPages:
     def test_outlive_the_chain(self, directory: Path, chain: LayerChain, layer: Layered) -> None:
         layer(1, {1: 11})
         layer(2, {2: 22})
-        reader = LayeredPages(chain.layers, {TASK: array([1, 2])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1, 2]))})
         chain.drop_through(EpochId(1, 1))
         chain.close()
         chain.close()
@@ -311,7 +313,7 @@ class TestAnEpochsPages:
         self, directory: Path, chain: LayerChain, layer: Layered
     ) -> None:
         layer(1, {1: 11})
-        one, two = (LayeredPages(chain.layers, {TASK: array([1])}) for _ in range(2))
+        one, two = (LayeredPages(chain.layers, {TASK: PageSet.of(array([1]))}) for _ in range(2))
         chain.close()
         one.release()
         one.release()
@@ -323,7 +325,7 @@ class TestAnEpochsPages:
 
     def test_that_no_layer_has_cannot_be_read(self, chain: LayerChain, layer: Layered) -> None:
         layer(1, {1: 11})
-        reader = LayeredPages(chain.layers, {TASK: array([1, 2])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1, 2]))})
         with pytest.raises(CaptureError, match="0x2 is not among what changed"):
             read(reader, TASK, array([1, 2]), [1, 2])
         reader.release()
@@ -332,14 +334,14 @@ class TestAnEpochsPages:
         self, chain: LayerChain, layer: Layered
     ) -> None:
         layer(1, {1: 11})
-        reader = LayeredPages(chain.layers, {TASK: array([1])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1]))})
         with pytest.raises(CaptureError):
             reader.read(SHARED, np.array([0]), memoryview(bytearray(PAGE_BYTES)))
         reader.release()
 
     def test_that_vanished_from_the_file_are_an_error(self, chain: LayerChain, layer: Layered) -> None:
         os.ftruncate(layer(1, {1: 11})._file, 100)
-        reader = LayeredPages(chain.layers, {TASK: array([1])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1]))})
         with pytest.raises(CaptureError, match="gone"):
             read(reader, TASK, array([1]), [1])
         reader.release()
@@ -369,7 +371,7 @@ class TestTheChain:
         chain = LayerChain(directory, most_layers=1)
         chain.append(written(directory, 1, [(TASK, {1: 11})]))
         chain.append(written(directory, 2, [(TASK, {2: 22})]))
-        chain.merge({TASK: array([1, 2])})
+        chain.merge({TASK: PageSet.of(array([1, 2]))})
         chain.drop_through(EpochId(1, 1))
         assert chain.covered(TASK, array([1, 2])).all()
         chain.drop_through(EpochId(1, 2))
@@ -381,13 +383,13 @@ class TestTheChain:
         for number in (1, 2, 3):
             pages = {number: number, 8: 10 * number, 9: number}
             chain.append(written(directory, number, [(TASK, pages), (SHARED, {1: number})]))
-        chain.merge({TASK: array([1, 2, 3, 4, 8]), SpaceKey("task", 2): array([1])})
+        chain.merge({TASK: PageSet.of(array([1, 2, 3, 4, 8])), SpaceKey("task", 2): PageSet.of(array([1]))})
         (merged,) = chain.layers
         assert open_files(directory) == 1
         assert merged.epoch == EpochId(1, 3)
         assert merged.keys == (TASK,), "nobody has the other space any more"
-        assert merged.numbers(TASK).tolist() == [1, 2, 3, 8]
-        reader = LayeredPages(chain.layers, {TASK: array([1, 2, 3, 8])})
+        assert merged.of(TASK).numbers.tolist() == [1, 2, 3, 8]
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1, 2, 3, 8]))})
         assert read(reader, TASK, array([1, 2, 3, 8]), [1, 2, 3, 8]) == [page(n) for n in (1, 2, 3, 30)]
         reader.release()
         chain.close()
@@ -398,8 +400,8 @@ class TestTheChain:
         for number, pages in enumerate((even, odd), 1):
             chain.append(written(directory, number, [(TASK, pages)]))
         numbers = array(list(range(600)))
-        chain.merge({TASK: numbers})
-        reader = LayeredPages(chain.layers, {TASK: numbers})
+        chain.merge({TASK: PageSet.of(numbers)})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(numbers)})
         assert read(reader, TASK, numbers, list(range(600))) == [page(n + 1) for n in range(600)]
         reader.release()
         chain.close()
@@ -413,9 +415,9 @@ class TestTheChain:
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", lambda *_: 0)
             with pytest.raises(NoSpaceError):
-                chain.merge({TASK: array([1, 2])})
+                chain.merge({TASK: PageSet.of(array([1, 2]))})
         assert [each.epoch.epoch for each in chain.layers] == [1, 2]
-        reader = LayeredPages(chain.layers, {TASK: array([1, 2])})
+        reader = LayeredPages(chain.layers, {TASK: PageSet.of(array([1, 2]))})
         assert read(reader, TASK, array([1, 2]), [1, 2]) == [page(1), page(2)]
         reader.release()
         chain.close()

@@ -21,6 +21,7 @@ from outlive.verifying import Verifier
 from primary.backlog import Backlog, SharedEpoch
 from primary.capture import CapturedEpoch
 from primary.numbering import EpochNumbers
+from primary.page_set import PageSet
 from primary.stream import StreamCounters
 from primary.verification import HURRIED_PAGES
 from tests.unit.wire_fakes import TASK, captured, page, until
@@ -435,8 +436,7 @@ async def test_everything_is_compared_at_once_if_a_replica_is_there(tmp_path: Pa
     scene.backend.name = "fast"
     assert [each.replica for each in scene.leading.verify()] == ["", "b"]
     assert [each.replica for each in scene.leading.metrics().verification] == ["", "b", "c"]
-    assert (
-        scene.verifier.memory.plan(lambda: {TASK: np.arange(9000, dtype=np.uint64)})[0].pages == HURRIED_PAGES
-    )
+    pages = {TASK: PageSet(np.array([0, 9000], dtype=np.uint64))}
+    assert scene.verifier.memory.plan(lambda: pages)[0].pages == HURRIED_PAGES
     scene.streams["b"].connected = False
     assert scene.leading.verify() == (), "no epoch would come"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +11,7 @@ from common.criu.images import SpaceKey
 from common.errors import StoreError
 from common.identity import fresh_identity, is_fresh
 from common.model import EpochId
+from primary.capture import SpacePages
 from primary.verification import Mismatch, Verification
 from replica.levels import NotHeldError
 from tests.unit.wire_fakes import TASK, Memory, Pair, acknowledged, captured, offer, page, until
@@ -158,7 +158,8 @@ async def test_pages_that_go_with_every_epoch_are_not_compared(scene: Scene) -> 
     epoch = captured(1, memory_of(60))
     identity = epoch.spaces[0].identity.copy()
     identity[5:9] = fresh_identity()
-    epoch.spaces = (dataclasses.replace(epoch.spaces[0], identity=identity), *epoch.spaces[1:])
+    first = epoch.spaces[0]
+    epoch.spaces = (SpacePages.of(first.key, first.numbers, first.flags, identity), *epoch.spaces[1:])
     async with scene.pair.receiving(), scene.pair.streaming(verification=scene.verification) as stream:
         offer(stream, epoch)
         await acknowledged(stream, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from common.criu.images import SpaceKey
 from common.events import Event, EventLog, read_events
 from common.model import EpochId
 from outlive.verifying import Verifier
+from primary.page_set import PageSet
 from primary.verification import (
     HURRIED_PAGES,
     LEAST_PAGES,
@@ -30,17 +32,21 @@ def numbers(*parts: range) -> np.ndarray:
     return np.array([number for part in parts for number in part], dtype=np.uint64)
 
 
+def sets_of(spaces: dict[SpaceKey, np.ndarray]) -> Callable[[], dict[SpaceKey, PageSet]]:
+    return lambda: {key: PageSet.of(each) for key, each in spaces.items()}
+
+
 def visited(slices: tuple[Slice, ...], spaces: dict[SpaceKey, np.ndarray]) -> dict[SpaceKey, set[int]]:
     """Which pages of the spaces, as they are now, the slices have."""
     return {
-        each.key: set(spaces[each.key][each.rows(spaces[each.key])].tolist())
+        each.key: set(each.within(PageSet.of(spaces[each.key])).tolist())
         for each in slices
         if each.key in spaces
     }
 
 
 def look(verification: Verification, spaces: dict[SpaceKey, np.ndarray]) -> dict[SpaceKey, set[int]]:
-    found = visited(verification.plan(lambda: spaces), spaces)
+    found = visited(verification.plan(sets_of(spaces)), spaces)
     verification.looked_at(sum(map(len, found.values())))
     return found
 
@@ -109,7 +115,8 @@ def test_a_small_workload_is_through_in_no_time_and_a_huge_one_has_bounded_slice
         look(verification, spaces)
     assert verification.rounds == 1
     huge = Verification(2)
-    assert sum(each.pages for each in huge.plan(lambda: {TASK: numbers(range(3 * MOST_PAGES))})) == MOST_PAGES
+    planned = huge.plan(sets_of({TASK: numbers(range(3 * MOST_PAGES))}))
+    assert sum(each.pages for each in planned) == MOST_PAGES
 
 
 def test_what_is_gone_is_passed_over_and_what_came_waits_for_the_next_round() -> None:
@@ -131,8 +138,8 @@ def test_what_is_gone_is_passed_over_and_what_came_waits_for_the_next_round() ->
 def test_a_slice_is_due_until_it_was_looked_at() -> None:
     verification = Verification(10)
     spaces = {TASK: numbers(range(1000))}
-    first = verification.plan(lambda: spaces)
-    again = verification.plan(lambda: spaces)
+    first = verification.plan(sets_of(spaces))
+    again = verification.plan(sets_of(spaces))
     assert [each.bounds.tolist() for each in first] == [each.bounds.tolist() for each in again]
     assert verification.pages_done == 0
 
@@ -141,7 +148,7 @@ def test_a_hurried_round_begins_anew_and_takes_large_slices() -> None:
     verification = Verification(500)
     spaces = {TASK: numbers(range(2 * HURRIED_PAGES + 1))}
     look(verification, spaces)
-    planned = verification.plan(lambda: spaces)
+    planned = verification.plan(sets_of(spaces))
     verification.hurry()
     verification.looked_at(planned[0].pages)  # of the old round: not to be taken for one of the new
     seen: set[int] = set()
@@ -150,13 +157,13 @@ def test_a_hurried_round_begins_anew_and_takes_large_slices() -> None:
         seen |= look(verification, spaces)[TASK]
     assert verification.rounds == 1
     assert seen == set(range(2 * HURRIED_PAGES + 1))
-    assert sum(each.pages for each in verification.plan(lambda: spaces)) == LEAST_PAGES, "it hurries no more"
+    assert sum(each.pages for each in verification.plan(sets_of(spaces))) == LEAST_PAGES, "it hurries no more"
 
 
 def test_a_round_that_would_have_ended_does_not_count_once_somebody_hurries() -> None:
     verification = Verification(1)
     spaces = {TASK: numbers(range(10))}
-    verification.plan(lambda: spaces)
+    verification.plan(sets_of(spaces))
     verification.hurry()
     verification.looked_at(10)
     assert verification.rounds == 0
@@ -167,11 +174,11 @@ def test_a_round_that_would_have_ended_does_not_count_once_somebody_hurries() ->
 def test_switched_off_nothing_is_due_unless_somebody_hurries() -> None:
     verification = Verification(0)
     spaces = {TASK: numbers(range(10))}
-    assert verification.plan(lambda: spaces) == ()
+    assert verification.plan(sets_of(spaces)) == ()
     verification.hurry()
     assert look(verification, spaces) == {TASK: set(range(10))}
     assert verification.rounds == 1
-    assert verification.plan(lambda: spaces) == ()
+    assert verification.plan(sets_of(spaces)) == ()
 
 
 def test_without_pages_there_is_no_round() -> None:

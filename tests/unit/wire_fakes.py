@@ -95,7 +95,7 @@ def captured(
         numbers = np.array(sorted(pages), dtype=np.uint64)
         identity = b"".join(identity_of(pages[n]) for n in sorted(pages))
         spaces.append(
-            SpacePages(
+            SpacePages.of(
                 key,
                 numbers,
                 np.full(len(numbers), PE_PRESENT | (PE_LAZY if key.kind == "task" else 0), dtype=np.uint8),

@@ -13,7 +13,6 @@ import contextlib
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from common.criu.images import SpaceKey
@@ -22,7 +21,7 @@ from common.identity import PageHasher
 from common.model import EpochId
 from common.threads import in_thread
 from primary.backlog import SharedEpoch
-from primary.capture import CapturedEpoch
+from primary.capture import CapturedEpoch, SpacePages
 from primary.stream import ReplicaStream
 from replica.store import EpochStore
 from tests.campaigns.torture.cases import Case, Part, Scale, chance_of, rows
@@ -205,9 +204,11 @@ def _epoch(epoch: EpochId, content: Content) -> CapturedEpoch:
         term=epoch.term,
     )
     made.spaces = tuple(
-        replace(
-            space,
-            identity=_HASHER.identify(
+        SpacePages.of(
+            space.key,
+            space.numbers,
+            space.flags,
+            _HASHER.identify(
                 memoryview(b"".join(bytes([content[space.key][int(n)]]) * PAGE_BYTES for n in space.numbers))
             ),
         )

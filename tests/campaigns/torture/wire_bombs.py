@@ -202,7 +202,8 @@ def _questions() -> Iterator[list[Buffer]]:
     """Long answers to short questions, none of them read."""
     begin = _begin(_HELD * PAGE_BYTES)
     digest = EpochDigest()
-    (runs,) = pack_runs(np.arange(_HELD, dtype=np.uint64), np.full(_HELD, PE_PRESENT | ZERO, np.uint8))
+    start, count = np.array([[0], [_HELD]], dtype=np.uint64)
+    (runs,) = pack_runs(start, count, np.array([PE_PRESENT | ZERO], dtype=np.uint8))
     space = encode(Space(kind="task", ident=1, pages=_HELD, changed=0), [runs.frame])
     for frames in (begin, space):
         digest.add(frames)

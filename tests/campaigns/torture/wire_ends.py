@@ -41,7 +41,7 @@ from common.messages import (
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.threads import in_thread
 from common.transport import Link, open_link
-from primary.capture import CapturedEpoch
+from primary.capture import CapturedEpoch, SpacePages
 from primary.outgoing import Held, Seed, epoch_messages
 from primary.stream import ReplicaStream
 from replica.receive import Receiver
@@ -114,7 +114,8 @@ class Ends(Pair):
         spaces = []
         for space in epoch.spaces:
             content = b"".join(memory[space.key][n] for n in space.numbers.tolist())
-            spaces.append(replace(space, identity=HASHER.identify(memoryview(content))))
+            identity = HASHER.identify(memoryview(content))
+            spaces.append(SpacePages.of(space.key, space.numbers, space.flags, identity))
         self.captured[workload][epoch.id] = Sent(memory, file)
         return replace(epoch, workload=workload, spaces=tuple(spaces))
 
