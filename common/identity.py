@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 
 import numpy as np
 import xxhash
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from common.errors import CaptureError
 from common.model import PAGE_BYTES
 
-_BLOCK_PAGES = 512
+BLOCK_PAGES = 512
 """Pages read at once (2 MiB): large enough for the disk, small enough for the cache."""
 
 
@@ -57,16 +58,17 @@ class PageHasher:
 
         Raises CaptureError if the file is shorter than that.
         """
-        view = memoryview(bytearray(min(pages, _BLOCK_PAGES) * PAGE_BYTES))
-        identity = np.empty((pages, 2), dtype=np.uint64)
-        for start in range(0, pages, _BLOCK_PAGES):
-            stop = min(start + _BLOCK_PAGES, pages)
-            wanted = (stop - start) * PAGE_BYTES
+        return np.concatenate([np.empty((0, 2), dtype=np.uint64), *self.identify_blocks(descriptor, pages)])
+
+    def identify_blocks(self, descriptor: int, pages: int) -> Iterator[NDArray[np.uint64]]:
+        """Do so for `BLOCK_PAGES` pages at a time, the last ones excepted."""
+        view = memoryview(bytearray(min(pages, BLOCK_PAGES) * PAGE_BYTES))
+        for start in range(0, pages, BLOCK_PAGES):
+            wanted = min(BLOCK_PAGES, pages - start) * PAGE_BYTES
             read = os.preadv(descriptor, [view[:wanted]], start * PAGE_BYTES)
             if read != wanted:
                 raise CaptureError(f"an image of {pages} pages ends after {start + read // PAGE_BYTES}")
-            identity[start:stop] = self.identify(view[:wanted])
-        return identity
+            yield self.identify(view[:wanted])
 
     def identify(self, content: memoryview) -> NDArray[np.uint64]:
         """Identify whole pages one after the other; shape (pages, 2)."""

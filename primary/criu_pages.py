@@ -58,11 +58,7 @@ def take_criu_pages(
     With `missing`, pages that are not in that chain are kept too. Those that `always` marks are kept in any
     case, and get an identity that no page had. Raises CaptureError if an entry says its page is elsewhere.
     """
-    entries = read_pagemap(directory / image.key.pagemap_name).entries
-    if not all(entry.flags & PE_PRESENT for entry in entries):
-        raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
-    pages = _spanned((entry.vaddr, entry.end) for entry in entries)
-    lazy = _spanned((entry.vaddr, entry.end) for entry in entries if entry.flags & PE_LAZY)
+    pages, lazy = dumped_pages(directory, image)
     if not len(pages):
         return pages, lazy
     book.expect(pages)
@@ -84,6 +80,21 @@ def take_criu_pages(
     finally:
         os.close(file)
     return pages, lazy
+
+
+def dumped_pages(directory: Path, image: PageImage) -> tuple[PageSet, PageSet]:
+    """Return the pages that CRIU dumped of a space, in the order in which they stand, and the lazy ones.
+
+    Raises CaptureError if an entry says its page is elsewhere.
+    """
+    entries = read_pagemap(directory / image.key.pagemap_name).entries
+    if not all(entry.flags & PE_PRESENT for entry in entries):
+        raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
+    lazy = [entry for entry in entries if entry.flags & PE_LAZY]
+    return (
+        _spanned((entry.vaddr, entry.end) for entry in entries),
+        _spanned((entry.vaddr, entry.end) for entry in lazy),
+    )
 
 
 def keep(

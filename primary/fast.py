@@ -154,6 +154,7 @@ class FastBackend:
         self._shared.clear()
         self._taken.clear()
         self._early.clear()
+        self._buffer.resize(0)
         if self._writer is not None:
             self._writer.drop()
             self._writer = None

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.criu.images import PE_PRESENT, SpaceKey, expand, page_images, read_memory_map, read_pagemap
+from common.criu.images import SpaceKey, page_images, read_memory_map
 from common.errors import CaptureError
-from common.identity import PageHasher, fresh_identity
+from common.identity import BLOCK_PAGES, PageHasher, fresh_identity
 from common.model import PAGE_BYTES, EpochId
 from common.threads import in_thread
+from primary.book import PageBook
 from primary.capture import CapturedEpoch, SpacePages
+from primary.criu_pages import dumped_pages
 from primary.dumping import Dumper, metadata_in
 
 _REMOVER = ThreadPoolExecutor(1, "images")
@@ -39,6 +41,8 @@ class StockBackend:
         self._incarnation = incarnation
         self._hasher = hasher
         self._last_bytes = 0
+        self._books: dict[SpaceKey, PageBook] = {}
+        """What epochs have in common; each is identified as a whole all the same."""
 
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         """Freeze, dump, thaw, hash. See `CaptureBackend.capture`."""
@@ -70,22 +74,25 @@ class StockBackend:
         """End the criu that waits for the next epoch and remove the images. Idempotent."""
         await self._dumper.close()
 
-    def _identify(self, directory: Path, pages: ImagePages) -> tuple[SpacePages, ...]:
+    def _identify(self, directory: Path, reader: ImagePages) -> tuple[SpacePages, ...]:
         """Read the pagemaps, hash the pages."""
         spaces: list[SpacePages] = []
+        before, self._books = self._books, {}
         for image in page_images(directory):
-            numbers, flags = expand(read_pagemap(directory / image.key.pagemap_name).entries)
-            if not np.all(flags & PE_PRESENT):
-                raise CaptureError(f"{image.key.pagemap_name} names pages that the dump does not hold")
-            if len(numbers):
-                descriptor = pages.open(image.key, image.pages_name)
-                identity = self._hasher.identify_image(descriptor, len(numbers))
-                if name := image.key.memory_map_name:
-                    # Pages that no base can lend, zeros included, are sent with every epoch.
-                    identity[read_memory_map(directory / name).without_parent(numbers)] = fresh_identity()
-            else:
-                identity = np.zeros((0, 2), dtype=np.uint64)
-            spaces.append(SpacePages.of(image.key, numbers, flags, identity))
+            book = self._books[image.key] = before.get(image.key) or PageBook(image.key)
+            pages, lazy = dumped_pages(directory, image)
+            book.restrict(pages)
+            if len(pages):
+                name = image.key.memory_map_name
+                always = read_memory_map(directory / name).without_parent if name else None
+                descriptor = reader.open(image.key, image.pages_name)
+                blocks = self._hasher.identify_blocks(descriptor, len(pages))
+                for numbers, identity in zip(pages.pieces(BLOCK_PAGES), blocks, strict=True):
+                    if always is not None:
+                        # Pages that no base can lend, zeros included, are sent with every epoch.
+                        identity[always(numbers)] = fresh_identity()
+                    book.put(numbers, identity)
+            spaces.append(book.table(lazy))
         return tuple(spaces)
 
 

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from common.config import Node, NodeConfig
-from common.criu.images import DumpStats
+from common.criu.images import PE_PRESENT, DumpStats, Pagemap, PagemapEntry, SpaceKey, write_pagemap
 from common.criu.rpc import DumpOptions, DumpResult
 from common.errors import CaptureError
 from common.identity import PageHasher
-from common.model import EpochId, WorkloadSpec
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from primary import dumping, stock
+from primary.capture import PageTable
 from primary.dumping import Dumper
-from primary.stock import StockBackend
+from primary.stock import ImagePages, StockBackend
 from tests.unit.wire_fakes import until
 
 EPOCH = EpochId(1, 1)
+SEGMENT = SpaceKey("shmem", 7)
 SPEC = WorkloadSpec(name="redis", nodes=("a", "b"), command=("redis-server",))
 STATS = DumpStats(*[0] * len(DumpStats.__struct_fields__))
 
@@ -196,3 +198,29 @@ async def test_without_a_keeper_that_watches_nothing_is_dumped_and_nothing_left(
         await scene.backend.capture(EPOCH)
     assert scene.criu.abandoned
     await scene.is_given_back()
+
+
+def test_epochs_share_what_did_not_change_and_tell_what_did(scene: Scene, tmp_path: Path) -> None:
+    """CRIU's images of a shared segment, whole each time."""
+    tables = []
+    for number, present in enumerate(
+        ({1: 1, 2: 2, 3: 0, 70: 4}, {1: 1, 2: 9, 70: 4}, {1: 1, 2: 9, 3: 0, 70: 4})
+    ):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        entries = [PagemapEntry(page * PAGE_BYTES, 1, PE_PRESENT) for page in present]
+        write_pagemap(directory / SEGMENT.pagemap_name, Pagemap(pages_id=1, entries=tuple(entries)))
+        (directory / "pages-1.img").write_bytes(
+            b"".join(bytes([fill]) * PAGE_BYTES for fill in present.values())
+        )
+        reader = ImagePages(directory)
+        (space,) = scene.backend._identify(directory, reader)
+        reader.release()
+        assert space.numbers.tolist() == list(present)
+        assert (space.identity == 0).all(axis=1).tolist() == [fill == 0 for fill in present.values()]
+        tables.append(space)
+    one, two, three = tables
+    assert PageTable([one]).changed(two).numbers.tolist() == [2]
+    assert PageTable([two]).changed(three).numbers.tolist() == [3], "it was away"
+    assert PageTable([one]).changed(three).numbers.tolist() == [2]
+    assert one.identities._blocks[1] is three.identities._blocks[1]
