@@ -162,7 +162,7 @@ BUGS: dict[str, Bug] = {
     "what was copied early is not taken note of": Bug(early_copies_are_dropped, "store_word,store_page"),
     "tracking begins with what is protected already": Bug(
         protection_stays,
-        "mmap,munmap,mremap_move,mremap_grow,mremap_shrink,mprotect_read,mprotect_back,store_word,store_page",
+        "mmap,munmap,mremap_beside,store_word,store_page",
     ),
     "a marker in a file mapping counts as clean": Bug(
         lambda: altered(
