@@ -19,6 +19,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/userfaultfd.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -27,6 +28,8 @@
 #include "scan.h"
 
 #define REGIONS 512u /* of one ioctl */
+#define LIFT_BYTES (256ul << 20) /* about a millisecond */
+#define LIFT_TRIES 64
 
 int open_of(int pid, const char *name, int flags)
 {
@@ -331,20 +334,105 @@ EXPORTED int outlive_settle(int fd, int memory, uint64_t start, uint64_t end)
 	return 0;
 }
 
-/* Running: whether the mapping at `start` can be tracked: 1, 0, or -errno. */
-EXPORTED int outlive_tracked(int fd, uint64_t start)
+/* Running: which of the mappings are not tracked, by their first page; what cannot be asked is none of them. */
+EXPORTED void outlive_untracked(int fd, const struct vma *vmas, uint64_t count, uint8_t *untracked)
 {
-	struct page_region region;
-	struct pm_scan_arg ask = {
-		.size = sizeof(ask),
-		.start = start,
-		.end = start + PAGE,
-		.vec = (uint64_t)(uintptr_t)&region,
-		.vec_len = 1,
-		.category_inverted = PAGE_IS_WPALLOWED,
-		.category_mask = PAGE_IS_WPALLOWED,
-		.return_mask = PAGE_IS_WPALLOWED | PAGE_IS_PRESENT,
-	};
-	const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
-	return got < 0 ? -errno : got == 0;
+	for (uint64_t at = 0; at < count; at++) {
+		struct page_region region;
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.start = vmas[at].start,
+			.end = vmas[at].start + PAGE,
+			.vec = (uint64_t)(uintptr_t)&region,
+			.vec_len = 1,
+			.category_inverted = PAGE_IS_WPALLOWED,
+			.category_mask = PAGE_IS_WPALLOWED,
+			.return_mask = PAGE_IS_WPALLOWED,
+		};
+		untracked[at] = ioctl(fd, PAGEMAP_SCAN, &ask) != 0;
+	}
+}
+
+/* Running: how many pages with content there are in the mappings, counted up to `most`; -errno. */
+EXPORTED int64_t outlive_count(int fd, const struct vma *vmas, uint64_t count, uint64_t most)
+{
+	uint64_t pages = 0;
+
+	for (uint64_t at = 0; at < count; at++)
+		for (uint64_t start = vmas[at].start; start < vmas[at].end && pages < most;) {
+			struct page_region regions[64];
+			struct pm_scan_arg ask = {
+				.size = sizeof(ask),
+				.start = start,
+				.end = vmas[at].end,
+				.vec = (uint64_t)(uintptr_t)regions,
+				.vec_len = 64,
+				.max_pages = most - pages,
+				.return_mask = PAGE_IS_PRESENT,
+			};
+			const long got = scan_content(fd, &ask, vmas[at].flags & VMA_FILE);
+			if (got < 0)
+				return got;
+			for (long each = 0; each < got; each++)
+				pages += (regions[each].end - regions[each].start) / PAGE;
+			if (ask.walk_end <= start)
+				return -EIO;
+			start = ask.walk_end;
+		}
+	return (int64_t)pages;
+}
+
+/* One piece of what outlive_lift lifts. */
+static int lift_piece(int userfault, int fd, uint64_t start, uint64_t end)
+{
+	int tries = 0;
+
+	while (start < end) {
+		struct page_region regions[64];
+		struct pm_scan_arg ask = {
+			.size = sizeof(ask),
+			.start = start,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)regions,
+			.vec_len = 64,
+			.category_inverted = PAGE_IS_WRITTEN,
+			.category_mask = PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED,
+			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.return_mask = PAGE_IS_PRESENT,
+		};
+		bool lifted = true;
+		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+
+		if (got < 0)
+			return errno;
+		for (long at = 0; at < got; at++) {
+			struct uffdio_writeprotect lift = {
+				.range = { regions[at].start, regions[at].end - regions[at].start },
+			};
+			lifted &= ioctl(userfault, UFFDIO_WRITEPROTECT, &lift) == 0;
+		}
+		if (lifted && ask.walk_end <= start)
+			return EIO;
+		if (lifted)
+			start = ask.walk_end;
+		else if (++tries == LIFT_TRIES) /* they change all the time */
+			return EAGAIN;
+	}
+	return 0;
+}
+
+/* Running: lift the protection of all pages that are protected in what is tracked in [start, end), so that they count
+ * as written. A mapping that is tracked gets no protected pages but those that we protect: mremap ends the tracking of
+ * what it moves. So nothing is left once there was nothing left to be found. An errno. */
+EXPORTED int outlive_lift(int userfault, int fd, uint64_t start, uint64_t end)
+{
+	while (start < end) { /* so that nobody who maps memory has to wait for long */
+		const uint64_t stop = end - start > LIFT_BYTES ? start + LIFT_BYTES : end;
+		const int failure = lift_piece(userfault, fd, start, stop);
+
+		if (failure)
+			return failure;
+		start = stop;
+	}
+	return 0;
 }

@@ -98,7 +98,11 @@ def _library() -> ctypes.CDLL:
         pointer,
         pointer,
     ]
-    library.outlive_tracked.argtypes = [ctypes.c_int, u64]
+    library.outlive_untracked.argtypes = [ctypes.c_int, pointer, u64, pointer]
+    library.outlive_untracked.restype = None
+    library.outlive_count.argtypes = [ctypes.c_int, pointer, u64, u64]
+    library.outlive_count.restype = ctypes.c_int64
+    library.outlive_lift.argtypes = [ctypes.c_int, ctypes.c_int, u64, u64]
     library.outlive_read.argtypes = [ctypes.c_int, pointer, u64, pointer, pointer]
     library.outlive_read.restype = ctypes.c_int64
     library.outlive_settle.argtypes = [ctypes.c_int, ctypes.c_int, u64, u64]
@@ -425,9 +429,30 @@ def read_running(pid: int, runs: NDArray[np.void], into: memoryview) -> NDArray[
     return good.astype(np.bool_)
 
 
-def is_tracked(pagemap: int, start: int) -> bool:
-    """Tell whether the mapping at `start` is registered for tracking."""
-    return bool(_library().outlive_tracked(pagemap, start) == 1)
+def untracked(pagemap: int, vmas: NDArray[np.void]) -> NDArray[np.void]:
+    """Return those of the mappings that are not tracked; `pagemap` is /proc/PID/pagemap, open.
+
+    What cannot be asked is among them; what is gone is not.
+    """
+    vmas = np.ascontiguousarray(vmas)
+    marks = np.empty(len(vmas), dtype=np.bool_)
+    _library().outlive_untracked(pagemap, vmas.ctypes.data, len(vmas), marks.ctypes.data)
+    left: NDArray[np.void] = vmas[marks]
+    return left
+
+
+def count_pages(pagemap: int, vmas: NDArray[np.void], most: int) -> int:
+    """Return how many pages with content there are in the mappings, or `most`. Raises CaptureError."""
+    vmas = np.ascontiguousarray(vmas)
+    count = int(_library().outlive_count(pagemap, vmas.ctypes.data, len(vmas), most))
+    if count < 0:
+        raise CaptureError(f"pages cannot be counted: {os.strerror(-count)}")
+    return count
+
+
+def lift(userfault: int, pagemap: int, start: int, end: int) -> bool:
+    """Have every page of what is tracked between two addresses count as written; False if that failed."""
+    return bool(_library().outlive_lift(userfault, pagemap, start, end) == 0)
 
 
 def reads_directly(pid: int) -> bool:

@@ -302,23 +302,16 @@ class TrackedProcess:
                 writer.add(self.key, block[rows], content, rows)
 
 
-def within(
-    numbers: NDArray[np.uint64], vmas: NDArray[np.void]
-) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
-    """Keep the pages (ascending) that lie in the mappings, and return each one's row in `vmas`."""
-    addresses = numbers * np.uint64(PAGE_BYTES)
-    at = np.searchsorted(vmas["start"], addresses, side="right").astype(np.intp) - 1
-    here = at >= 0
-    if len(vmas):
-        here &= addresses < vmas["end"][at]
-    return numbers[here], at[here]
-
-
 def _runs_within(
     numbers: NDArray[np.uint64], owned: NDArray[np.void]
 ) -> tuple[NDArray[np.uint64], NDArray[np.void]]:
     """Keep the pages (ascending) that lie in owned mappings, and return them as runs too."""
-    numbers, at = within(numbers, owned)
+    addresses = numbers * np.uint64(PAGE_BYTES)
+    at = np.searchsorted(owned["start"], addresses, side="right").astype(np.intp) - 1
+    here = at >= 0
+    if len(owned):
+        here &= addresses < owned["end"][at]
+    numbers, at = numbers[here], at[here]
     unreadable = (owned["flags"][at] & READABLE) == 0
     if not unreadable.any():
         return numbers, runs_of(numbers)

@@ -24,7 +24,7 @@ from primary.pagemap import pagemap_problem, soft_dirty_problem, zero_frame
 from primary.pages import Space
 from primary.process import TrackedProcess
 from primary.soft_dirty import SoftDirtyTracker
-from primary.userfault import UserfaultTracker
+from primary.userfault_tracker import UserfaultTracker
 
 TrackerName = Literal["userfaultfd", "soft-dirty", "none"]
 

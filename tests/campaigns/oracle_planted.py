@@ -27,7 +27,6 @@ from outlive.cli.running import configure_logs
 from primary import pages
 from primary.book import PageBook
 from primary.page_set import PageSet
-from primary.pages import Space
 from primary.process import TrackedProcess
 from primary.tracking import TrackerName, choose
 from primary.userfault import Userfault
@@ -116,7 +115,7 @@ def early_copies_are_dropped() -> Iterator[None]:
 def protection_stays() -> Iterator[None]:
     """Have tracking begin with pages that are protected already, as the kernel leaves them."""
 
-    def lift(userfault: Userfault, pagemap: int, space: Space) -> bool:
+    def lift(userfault: Userfault, pagemap: int) -> bool:
         userfault._unlifted.clear()
         return True
 
@@ -163,7 +162,7 @@ BUGS: dict[str, Bug] = {
     "what was copied early is not taken note of": Bug(early_copies_are_dropped, "store_word,store_page"),
     "tracking begins with what is protected already": Bug(
         protection_stays,
-        "mmap,munmap,mremap_move,mremap_grow,mremap_shrink,mprotect_read,mprotect_back,store_word,store_page",
+        "mmap,munmap,mremap_beside,store_word,store_page",
     ),
     "a marker in a file mapping counts as clean": Bug(
         lambda: altered(

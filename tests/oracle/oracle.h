@@ -65,6 +65,8 @@ enum {
 	LOG = 4096,
 	RING = 1024,
 	STAGE_PAGES = 8,
+	SPARES = 16,
+	SPARE_PAGES = 4,
 	ERROR_BYTES = 240,
 };
 
@@ -106,7 +108,7 @@ struct region {
 	X(store_word, 2000, 1500) X(store_page, 1600, 1500) X(store_straddle, 400, 300) X(memset, 150, 150)  \
 	X(memcpy, 150, 150) X(rep_movs, 150, 100) X(zero_read, 200, 100) X(zero_write, 100, 50)              \
 	X(mmap, 60, 20) X(munmap, 50, 10) X(mmap_fixed, 60, 30) X(mremap_grow, 60, 30)                       \
-	X(mremap_shrink, 50, 20) X(mremap_move, 60, 30) X(mprotect_none, 80, 40) X(mprotect_read, 100, 40)   \
+	X(mremap_shrink, 50, 20) X(mremap_move, 60, 30) X(mremap_beside, 40, 20) X(mprotect_none, 80, 40) X(mprotect_read, 100, 40)   \
 	X(mprotect_back, 300, 100) X(dontneed, 300, 200) X(free, 200, 100) X(hugepage, 12, 0)                 \
 	X(nohugepage, 15, 0) X(collapse, 6, 0) X(wipeonfork, 20, 0) X(dontfork, 20, 0) X(guard, 40, 0)       \
 	X(fork, 4, 0) X(exec, 2, 0) X(vfork_exec, 1, 0) X(thread, 6, 0) X(file_cow, 300, 100)                \
@@ -138,6 +140,8 @@ struct worker {
 	int path;
 	int pipe[2], socket[2];
 	int direct, direct_uses;
+	u64 spare[SPARES]; /* mapped some time ago and never touched, for mremap_beside */
+	int spare_at;
 	int slot; /* what the step did, for the log: slot -1: nothing that has an entry */
 	u64 first, count;
 	u64 *heap_ring, *stack_ring, *tls_ring;

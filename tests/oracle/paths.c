@@ -30,6 +30,9 @@
 #ifndef MADV_PAGEOUT
 #define MADV_PAGEOUT 21
 #endif
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 #ifndef MREMAP_DONTUNMAP
 #define MREMAP_DONTUNMAP 4
 #endif
@@ -500,6 +503,45 @@ static bool op_mremap_move(struct worker *w, u64 v)
 	region_store(slot, &r);
 	w->slot = -1; /* no page has changed */
 	unlock(slot);
+	return at != MAP_FAILED;
+}
+
+/* `moved`: what is between its guard pages now may be anybody's. */
+static void spare_unmap(u64 at, bool moved)
+{
+	u64 size = SPARE_PAGES * PAGE, edge = moved ? PAGE : size + 2 * PAGE;
+	if (at && (munmap((char *)at - PAGE, edge) || (moved && munmap((char *)at + size, PAGE))))
+		fail("munmap: %s", strerror(errno));
+}
+
+/* Move pages that were mapped some time ago and never touched behind a region, so that the kernel makes one mapping of
+ * both, and give them back. The region's own pages are made read-only and writable again. None of this changes what
+ * they hold. */
+static bool op_mremap_beside(struct worker *w, u64 v)
+{
+	u64 *spare = &w->spare[w->spare_at++ % SPARES], size = SPARE_PAGES * PAGE;
+	int slot = *spare ? take_anon(w, in_one_piece) : -1;
+	void *at = MAP_FAILED;
+	if (slot >= 0) {
+		struct region r = *region_at(slot);
+		unmap_guards(&r);
+		char *to = (char *)r.addr + r.pages * PAGE;
+		void *room = mmap(to, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+		if (room == to)
+			at = mremap((void *)*spare, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+		if (room != MAP_FAILED && munmap(room, size))
+			fail("munmap: %s", strerror(errno));
+		if (at != MAP_FAILED && (mprotect((void *)r.addr, r.pages * PAGE, PROT_READ) ||
+					 mprotect((void *)r.addr, r.pages * PAGE, PROT_READ | PROT_WRITE)))
+			fail("mprotect: %s", strerror(errno));
+		r.version = v;
+		region_store(slot, &r);
+		unlock(slot);
+	}
+	if (!*spare || at != MAP_FAILED) {
+		spare_unmap(*spare, true);
+		*spare = map_pages(SPARE_PAGES, true);
+	}
 	return at != MAP_FAILED;
 }
 
@@ -1453,6 +1495,8 @@ void worker_close(struct worker *w)
 	for (size_t i = 0; i < sizeof all / sizeof *all; i++)
 		if (*all[i] >= 0)
 			close(*all[i]);
+	for (int i = 0; i < SPARES; i++)
+		spare_unmap(w->spare[i], false);
 	free(w->heap_ring);
 	w->heap_ring = NULL;
 }

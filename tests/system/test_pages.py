@@ -33,15 +33,16 @@ from primary.pages import (
     OWNED,
     READABLE,
     UNREADABLE,
+    VMA,
     FrozenBuffer,
     FrozenCall,
     Space,
-    is_tracked,
     pages_in,
     read_running,
     reads_directly,
     runs_of,
 )
+from primary.pages import untracked as untracked_of
 from primary.userfault import Userfault
 from primary.userfault import problem as userfaultfd_problem
 
@@ -208,6 +209,11 @@ class Frozen:
         return self.present - self.dirty.keys()
 
 
+def is_tracked(pagemap: int, start: int) -> bool:
+    vma = np.array([(start, start + PAGE_BYTES, 0, 0)], dtype=VMA)
+    return not len(untracked_of(pagemap, vma))
+
+
 class Reader:
     """A space of a child, with a pagemap, and a userfaultfd if it is tracked."""
 
@@ -221,10 +227,13 @@ class Reader:
     def cover(self) -> tuple[list[tuple[int, int]], bool]:
         assert self.userfault
         with self.child.stopped():
-            found = self.userfault.cover(self.pagemap, self.space.mappings())
-        assert self.userfault.lift(self.pagemap, self.space)
-        assert self.userfault.is_sound
-        return found
+            vmas = self.space.mappings()
+            fresh = self.userfault.fresh(self.pagemap, vmas)
+            self.userfault.cover(self.pagemap, vmas, time.monotonic() + 1)
+        assert self.userfault.lift(self.pagemap)
+        owned = vmas[(vmas["flags"] & OWNED) != 0]
+        tracked = len(untracked_of(self.pagemap, owned)) < len(owned)
+        return fresh[["start", "end"]].tolist(), tracked
 
     def fresh(self, region: Region) -> set[int]:
         """Cover everything; which pages of the region were not tracked."""
@@ -979,8 +988,8 @@ class TestTracking:
         reader.child.map(4, at=around.start + 4 * PAGE_BYTES)
         assert reader.fresh(around) == {4, 5, 6, 7}
 
-    async def test_of_a_mapping_that_another_was_moved_beside(self, reader: Reader) -> None:
-        """The kernel makes one mapping of both, which is not tracked, and leaves its pages protected."""
+    def left_protected(self, reader: Reader) -> Region:
+        """Move a mapping beside another: that is not tracked any more, but its pages are protected still."""
         around = reader.child.alone(16)
         reader.child.do(f"libc.munmap({around.start + 8 * PAGE_BYTES}, {8 * PAGE_BYTES})")
         region = Region(reader.child, around.start, 8)
@@ -996,6 +1005,10 @@ class TestTracking:
         assert moved == region.end
         if is_tracked(reader.pagemap, region.start):
             pytest.skip("this kernel goes on tracking a mapping that another one is moved beside")
+        return region
+
+    async def test_of_a_mapping_that_another_was_moved_beside(self, reader: Reader) -> None:
+        region = self.left_protected(reader)
         region.write(3, value=2)
         region.protect(_READ_ONLY)
         region.protect(_WRITABLE)
@@ -1010,18 +1023,69 @@ class TestTracking:
     async def test_is_in_doubt_until_all_protection_was_lifted(
         self, reader: Reader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        region = reader.child.map(4)
+        reader.child.map(4).write(0)
         assert reader.userfault
-        reader.userfault.cover(reader.pagemap, reader.space.mappings())
+        reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() + 1)
+        assert not reader.userfault.is_sound
         with monkeypatch.context() as broken:
-            broken.setattr(userfault, "_UFFDIO_WRITEPROTECT", 0xC018AA3E)
-            assert not reader.userfault.lift(reader.pagemap, reader.space)
-            assert not reader.userfault.is_sound
-        # What is gone, or was mapped anew, has nothing to be lifted.
-        reader.child.do(f"libc.munmap({region.start}, {2 * PAGE_BYTES})")
-        reader.child.map(1, at=region.start + 2 * PAGE_BYTES)
-        assert reader.userfault.lift(reader.pagemap, reader.space)
+            broken.setattr(userfault, "lift", lambda *_: False)
+            assert not reader.userfault.lift(reader.pagemap)
+        assert not reader.userfault.is_sound
+        assert reader.userfault.lift(reader.pagemap)
         assert reader.userfault.is_sound
+
+    async def test_where_pages_are_protected_already_is_lifted_around_what_was_mapped_since(
+        self, reader: Reader
+    ) -> None:
+        """An allocator that gives back page after page, while protection is lifted."""
+        region = self.left_protected(reader)
+        assert reader.userfault
+        reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() + 1)
+        reader.child.map(1, at=region.start)
+        reader.child.map(1, at=region.start + 4 * PAGE_BYTES)
+        assert reader.userfault.lift(reader.pagemap)
+        assert reader.written(region) == {1, 2, 3, 5, 6, 7}
+
+    async def test_of_more_mappings_than_there_is_time_for_goes_on_later(self, reader: Reader) -> None:
+        first, second = reader.child.alone(8), reader.child.alone(8)
+        first.write(0), second.write(0)
+        for region in (first, second):  # three mappings each, side by side
+            middle = Region(reader.child, region.start + 2 * PAGE_BYTES, 4)
+            middle.protect(_READ_ONLY)
+        assert reader.userfault
+        for _ in range(200):
+            reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() - 1)
+            for region in (first, second):
+                tracked = {is_tracked(reader.pagemap, region.start + at * PAGE_BYTES) for at in range(8)}
+                assert len(tracked) == 1, "what lies side by side is alike"
+        assert not reader.userfault.is_sound
+
+    def gain(self, reader: Reader, most: int = 1 << 20) -> int:
+        vmas = reader.space.mappings()
+        assert reader.userfault
+        return reader.userfault.gain(reader.pagemap, vmas, reader.userfault.fresh(reader.pagemap, vmas), most)
+
+    async def test_gains_what_there_is_to_copy(self, reader: Reader) -> None:
+        reader.cover()
+        assert self.gain(reader) == 0
+        region = reader.child.alone(1000)
+        region.write(*range(5))
+        assert 5 <= self.gain(reader) < 1000, "what was never touched costs nothing"
+        assert self.gain(reader, most=3) == 3
+
+    async def test_of_what_lies_beside_something_tracked_or_was_there_for_long_is_asked_for(
+        self, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        around = reader.child.alone(16)
+        reader.child.do(f"libc.munmap({around.start + 8 * PAGE_BYTES}, {8 * PAGE_BYTES})")
+        reader.cover()
+        reader.child.map(4, at=around.start + 12 * PAGE_BYTES)
+        assert self.gain(reader) < 10
+        with monkeypatch.context() as later:
+            later.setattr(userfault, "_OLD_S", -1)
+            assert self.gain(reader) == 1 << 20
+        reader.child.map(4, at=around.start + 8 * PAGE_BYTES)
+        assert self.gain(reader) == 1 << 20
 
     async def test_survives_mprotect(self, reader: Reader) -> None:
         region = reader.child.map(4)

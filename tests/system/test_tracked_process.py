@@ -21,7 +21,7 @@ from primary.layers import LayerWriter
 from primary.page_set import PageSet
 from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
-from primary.userfault import UserfaultTracker
+from primary.userfault_tracker import UserfaultTracker
 from primary.verification import Slice
 from tests.system.test_pages import Child, Region
 
@@ -258,7 +258,8 @@ class TestStandingStill:
 
         tracker, process = self.tracked(child, stand_still)
         await tracker.take_up(process)
-        await copied(tracker, process, PageHasher(), writer)
+        for _ in range(2):  # what is not as it was has to wait for the next stop
+            await copied(tracker, process, PageHasher(), writer)
         assert grown == pages.start
         assert len(process.book.known & PageSet.of(pages.numbers)) == _PAGES
         moved = child.do(f"done(libc.mremap({pages.start}, {2 * _PAGES << 12}, {4 * _PAGES << 12}, 1, 0))")
@@ -294,6 +295,72 @@ class TestStandingStill:
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
         assert not len(process.book.known)
+        tracker.let_go(process)
+
+    async def test_that_gains_nothing_is_not_asked_for(self, child: Child, writer: LayerWriter) -> None:
+        """A thread's stack comes and goes in every epoch, and is hardly used."""
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        stops = 0
+
+        async def stand_still(work: Work) -> None:
+            nonlocal stops
+            stops += 1
+            with child.stopped():
+                work(frozenset({child.pid}))
+
+        tracker, process = self.tracked(child, stand_still)
+        await tracker.take_up(process)
+        await copied(tracker, process, PageHasher(), writer)
+        before = stops
+        for _ in range(3):
+            stack = child.alone(2048)
+            stack.write(7, 8)
+            await copied(tracker, process, PageHasher(), writer)
+            child.do(f"libc.munmap({stack.start}, {2048 << 12})")
+        assert stops == before
+        tracker.let_go(process)
+
+    async def test_is_asked_for_when_a_mapping_came_beside_one_that_is_tracked(
+        self, child: Child, writer: LayerWriter
+    ) -> None:
+        """Until it is tracked as well, mremap(2) of it and of what it was mapped beside fails."""
+        around = child.alone(2 * _PAGES)
+        child.do(f"libc.munmap({around.start + (_PAGES << 12)}, {_PAGES << 12})")
+        pages = Region(child, around.start, _PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+
+        async def stand_still(work: Work) -> None:
+            with child.stopped():
+                work(frozenset({child.pid}))
+
+        tracker, process = self.tracked(child, stand_still)
+        await tracker.take_up(process)
+        await copied(tracker, process, PageHasher(), writer)
+        child.map(16, at=pages.end)
+        await copied(tracker, process, PageHasher(), writer)
+        both = _PAGES + 16
+        moved = child.do(f"done(libc.mremap({pages.start}, {both << 12}, {2 * both << 12}, 1, 0))")
+        assert moved > 0, os.strerror(-moved)
+        tracker.let_go(process)
+
+    async def test_is_not_asked_for_again_for_who_ran_on_in_one(
+        self, child: Child, writer: LayerWriter
+    ) -> None:
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        stops = 0
+
+        async def others(work: Work) -> None:
+            nonlocal stops
+            stops += 1
+            work(frozenset({1}))
+
+        tracker, process = self.tracked(child, others)
+        await tracker.take_up(process)
+        for _ in range(3):
+            await copied(tracker, process, PageHasher(), writer)
+        assert stops == 1
         tracker.let_go(process)
 
     async def test_without_it_nothing_is_known(self, child: Child, writer: LayerWriter) -> None:

@@ -1,0 +1,289 @@
+"""Tracking of writes by userfaultfd, in asynchronous write-protect mode.
+
+In: the processes of a workload. Out: copies of what they wrote, made while they ran. One userfaultfd for each
+process, taken out of it; `primary.userfault` says what it tells, and of what.
+
+    look     running: which mappings are not tracked; what was written in the others, which is protected again
+    stop     it pays: the cgroup stands still, and what was not tracked is from now on
+    copy     running again: what was protected before the stop
+
+What must hold:
+- A mapping that was not tracked a moment ago has pages of which nothing is known, whatever stood at its place
+  before (munmap and mmap, mremap, exec, fork): what is fresh is forgotten.
+- Mappings are tracked whole, and all of them in a stop.
+- A page is read only after everybody came out of the system call that they were in when it was protected. Who
+  writes into memory by a system call (process_vm_writev, `/proc/PID/mem`, O_DIRECT) looks a page up, and
+  writes to it later; if it was protected in between, without a trace. A task that stands still is in no such
+  call.
+- A process with files open for direct I/O is protected within freezes only, when no read is in flight: what a
+  device writes into a page that was protected after it was given the page, shows nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal, TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from common.errors import CaptureError, OutliveError
+from common.identity import PageHasher
+from common.threads import in_thread
+from primary.freezer import StandStill
+from primary.injection import take_userfaultfd
+from primary.layers import LayerWriter
+from primary.page_set import NO_PAGES, PageSet
+from primary.pages import OWNED, VMA, Space, pages_in, reads_directly, untracked
+from primary.process import TrackedProcess, open_of, resident_pages
+from primary.userfault import Userfault
+
+log = structlog.get_logger(__name__)
+
+_TRACK_AGAIN_S: Final = 5.0
+_SMALL_PAGES: Final = 1024
+"""A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
+_ROUNDS: Final = 4
+_FEW_PAGES: Final = 512
+"""No pre-copy for so few: copying them beside CRIU takes less than 2 ms."""
+_COVER_S: Final = 0.02
+"""Mappings are tracked for so long in one stop, 5 µs each; the others in the next one."""
+
+_CLOSER = ThreadPoolExecutor(1, "userfaultfd")
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _Watched:
+    """What is known of the tracking of one process."""
+
+    userfault: Userfault | None = None
+    seen: bool = False
+    again_s: float = 0.0
+    problem: str = ""
+    """Why its writes are not tracked; empty if they are."""
+    direct: bool = False
+    """It has, or had, a file open with O_DIRECT."""
+    runs_on: bool = False
+    """It did not stand still in the last stop: it is in another cgroup."""
+
+    def reads_directly(self, pid: int) -> bool:
+        """Whether devices may write into its memory past the tracking.
+
+        Who opens such a file for a moment does so again, and perhaps between two looks.
+        """
+        self.direct = self.direct or reads_directly(pid)
+        return self.direct
+
+    def give_up(self, process: TrackedProcess) -> None:
+        """Stop tracking it, and believe nothing."""
+        if self.userfault is not None:
+            _CLOSER.submit(self.userfault.close)
+            self.userfault = None
+        process.forget_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What a look found of one process."""
+
+    wanted: PageSet
+    """What is to be copied."""
+    tracked: NDArray[np.void]
+    """The mappings (`VMA`) that are tracked."""
+    fresh: NDArray[np.void]
+    """Those that are not."""
+    gain: int
+    """How many pages it would spare the freeze to track those; see `Userfault.gain`."""
+
+    def shrinks(self, before: int) -> bool:
+        """Whether another round pays: it is the first (0 `before`), or there was much less to copy."""
+        return len(self.wanted) > _FEW_PAGES and (not before or len(self.wanted) <= before // 2)
+
+
+class UserfaultTracker:
+    """A `primary.tracking.Tracker`."""
+
+    name: Literal["userfaultfd"] = "userfaultfd"
+    copies_ahead = True
+
+    def __init__(self, stand_still: StandStill) -> None:
+        self._stand_still = stand_still
+        self._watched: dict[TrackedProcess, _Watched] = {}
+
+    def space(self, pid: int) -> Space:
+        """See `primary.tracking.Tracker.space`."""
+        return Space(pid)
+
+    async def take_up(self, process: TrackedProcess) -> None:
+        """Take a userfaultfd out of it, unless there is one. A failure is remembered, not raised."""
+        watched = self._watched.setdefault(process, _Watched())
+        if process.borrows or watched.userfault is not None or time.monotonic() < watched.again_s:
+            return
+        if not watched.seen and resident_pages(process.pid) < _SMALL_PAGES:
+            watched.seen = True  # most small processes end before the next epoch
+            return
+        try:
+            watched.userfault = Userfault((await take_userfaultfd(process.pid)).descriptor)
+            watched.problem = ""
+        except OutliveError as error:
+            watched.again_s = time.monotonic() + _TRACK_AGAIN_S
+            if watched.problem != error.message:
+                log.info("tracking.not_begun", pid=process.pid, reason=error.message)
+            watched.problem = error.message
+
+    def begins_anew_frozen(self, process: TrackedProcess) -> bool:
+        """See `primary.tracking.Tracker.begins_anew_frozen`."""
+        watched = self._watched.get(process)
+        return watched is not None and watched.userfault is not None and not watched.direct
+
+    def let_go(self, process: TrackedProcess) -> None:
+        """See `primary.tracking.Tracker.let_go`."""
+        watched = self._watched.pop(process, None)
+        if watched is not None and watched.userfault is not None:
+            watched.userfault.close()
+
+    async def copy_ahead(
+        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+    ) -> None:
+        """See `primary.tracking.Tracker.copy_ahead`. What a stop has tracked is copied in the next round."""
+        todo = dict.fromkeys(processes, 0)
+        try:
+            for each in range(_ROUNDS):
+                found = await in_thread(self._each, self._look, list(todo))
+                fresh = {process: ahead for process, ahead in found.items() if ahead.gain}
+                # What came since the first round is no reason for another stop.
+                gains = 0 if each else sum(ahead.gain for ahead in fresh.values())
+                if sum(len(ahead.wanted) for ahead in found.values()) + gains <= _FEW_PAGES:
+                    return
+                still = await self._stop(fresh)
+                if not still:
+                    return
+                await in_thread(self._lift_all, fresh)
+                copy = partial(self._copy, found, hasher, writer)
+                await in_thread(self._each, copy, [process for process in found if process.pid in still])
+                todo = {
+                    process: 0 if process in fresh else len(ahead.wanted)
+                    for process, ahead in found.items()
+                    if process.pid in still and (process in fresh or ahead.shrinks(todo[process]))
+                }
+        finally:
+            for process, watched in self._watched.items():
+                if watched.userfault is not None and not watched.userfault.is_sound:
+                    watched.again_s = time.monotonic() + _TRACK_AGAIN_S
+                    watched.give_up(process)
+
+    async def _stop(self, fresh: Mapping[TrackedProcess, _Ahead]) -> frozenset[int]:
+        """Track what is fresh while all stands still; return who stood still (PIDs)."""
+        still: frozenset[int] = frozenset()
+
+        def cover(pids: frozenset[int]) -> None:
+            nonlocal still
+            until_s = time.monotonic() + _COVER_S
+            for process in fresh:
+                if process.pid in pids:
+                    self._cover(process, until_s)
+            still = pids
+
+        try:
+            await self._stand_still(cover)
+        except CaptureError as error:  # it may not have stood still: what was begun is given up
+            log.info("tracking.no_stop", reason=error.message)
+            return frozenset()
+        for process, watched in self._watched.items():
+            if process.pid not in still and not watched.runs_on:
+                log.info("tracking.runs_on", pid=process.pid)
+            watched.runs_on = process.pid not in still
+        return still
+
+    # --- in threads ---------------------------------------------------------------------------------
+
+    def _each(
+        self, work: Callable[[TrackedProcess], _T], processes: Iterable[TrackedProcess]
+    ) -> dict[TrackedProcess, _T]:
+        """Do `work` with each of them; leave out those that end meanwhile."""
+        done = {}
+        for process in processes:
+            try:
+                done[process] = work(process)
+            except CaptureError as error:
+                if process.has_memory:
+                    raise
+                log.debug("capture.process_ended", pid=process.pid, error=str(error))
+        return done
+
+    def _look(self, process: TrackedProcess) -> _Ahead:
+        """Find what was written where writes are tracked, and protect it; forget all else."""
+        watched = self._watched.get(process)
+        nothing = np.empty(0, dtype=VMA)
+        space, book = process.space, process.book
+        if watched is None or watched.userfault is None:
+            return _Ahead(NO_PAGES, nothing, nothing, 0)
+        vmas = space.mappings()
+        with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+            fresh = watched.userfault.fresh(pagemap, vmas)
+            for start, end in fresh[["start", "end"]].tolist():
+                book.forget_range(start, end)
+            tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
+            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, vmas, fresh, _FEW_PAGES + 1)
+            space.protects = watched.reads_directly(process.pid)
+            wanted = book.unknown
+            if not space.protects:
+                try:
+                    runs = space.written(pagemap, tracked)
+                except BaseException:  # some may be protected now that nobody was told of
+                    book.forget_all()
+                    raise
+                written = pages_in(runs)
+                book.expect(written)
+                book.forget(written)
+                wanted |= written
+                if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
+                    space.protects = True
+                    book.forget_all()
+                    wanted = NO_PAGES
+            with open_of(process.pid, "mem", os.O_RDONLY) as memory:
+                space.settle(pagemap, memory, tracked)
+        return _Ahead(wanted & pages_in(tracked), tracked, fresh, gain)
+
+    def _cover(self, process: TrackedProcess, until_s: float) -> None:
+        """Track what is not; it stands still meanwhile."""
+        userfault = self._watched[process].userfault
+        try:
+            with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+                if userfault is not None:
+                    userfault.cover(pagemap, process.space.mappings(), until_s)
+        except CaptureError as error:  # it is ending, or stays fresh
+            log.debug("tracking.not_covered", pid=process.pid, error=str(error))
+
+    def _lift_all(self, fresh: Mapping[TrackedProcess, _Ahead]) -> None:
+        """Have every page count as written of what is tracked only now; or track none of that process."""
+        for process, ahead in fresh.items():
+            watched = self._watched[process]
+            if watched.userfault is None:
+                continue
+            try:
+                for start, end in watched.userfault.covered:
+                    process.book.forget_range(start, end)
+                with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+                    if not watched.userfault.lift(pagemap):
+                        continue
+                    if not len(ahead.tracked) and len(untracked(pagemap, ahead.fresh)) == len(ahead.fresh):
+                        watched.give_up(process)  # it is of another address space: a program was executed
+            except CaptureError as error:
+                log.debug("tracking.not_lifted", pid=process.pid, error=str(error))
+
+    def _copy(
+        self,
+        found: Mapping[TrackedProcess, _Ahead],
+        hasher: PageHasher,
+        writer: LayerWriter,
+        process: TrackedProcess,
+    ) -> None:
+        process.copy(hasher, writer, found[process].wanted, found[process].tracked)
