@@ -113,7 +113,7 @@ def captured(
         id=EpochId(term, number),
         incarnation=incarnation,
         stands_on=stands_on,
-        frozen_wall_s=1000.0 + number,
+        frozen_wall_s=1000.0 + number % 1_000_000_000,  # a liar may have made the number a huge one
         freeze=FreezeTimes(0.1, 0.2, 0.3),
         spaces=tuple(spaces),
         metadata=tuple(files),

@@ -128,7 +128,8 @@ def _lie(chance: random.Random, messages: Messages) -> Messages:
     elif isinstance(was, list):
         fields[name] = [
             chance.choice((was[0], 1, 2, 1 << 53)),
-            chance.choice((was[1], 1, was[1] + 7, 1 << 53)),
+            # Not the last number that there is: no sound epoch could come after it.
+            chance.choice((was[1], 1, was[1] + 7, (1 << 53) - 1000, (1 << 53) + 1)),
         ]
     else:
         fields[name] = chance.choice((None, not was, "../../etc", "x" * 5000, 1.5, [], float("nan")))
