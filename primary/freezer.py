@@ -3,7 +3,8 @@
 In: the cgroup. Out: a time in which none of its tasks runs, nor is in a system call that reads from a device
 into its memory: the kernel reports a cgroup as frozen when each task has come to rest.
 
-What is not in that cgroup runs on: who is in it is told while all of it stands still.
+What is not in that cgroup runs on: who is in it is told while all of it stands still. Not guaranteed: that
+all threads of those do, where somebody has moved single ones into another cgroup of version 1.
 """
 
 from __future__ import annotations

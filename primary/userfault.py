@@ -66,15 +66,14 @@ class Userfault:
         self._refused &= self._since.keys()
         return fresh
 
-    def gain(self, pagemap: int, vmas: NDArray[np.void], fresh: NDArray[np.void], most: int) -> int:
+    def gain(self, pagemap: int, fresh: NDArray[np.void], tracked: NDArray[np.void], most: int) -> int:
         """Return how many pages tracking `fresh` mappings would spare the next freezes: `most` at most.
 
-        It is `most`, too, if one of them lies beside one that is tracked. What the process knows as one
-        mapping may be both, and mremap(2) of both fails, or stops half-way: as soon as can be, they must be
-        alike. Likewise after a second, wherever it lies. What the kernel has refused to track does not count.
+        It is `most`, too, if one of them lies beside one of those that are `tracked`. What the process knows
+        as one mapping may be both, and mremap(2) of both fails, or stops half-way: as soon as can be, they
+        must be alike. Likewise after a second, wherever it lies. What the kernel refused does not count.
         """
         open_ones = fresh[[each not in self._refused for each in _ranges(fresh)]]
-        tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
         beside = np.isin(open_ones["start"], tracked["end"]) | np.isin(open_ones["end"], tracked["start"])
         old_s = time.monotonic() - _OLD_S
         if beside.any() or any(self._since[each] < old_s for each in _ranges(open_ones)):
@@ -86,7 +85,7 @@ class Userfault:
 
         Else one that grew meanwhile would be tracked in part: the kernel makes two of it, and mremap(2) of
         what the process knows as one fails, or stops half-way. So all of what lies side by side is tracked,
-        or none; but for that, the rest is left for another time at `until_s` (monotonic).
+        or none, but for what the kernel refuses; the rest is left for another time at `until_s` (monotonic).
         """
         before = 0
         for start, end in _ranges(untracked(pagemap, vmas[(vmas["flags"] & OWNED) != 0])):

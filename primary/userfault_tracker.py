@@ -231,7 +231,7 @@ class UserfaultTracker:
             for start, end in fresh[["start", "end"]].tolist():
                 book.forget_range(start, end)
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
-            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, vmas, fresh, _FEW_PAGES + 1)
+            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, fresh, tracked, _FEW_PAGES + 1)
             space.protects = watched.reads_directly(process.pid)
             wanted = book.unknown
             if not space.protects:

@@ -6,7 +6,9 @@
 A program that changes its memory in every way there is (`tests/oracle/mutator.c`) runs in a container and
 is captured by the fast backend, epoch after epoch, as the agent does it. In a sample of epochs the
 container's cgroup is frozen between pre-copy and dump; the fast backend takes its epoch, and then, still
-frozen, the stock backend takes an independent one. Both must have the same pages with the same content.
+frozen, the stock backend takes an independent one. Both must have the same pages with the same content. In
+every fourth one of the other epochs, all that is held for unchanged is read again within the freeze, which is
+one like any other.
 Epochs are committed to a real store, as by a replica that misses every third one. After every 50th the
 program is asked whether it finds itself intact; every other seed also has what the store holds brought to
 life beside it, in a network namespace of its own, and asked the same (its files must not change then: those

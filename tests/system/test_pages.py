@@ -6,34 +6,20 @@ the tests are about what must not be clean.
 """
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
-import platform
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from common.errors import CaptureError
 from common.model import PAGE_BYTES
-from primary import userfault
-from primary.injection import take_userfaultfd
-from primary.page_set import PageSet
 from primary.pages import (
-    DIRTY,
-    OWNED,
     READABLE,
     UNREADABLE,
-    VMA,
     FrozenBuffer,
     FrozenCall,
     Space,
@@ -42,275 +28,26 @@ from primary.pages import (
     reads_directly,
     runs_of,
 )
-from primary.pages import untracked as untracked_of
-from primary.userfault import Userfault
-from primary.userfault import problem as userfaultfd_problem
+from tests.system.tracked_child import (
+    BUFFER_PAGES,
+    DONT_NEED,
+    GUARD_INSTALL,
+    HUGE_PAGE,
+    NO_HUGE_PAGE,
+    NOT_ACCESSIBLE,
+    PRIVATE,
+    WRITABLE,
+    Child,
+    Frozen,
+    Reader,
+    Region,
+    content,
+)
 
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(os.geteuid() != 0, reason="memory of other processes needs root"),
 ]
-
-_BUFFER_PAGES = 32_768
-_NOT_ACCESSIBLE, _READ_ONLY, _WRITABLE = 0, 1, 3
-_PRIVATE, _FIXED, _ANONYMOUS = 0x02, 0x10, 0x20
-_DONT_NEED, _HUGE_PAGE, _NO_HUGE_PAGE, _GUARD_INSTALL = 4, 14, 15, 102
-_MAY_MOVE_AND_FIXED = 3
-
-_CHILD = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-word, size = ctypes.c_long, ctypes.c_size_t
-libc.mmap.argtypes, libc.mmap.restype = [size, size, word, word, word, word], size
-libc.mremap.argtypes, libc.mremap.restype = [size, size, size, word, size], size
-libc.munmap.argtypes = [size, size]
-libc.mprotect.argtypes = libc.madvise.argtypes = [size, size, word]
-libc.read.argtypes = [word, size, size]
-
-def done(result):
-    return result if result not in (-1, 2**64 - 1) else -ctypes.get_errno()
-
-def poke(address, content):
-    ctypes.memmove(address, content, len(content))
-
-def peek(address):
-    return ctypes.string_at(address, 1)
-
-def fork():
-    child = os.fork()
-    if not child:
-        import signal
-        while True:
-            signal.pause()
-    return child
-
-for line in sys.stdin:
-    print(repr(eval(line)), flush=True)
-"""
-
-
-class Child:
-    """A process that does what it is told."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self.process.pid
-
-    def do(self, code: str) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(code + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the child ended at {code}"
-        return eval(line)  # noqa: S307 - our own child's answer
-
-    def map(
-        self,
-        pages: int,
-        *,
-        protection: int = _WRITABLE,
-        flags: int = _PRIVATE | _ANONYMOUS,
-        file: int = -1,
-        at: int = 0,
-    ) -> "Region":
-        fixed = _FIXED if at else 0
-        address = self.do(
-            f"done(libc.mmap({at}, {pages * PAGE_BYTES}, {protection}, {flags | fixed}, {file}, 0))"
-        )
-        assert address > 0, os.strerror(-address)
-        return Region(self, address, pages)
-
-    def alone(self, pages: int, *, protection: int = _WRITABLE) -> "Region":
-        """Map pages with gaps around, so that no neighbour becomes one with them."""
-        around = self.map(pages + 2, protection=protection)
-        for page in (0, pages + 1):
-            self.do(f"libc.munmap({around.start + page * PAGE_BYTES}, {PAGE_BYTES})")
-        return Region(self, around.start + PAGE_BYTES, pages)
-
-    def become_another_program(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.write("os.execvp('sleep', ['sleep', '1000'])\n")
-        self.process.stdin.flush()
-        while Path(f"/proc/{self.pid}/comm").read_text() != "sleep\n" or not self.waits:
-            time.sleep(0.001)
-
-    @property
-    def waits(self) -> bool:
-        return "nanosleep" in Path(f"/proc/{self.pid}/wchan").read_text()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        os.kill(self.pid, signal.SIGSTOP)
-        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.0005)
-        try:
-            yield
-        finally:
-            os.kill(self.pid, signal.SIGCONT)
-
-
-@dataclass(frozen=True)
-class Region:
-    """Pages of a child, counted from 0."""
-
-    child: Child
-    start: int
-    pages: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.pages * PAGE_BYTES
-
-    def write(self, *pages: int, value: int = 1) -> None:
-        for page in pages:
-            self.child.do(f"poke({self.start + page * PAGE_BYTES}, {bytes([page, value])!r})")
-
-    def read(self, *pages: int) -> None:
-        for page in pages:
-            self.child.do(f"peek({self.start + page * PAGE_BYTES})")
-
-    def advise(self, page: int, pages: int, advice: int) -> int:
-        return self.child.do(
-            f"done(libc.madvise({self.start + page * PAGE_BYTES}, {pages * PAGE_BYTES}, {advice}))"
-        )
-
-    def protect(self, protection: int) -> None:
-        assert self.child.do(f"libc.mprotect({self.start}, {self.pages * PAGE_BYTES}, {protection})") == 0
-
-    @property
-    def numbers(self) -> np.ndarray:
-        return np.arange(self.start // PAGE_BYTES, self.end // PAGE_BYTES, dtype=np.uint64)
-
-    @property
-    def runs(self) -> np.ndarray:
-        return runs_of(self.numbers)
-
-    def index(self, numbers: np.ndarray) -> set[int]:
-        """Which of its pages are among the numbers."""
-        return {int(n) - self.start // PAGE_BYTES for n in numbers if self.start <= n * PAGE_BYTES < self.end}
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What a freeze found of a region."""
-
-    present: set[int]
-    dirty: dict[int, bytes]
-
-    @property
-    def clean(self) -> set[int]:
-        return self.present - self.dirty.keys()
-
-
-def is_tracked(pagemap: int, start: int) -> bool:
-    vma = np.array([(start, start + PAGE_BYTES, 0, 0)], dtype=VMA)
-    return not len(untracked_of(pagemap, vma))
-
-
-class Reader:
-    """A space of a child, with a pagemap, and a userfaultfd if it is tracked."""
-
-    def __init__(self, child: Child, userfault: Userfault | None) -> None:
-        self.child = child
-        self.userfault = userfault
-        self.space = Space(child.pid)
-        self.buffer = FrozenBuffer(_BUFFER_PAGES)
-        self.pagemap = os.open(f"/proc/{child.pid}/pagemap", os.O_RDWR)
-
-    def cover(self) -> tuple[list[tuple[int, int]], bool]:
-        assert self.userfault
-        with self.child.stopped():
-            vmas = self.space.mappings()
-            fresh = self.userfault.fresh(self.pagemap, vmas)
-            self.userfault.cover(self.pagemap, vmas, time.monotonic() + 1)
-        assert self.userfault.lift(self.pagemap)
-        owned = vmas[(vmas["flags"] & OWNED) != 0]
-        tracked = len(untracked_of(self.pagemap, owned)) < len(owned)
-        return fresh[["start", "end"]].tolist(), tracked
-
-    def fresh(self, region: Region) -> set[int]:
-        """Cover everything; which pages of the region were not tracked."""
-        fresh, same = self.cover()
-        assert same
-        return {
-            page
-            for page in range(region.pages)
-            if any(low <= region.start + page * PAGE_BYTES < high for low, high in fresh)
-        }
-
-    def mappings_of(self, region: Region) -> np.ndarray:
-        vmas = self.space.mappings()
-        return vmas[(vmas["end"] > region.start) & (vmas["start"] < region.end)]
-
-    def written(self, region: Region) -> set[int]:
-        return region.index(pages_in(self.space.written(self.pagemap, self.mappings_of(region))).numbers)
-
-    def know(self, region: Region, *pages: int) -> None:
-        """Say that the content of pages is known; of all if none are named."""
-        wanted = sorted(pages) or range(region.pages)
-        self.space.knows(PageSet.of(region.numbers[list(wanted)]).byte_bounds)
-
-    def freeze(self, region: Region) -> Frozen:
-        self.space.make_room(1)
-        with self.child.stopped():
-            dirty_pages = FrozenCall(self.buffer).run([self.space])
-        return self.found(region, dirty_pages)
-
-    def found(self, region: Region, dirty_pages: int) -> Frozen:
-        assert self.space.error == 0, os.strerror(self.space.error)
-        runs = self.space.runs
-        present, dirty = pages_in(runs).numbers, pages_in(runs[(runs["flags"] & DIRTY) != 0]).numbers
-        assert (runs["start"][1:] >= runs["end"][:-1]).all()
-        assert len(present) == self.space._native.present_pages
-        assert len(dirty) == self.space.dirty_pages <= dirty_pages
-        first = region.start // PAGE_BYTES
-        contents = {
-            int(number) - first: bytes(self.buffer.content(self.space.content_at + row, 1))
-            for row, number in enumerate(dirty)
-            if first <= number < first + region.pages
-        }
-        return Frozen(region.index(present), contents)
-
-    def close(self) -> None:
-        if self.userfault:
-            self.userfault.close()
-        os.close(self.pagemap)
-
-
-@pytest.fixture
-def child() -> Iterator[Child]:
-    child = Child()
-    yield child
-    child.end()
-
-
-@pytest.fixture
-async def reader(child: Child) -> Any:
-    """A reader of a child that is tracked."""
-    if problem := userfaultfd_problem():
-        pytest.skip(problem)
-    child.do("1")  # it has started
-    reader = Reader(child, Userfault((await take_userfaultfd(child.pid)).descriptor))
-    yield reader
-    reader.close()
-
-
-@pytest.fixture
-def untracked(child: Child) -> Iterator[Reader]:
-    reader = Reader(child, None)
-    yield reader
-    reader.close()
-
-
-def content(page: int, value: int = 1) -> bytes:
-    return bytes([page, value]) + bytes(PAGE_BYTES - 2)
 
 
 class TestWhileItRuns:
@@ -369,7 +106,7 @@ class TestWhileItRuns:
         region = reader.child.map(4)
         region.write(1, 2)
         reader.cover()
-        region.protect(_NOT_ACCESSIBLE)
+        region.protect(NOT_ACCESSIBLE)
         runs = reader.space.written(reader.pagemap, reader.mappings_of(region))
         assert set(runs["flags"].tolist()) == {UNREADABLE}
         into = bytearray(2 * PAGE_BYTES)
@@ -416,7 +153,7 @@ class TestEarly:
         reader.written(region)
         reader.know(region)
 
-    def early(self, reader: Reader, region: Region, room: int = _BUFFER_PAGES) -> tuple[FrozenCall, Frozen]:
+    def early(self, reader: Reader, region: Region, room: int = BUFFER_PAGES) -> tuple[FrozenCall, Frozen]:
         """Copy early; what of the region was."""
         reader.space.make_room(1, early=True)
         call = FrozenCall(reader.buffer)
@@ -450,7 +187,7 @@ class TestEarly:
         region = reader.child.alone(8)
         await self.protected(reader, region, *range(8))
         region.write(2, value=9)
-        region.protect(_WRITABLE | mmap.PROT_EXEC)
+        region.protect(WRITABLE | mmap.PROT_EXEC)
         with reader.child.stopped():
             call, early = self.early(reader, region)
             end = reader.found(region, call.run([reader.space]))
@@ -503,7 +240,7 @@ class TestEarly:
         region.write(2, value=9)
         with reader.child.stopped():
             call, early = self.early(reader, region)
-        region.protect(_NOT_ACCESSIBLE)
+        region.protect(NOT_ACCESSIBLE)
         with reader.child.stopped():
             end = reader.found(region, call.run([reader.space]))
         assert early.dirty == {2: content(2, 9)}
@@ -513,7 +250,7 @@ class TestEarly:
         region = reader.child.alone(8)
         await self.protected(reader, region, *range(8))
         region.write(2, 3, value=9)
-        region.protect(_NOT_ACCESSIBLE)
+        region.protect(NOT_ACCESSIBLE)
         with reader.child.stopped():
             call, early = self.early(reader, region)
             end = reader.found(region, call.run([reader.space]))
@@ -579,7 +316,7 @@ class TestEarly:
         reader.space.make_room(1, early=True)
         with reader.child.stopped():
             call = FrozenCall(reader.buffer)
-            call.run_early([gone, reader.space], _BUFFER_PAGES)
+            call.run_early([gone, reader.space], BUFFER_PAGES)
             end = reader.found(region, call.run([reader.space]))
         assert gone.early is not None
         assert not gone.early.is_lost
@@ -676,7 +413,7 @@ class TestFrozen:
         reader.cover()
         reader.written(region)
         reader.know(region)
-        assert region.advise(2, 3, _DONT_NEED) == 0
+        assert region.advise(2, 3, DONT_NEED) == 0
         found = reader.freeze(region)
         assert found == Frozen({0, 1, 5, 6, 7}, {})
 
@@ -686,7 +423,7 @@ class TestFrozen:
         reader.cover()
         reader.written(region)
         reader.know(region)
-        region.advise(1, 2, _DONT_NEED)
+        region.advise(1, 2, DONT_NEED)
         region.write(2, value=7)
         assert reader.freeze(region) == Frozen({0, 2, 3}, {2: content(2, 7)})
 
@@ -696,7 +433,7 @@ class TestFrozen:
         reader.cover()
         reader.written(region)
         reader.know(region)
-        region.advise(1, 2, _DONT_NEED)
+        region.advise(1, 2, DONT_NEED)
         region.read(1, 2)
         assert reader.freeze(region) == Frozen({0, 3}, {})
 
@@ -706,7 +443,7 @@ class TestFrozen:
         reader.cover()
         reader.written(region)
         reader.know(region)
-        if (failure := region.advise(2, 2, _GUARD_INSTALL)) < 0:
+        if (failure := region.advise(2, 2, GUARD_INSTALL)) < 0:
             pytest.skip(f"guard pages: {os.strerror(-failure)}")
         assert reader.freeze(region) == Frozen({0, 1, 4, 5}, {})
 
@@ -719,7 +456,7 @@ class TestFrozen:
         region.write(1, 4, value=3)
         if known:
             reader.know(region)
-        region.protect(_NOT_ACCESSIBLE)
+        region.protect(NOT_ACCESSIBLE)
         found = reader.freeze(region)
         assert found.present == set(range(6))
         wanted = {page: content(page) for page in range(6) if not known}
@@ -728,12 +465,12 @@ class TestFrozen:
     async def test_pages_with_and_without_read_permission_stand_in_order(self, untracked: Reader) -> None:
         region = untracked.child.map(9)
         region.write(*range(9))
-        Region(untracked.child, region.start + 3 * PAGE_BYTES, 3).protect(_NOT_ACCESSIBLE)
+        Region(untracked.child, region.start + 3 * PAGE_BYTES, 3).protect(NOT_ACCESSIBLE)
         assert untracked.freeze(region).dirty == {page: content(page) for page in range(9)}
 
     async def test_huge_pages_are_dirty_at_least_where_they_were_written(self, reader: Reader) -> None:
         region = reader.child.map(2048)
-        region.advise(0, 2048, _HUGE_PAGE)
+        region.advise(0, 2048, HUGE_PAGE)
         reader.child.do(f"poke({region.start}, b'x' * {2048 * PAGE_BYTES})")
         reader.cover()
         assert reader.written(region) == set(range(2048))
@@ -841,7 +578,7 @@ class TestPrivateFiles:
 
     def mapped(self, child: Child, path: Path) -> Region:
         file = child.do(f"os.open({str(path)!r}, os.O_RDWR)")
-        return child.map(8, flags=_PRIVATE, file=file)
+        return child.map(8, flags=PRIVATE, file=file)
 
     def as_in_file(self, page: int) -> bytes:
         return self.FILE[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]
@@ -871,7 +608,7 @@ class TestPrivateFiles:
         reader.cover()
         reader.written(region)
         reader.know(region)
-        region.advise(2, 1, _DONT_NEED)
+        region.advise(2, 1, DONT_NEED)
         for _ in range(2):
             assert reader.freeze(region) == Frozen({5}, {})
             region.read(2)
@@ -886,7 +623,7 @@ class TestPrivateFiles:
         reader.cover()
         reader.written(region)
         reader.know(region)
-        region.advise(0, 8, _DONT_NEED)
+        region.advise(0, 8, DONT_NEED)
         region.read(1, 6)
         reader.written(region)
         assert reader.freeze(region) == Frozen(set(), {})
@@ -901,272 +638,12 @@ class TestPrivateFiles:
         assert reader.freeze(region) == Frozen({2}, {}), "what is beyond the file's end has no content"
 
 
-class TestTracking:
-    async def test_covers_once(self, reader: Reader) -> None:
-        region = reader.child.map(8)
-        assert reader.fresh(region) == set(range(8))
-        assert reader.fresh(region) == set()
-        assert is_tracked(reader.pagemap, region.start)
-
-    async def test_covers_all_that_is_owned_in_a_process(self, reader: Reader) -> None:
-        reader.cover()
-        vmas = reader.space.mappings()
-        left = [
-            hex(start)
-            for start, _, flags, _ in vmas.tolist()
-            if flags & OWNED and not is_tracked(reader.pagemap, start)
-        ]
-        assert left == []
-
-    async def test_leaves_alone_what_is_shared(self, reader: Reader) -> None:
-        shared = reader.child.map(4, flags=1 | _ANONYMOUS)
-        reader.cover()
-        assert not is_tracked(reader.pagemap, shared.start)
-
-    async def test_shared_memory_between_is_not_tracked_at_all(self, reader: Reader) -> None:
-        region = reader.child.map(48)
-        shared = reader.child.map(16, flags=0x01 | _ANONYMOUS, at=region.start + (16 << 12))
-        region.write(1, 40)
-        reader.cover()
-        assert not is_tracked(reader.pagemap, shared.start)
-        assert reader.written(region) == {1, 40}
-
-    async def test_is_lost_by_a_new_mapping_at_the_same_place(self, reader: Reader) -> None:
-        region = reader.child.alone(8)
-        reader.cover()
-        reader.child.do(f"libc.munmap({region.start}, {region.pages * PAGE_BYTES})")
-        assert reader.child.map(8, at=region.start) == region
-        assert not is_tracked(reader.pagemap, region.start)
-        assert reader.fresh(region) == set(range(8))
-        assert reader.fresh(region) == set()
-
-    async def test_is_lost_by_a_new_mapping_over_a_part(self, reader: Reader) -> None:
-        region = reader.child.alone(8)
-        region.write(*range(8))
-        reader.cover()
-        reader.written(region)
-        reader.child.map(3, at=region.start + 2 * PAGE_BYTES)
-        assert reader.fresh(region) == {2, 3, 4}
-
-    async def test_is_lost_by_mremap_to_another_place(self, reader: Reader) -> None:
-        region, target = reader.child.alone(8), reader.child.alone(8)
-        region.write(*range(8))
-        reader.cover()
-        reader.written(region)
-        size = 8 * PAGE_BYTES
-        moved = reader.child.do(
-            f"libc.mremap({region.start}, {size}, {size}, {_MAY_MOVE_AND_FIXED}, {target.start})"
-        )
-        assert moved == target.start
-        reader.know(target)
-        found = reader.freeze(target)
-        assert found.dirty == {page: content(page) for page in range(8)}, "what was moved is not known there"
-        assert reader.fresh(target) == set(range(8))
-
-    async def test_of_a_mapping_that_grows_does_not_take_its_new_pages_for_known(
-        self, reader: Reader
-    ) -> None:
-        around = reader.child.alone(12)
-        reader.child.do(f"libc.munmap({around.start + 4 * PAGE_BYTES}, {8 * PAGE_BYTES})")
-        region = Region(reader.child, around.start, 4)
-        region.write(*range(4))
-        reader.cover()
-        reader.written(region)
-        grown = reader.child.do(f"libc.mremap({region.start}, {4 * PAGE_BYTES}, {12 * PAGE_BYTES}, 0, 0)")
-        assert grown == region.start
-        reader.know(around)
-        around.write(6, 7, value=2)
-        found = reader.freeze(around)
-        assert found.dirty.keys() >= {6, 7}
-        assert found.present == {0, 1, 2, 3, 6, 7}
-
-    async def test_a_neighbour_that_came_since_is_fresh_and_the_old_one_is_not(self, reader: Reader) -> None:
-        around = reader.child.alone(8)
-        reader.child.do(f"libc.munmap({around.start + 4 * PAGE_BYTES}, {4 * PAGE_BYTES})")
-        Region(reader.child, around.start, 4).write(0, 1)
-        reader.cover()
-        reader.child.map(4, at=around.start + 4 * PAGE_BYTES)
-        assert reader.fresh(around) == {4, 5, 6, 7}
-
-    def left_protected(self, reader: Reader) -> Region:
-        """Move a mapping beside another: that is not tracked any more, but its pages are protected still."""
-        around = reader.child.alone(16)
-        reader.child.do(f"libc.munmap({around.start + 8 * PAGE_BYTES}, {8 * PAGE_BYTES})")
-        region = Region(reader.child, around.start, 8)
-        region.write(*range(8))
-        moving = reader.child.alone(8, protection=_NOT_ACCESSIBLE)  # no page of it was ever there
-        moving.protect(_WRITABLE)
-        reader.cover()
-        assert reader.written(region) == set(range(8))
-        size = 8 * PAGE_BYTES
-        moved = reader.child.do(
-            f"libc.mremap({moving.start}, {size}, {size}, {_MAY_MOVE_AND_FIXED}, {region.end})"
-        )
-        assert moved == region.end
-        if is_tracked(reader.pagemap, region.start):
-            pytest.skip("this kernel goes on tracking a mapping that another one is moved beside")
-        return region
-
-    async def test_of_a_mapping_that_another_was_moved_beside(self, reader: Reader) -> None:
-        region = self.left_protected(reader)
-        region.write(3, value=2)
-        region.protect(_READ_ONLY)
-        region.protect(_WRITABLE)
-        reader.know(region)
-        assert set(reader.freeze(region).dirty) == set(range(8)), "nothing is known until it is covered"
-        assert reader.fresh(region) == set(range(8))
-        assert reader.written(region) == set(range(8)), "as of any mapping that is fresh"
-        region.write(2, 3, value=4)
-        assert reader.written(region) == {2, 3}
-        assert reader.written(region) == set()
-
-    async def test_is_in_doubt_until_all_protection_was_lifted(
-        self, reader: Reader, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        reader.child.map(4).write(0)
-        assert reader.userfault
-        reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() + 1)
-        assert not reader.userfault.is_sound
-        with monkeypatch.context() as broken:
-            broken.setattr(userfault, "lift", lambda *_: False)
-            assert not reader.userfault.lift(reader.pagemap)
-        assert not reader.userfault.is_sound
-        assert reader.userfault.lift(reader.pagemap)
-        assert reader.userfault.is_sound
-
-    async def test_where_pages_are_protected_already_is_lifted_around_what_was_mapped_since(
-        self, reader: Reader
-    ) -> None:
-        """An allocator that gives back page after page, while protection is lifted."""
-        region = self.left_protected(reader)
-        assert reader.userfault
-        reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() + 1)
-        reader.child.map(1, at=region.start)
-        reader.child.map(1, at=region.start + 4 * PAGE_BYTES)
-        assert reader.userfault.lift(reader.pagemap)
-        assert reader.written(region) == {1, 2, 3, 5, 6, 7}
-
-    async def test_of_more_mappings_than_there_is_time_for_goes_on_later(self, reader: Reader) -> None:
-        first, second = reader.child.alone(8), reader.child.alone(8)
-        first.write(0), second.write(0)
-        for region in (first, second):  # three mappings each, side by side
-            middle = Region(reader.child, region.start + 2 * PAGE_BYTES, 4)
-            middle.protect(_READ_ONLY)
-        assert reader.userfault
-        for _ in range(200):
-            reader.userfault.cover(reader.pagemap, reader.space.mappings(), time.monotonic() - 1)
-            for region in (first, second):
-                tracked = {is_tracked(reader.pagemap, region.start + at * PAGE_BYTES) for at in range(8)}
-                assert len(tracked) == 1, "what lies side by side is alike"
-        assert not reader.userfault.is_sound
-
-    def gain(self, reader: Reader, most: int = 1 << 20) -> int:
-        vmas = reader.space.mappings()
-        assert reader.userfault
-        return reader.userfault.gain(reader.pagemap, vmas, reader.userfault.fresh(reader.pagemap, vmas), most)
-
-    async def test_gains_what_there_is_to_copy(self, reader: Reader) -> None:
-        reader.cover()
-        assert self.gain(reader) == 0
-        region = reader.child.alone(1000)
-        region.write(*range(5))
-        assert 5 <= self.gain(reader) < 1000, "what was never touched costs nothing"
-        assert self.gain(reader, most=3) == 3
-
-    async def test_of_what_lies_beside_something_tracked_or_was_there_for_long_is_asked_for(
-        self, reader: Reader, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        around = reader.child.alone(16)
-        reader.child.do(f"libc.munmap({around.start + 8 * PAGE_BYTES}, {8 * PAGE_BYTES})")
-        reader.cover()
-        reader.child.map(4, at=around.start + 12 * PAGE_BYTES)
-        assert self.gain(reader) < 10
-        with monkeypatch.context() as later:
-            later.setattr(userfault, "_OLD_S", -1)
-            assert self.gain(reader) == 1 << 20
-        reader.child.map(4, at=around.start + 8 * PAGE_BYTES)
-        assert self.gain(reader) == 1 << 20
-
-    async def test_survives_mprotect(self, reader: Reader) -> None:
-        region = reader.child.map(4)
-        region.write(*range(4))
-        reader.cover()
-        reader.written(region)
-        reader.know(region)
-        for protection in (_READ_ONLY, _NOT_ACCESSIBLE, _WRITABLE):
-            region.protect(protection)
-            assert reader.fresh(region) == set()
-        assert reader.freeze(region) == Frozen({0, 1, 2, 3}, {})
-        region.write(2, value=8)
-        assert reader.freeze(region).dirty == {2: content(2, 8)}
-
-    async def test_is_not_inherited_by_a_fork(self, reader: Reader) -> None:
-        region = reader.child.map(4)
-        region.write(0, 1)
-        reader.cover()
-        reader.written(region)
-        forked = reader.child.do("fork()")
-        try:
-            space = Space(forked)
-            space.knows(PageSet.of(region.numbers).byte_bounds)
-            with reader.child.stopped():
-                FrozenCall(reader.buffer).run([space])
-            runs = space.runs
-            assert region.index(pages_in(runs[(runs["flags"] & DIRTY) != 0]).numbers) == {0, 1}
-            reader.know(region)
-            assert reader.freeze(region) == Frozen({0, 1}, {}), "the parent's pages are what they were"
-            region.write(1, value=4)
-            assert reader.freeze(region).dirty == {1: content(1, 4)}
-        finally:
-            os.kill(forked, signal.SIGKILL)
-
-    async def test_ends_with_another_program_in_the_process(self, reader: Reader) -> None:
-        reader.cover()
-        reader.child.become_another_program()
-        os.close(reader.pagemap)
-        reader.pagemap = os.open(f"/proc/{reader.child.pid}/pagemap", os.O_RDWR)
-        fresh, same = reader.cover()
-        assert not same
-        vmas = reader.space.mappings()
-        owned = [(start, end) for start, end, flags, _ in vmas.tolist() if flags & OWNED]
-        assert fresh == owned
-
-    async def test_of_one_process_does_not_cover_another(self, reader: Reader) -> None:
-        other = Child()
-        try:
-            region = other.map(4)
-            strange = Reader(other, None)
-            strange.userfault, reader.userfault = reader.userfault, None
-            _, same = strange.cover()
-            assert not same
-            assert not is_tracked(strange.pagemap, region.start)
-            strange.close()
-        finally:
-            other.end()
-
-    def test_ends_once(self) -> None:
-        if problem := userfaultfd_problem():
-            pytest.skip(problem)
-        number = {"x86_64": 323, "aarch64": 282}[platform.machine()]
-        userfault = Userfault(ctypes.CDLL(None).syscall(number, os.O_CLOEXEC | os.O_NONBLOCK))
-        userfault.close()
-        userfault.close()
-
-    def test_by_a_descriptor_that_is_none_is_refused_and_closed(self) -> None:
-        read_end, write_end = os.pipe()
-        os.close(write_end)
-        with pytest.raises(CaptureError, match="cannot be tracked"):
-            Userfault(read_end)
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(read_end)
-
-
 class TestPageTablesThatWereDropped:
     """What the kernel says nothing about is there, unless its whole page table is gone (2 MiB)."""
 
     TABLE = 512
 
-    @pytest.mark.parametrize("advice", [_HUGE_PAGE, _NO_HUGE_PAGE], ids=["huge", "small"])
+    @pytest.mark.parametrize("advice", [HUGE_PAGE, NO_HUGE_PAGE], ids=["huge", "small"])
     async def test_their_pages_are_gone_with_them(self, reader: Reader, advice: int) -> None:
         around = reader.child.map(6 * self.TABLE)
         skipped = -(around.start // PAGE_BYTES) % self.TABLE
@@ -1179,8 +656,8 @@ class TestPageTablesThatWereDropped:
         assert reader.freeze(region).present == set(range(region.pages))
         # One table alone; and one with the first pages of the next.
         gone = {*range(self.TABLE, 2 * self.TABLE), *range(3 * self.TABLE, 4 * self.TABLE + 7)}
-        assert region.advise(self.TABLE, self.TABLE, _DONT_NEED) == 0
-        assert region.advise(3 * self.TABLE, self.TABLE + 7, _DONT_NEED) == 0
+        assert region.advise(self.TABLE, self.TABLE, DONT_NEED) == 0
+        assert region.advise(3 * self.TABLE, self.TABLE + 7, DONT_NEED) == 0
         found = reader.freeze(region)
         assert found.present == set(range(region.pages)) - gone
         assert set(found.dirty) == set()

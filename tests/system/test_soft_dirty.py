@@ -21,7 +21,21 @@ from primary.pages import WRITTEN, FrozenBuffer, FrozenCall, Space, pages_in
 from primary.process import TrackedProcess
 from primary.soft_dirty import SoftDirtyTracker
 from primary.tracking import NoTracker, choose
-from tests.system.test_pages import Child, Frozen, Reader, Region, content
+from tests.system.tracked_child import (
+    DONT_NEED,
+    HUGE_PAGE,
+    MAY_MOVE_AND_FIXED,
+    NOT_ACCESSIBLE,
+    PRIVATE,
+    READ_ONLY,
+    WRITABLE,
+    Child,
+    Frozen,
+    Reader,
+    Region,
+    Stops,
+    content,
+)
 
 pytestmark = [
     pytest.mark.system,
@@ -30,10 +44,6 @@ pytestmark = [
 ]
 needs_soft_dirty = pytest.mark.skipif(bool(soft_dirty_problem()), reason=soft_dirty_problem())
 
-_NOT_ACCESSIBLE, _READABLE, _WRITABLE = 0, 1, 3
-_PRIVATE = 2
-_DONT_NEED, _HUGE_PAGE = 4, 14
-_MAY_MOVE_AND_FIXED = 3
 _HUGE_BYTES = 2 << 20
 
 
@@ -167,7 +177,7 @@ class TestAfterAClear:
         region.write(*range(8))
         reader.clear(region)
         reader.know(region)
-        assert region.advise(2, 4, _DONT_NEED) == 0
+        assert region.advise(2, 4, DONT_NEED) == 0
         region.read(3)
         region.write(4, value=7)
         assert reader.look(region) == Frozen({0, 1, 4, 6, 7}, {4: content(4, 7)})
@@ -187,19 +197,19 @@ class TestAfterAClear:
         reader.clear(region)
         reader.know(region)
         region.write(1, value=3)
-        region.protect(_NOT_ACCESSIBLE)
+        region.protect(NOT_ACCESSIBLE)
         assert reader.look(region) == Frozen({0, 1, 2}, {1: content(1, 3)})
 
     def test_only_written_pages_of_a_private_file_are_there(self, reader: SoftReader, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"f" * 8 * PAGE_BYTES)
         file = reader.child.do(f"os.open({str(tmp_path / 'file')!r}, os.O_RDWR)")
-        region = reader.child.map(8, flags=_PRIVATE, file=file)
+        region = reader.child.map(8, flags=PRIVATE, file=file)
         region.read(0, 1)
         region.write(2, 5)
         assert reader.clear(region).present == {2, 5}
         reader.know(region)
         region.write(5, 6, value=4)
-        region.advise(2, 1, _DONT_NEED)
+        region.advise(2, 1, DONT_NEED)
         region.read(2)
         found = reader.look(region)
         assert found.present == {5, 6}
@@ -207,7 +217,7 @@ class TestAfterAClear:
 
     def test_huge_pages_are_dirty_at_least_where_they_were_written(self, reader: SoftReader) -> None:
         region = reader.child.map(2048)
-        region.advise(0, 2048, _HUGE_PAGE)
+        region.advise(0, 2048, HUGE_PAGE)
         reader.child.do(f"poke({region.start}, b'x' * {2048 * PAGE_BYTES})")
         assert reader.clear(region).dirty.keys() == set(range(2048))
         reader.know(region)
@@ -219,7 +229,7 @@ class TestAfterAClear:
 
     def test_huge_pages_that_are_only_read_are_not_there(self, reader: SoftReader) -> None:
         region = aligned(reader.child, 2)
-        region.advise(0, region.pages, _HUGE_PAGE)
+        region.advise(0, region.pages, HUGE_PAGE)
         region.read(0, 1, 600)
         assert reader.clear(region).present == set()
 
@@ -240,9 +250,7 @@ class TestMoves:
         reader.know(target)
         assert reader.look(target).dirty == {}
         size = region.pages * PAGE_BYTES
-        moved = child.do(
-            f"libc.mremap({region.start}, {size}, {size}, {_MAY_MOVE_AND_FIXED}, {target.start})"
-        )
+        moved = child.do(f"libc.mremap({region.start}, {size}, {size}, {MAY_MOVE_AND_FIXED}, {target.start})")
         assert moved == target.start
         found = reader.look(target)
         assert found.dirty.keys() == set(pages)
@@ -255,7 +263,7 @@ class TestMoves:
         region.write(0, 1)
         reader.clear(region)
         size = region.pages * PAGE_BYTES
-        child.do(f"libc.mremap({region.start}, {size}, {size}, {_MAY_MOVE_AND_FIXED}, {target.start})")
+        child.do(f"libc.mremap({region.start}, {size}, {size}, {MAY_MOVE_AND_FIXED}, {target.start})")
         entry = int.from_bytes(os.pread(reader.pagemap, 8, target.start // PAGE_BYTES * 8), "little")
         assert entry >> 63 == 1
         if entry >> 55 & 1:
@@ -276,21 +284,21 @@ class TestMappingsThatBecomeOne:
         end = region.start + 100 * PAGE_BYTES
         child.do(f"libc.munmap({end}, {100 * PAGE_BYTES})")
         region.write(*range(20, 60))
-        neighbour.protect(_READABLE)
+        neighbour.protect(READ_ONLY)
         reader.clear(region)
         reader.know(region)
         assert reader.look(region).dirty == {}
         child.map(50, at=end)  # becomes one with the mapping before it, which counts as written from now on
-        written.protect(_READABLE)
+        written.protect(READ_ONLY)
         if by_force:
             with Path(f"/proc/{child.pid}/mem").open("r+b", buffering=0) as memory:
                 for page in range(14):
                     memory.seek(written.start + page * PAGE_BYTES)
                     memory.write(bytes([page, 9]))
-        written.protect(_WRITABLE)
+        written.protect(WRITABLE)
         if not by_force:
             written.write(*range(14), value=9)
-        neighbour.protect(_WRITABLE)  # becomes one with it, and has not been written
+        neighbour.protect(WRITABLE)  # becomes one with it, and has not been written
         return region
 
     @pytest.mark.parametrize("by_force", [False, True], ids=["by itself", "by force"])
@@ -357,7 +365,7 @@ class TestWithoutTracking:
     def test_of_private_files_the_written_pages_are(self, untracked: SoftReader, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"f" * 8 * PAGE_BYTES)
         file = untracked.child.do(f"os.open({str(tmp_path / 'file')!r}, os.O_RDWR)")
-        region = untracked.child.map(8, flags=_PRIVATE, file=file)
+        region = untracked.child.map(8, flags=PRIVATE, file=file)
         region.read(0, 1)
         region.write(2, 5)
         assert untracked.look(region).dirty.keys() == {2, 5}
@@ -376,23 +384,6 @@ class TestWithoutTracking:
             assert ours.tolist() == theirs.tolist()
         finally:
             other.close()
-
-
-class Stops:
-    """Has one child stand still, as the freezer does; may let it run too early."""
-
-    def __init__(self, child: Child) -> None:
-        self.child = child
-        self.count = 0
-        self.failure: BaseException | None = None
-
-    async def __call__(self, work: object) -> None:
-        assert callable(work)
-        self.count += 1
-        with self.child.stopped():
-            work(frozenset({self.child.pid}))
-        if self.failure:
-            raise self.failure
 
 
 @needs_soft_dirty

@@ -23,7 +23,7 @@ from primary.pages import FrozenBuffer, FrozenCall
 from primary.process import TrackedProcess
 from primary.userfault_tracker import UserfaultTracker
 from primary.verification import Slice
-from tests.system.test_pages import Child, Region
+from tests.system.tracked_child import Child, Region, Stops
 
 pytestmark = [
     pytest.mark.system,
@@ -44,13 +44,6 @@ class _Everybody(frozenset[int]):
 async def stand_still(work: Work) -> None:
     """Pretend: nobody writes anything meanwhile."""
     work(_Everybody([0]))
-
-
-@pytest.fixture
-def child() -> Iterator[Child]:
-    child = Child()
-    yield child
-    child.end()
 
 
 @pytest.fixture
@@ -272,11 +265,9 @@ class TestStandingStill:
         pages = child.map(_PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
 
-        async def stand_still(work: Work) -> None:
-            work(frozenset({child.pid}))
-            raise CaptureError("it was thawed by somebody else")
-
-        tracker, process = self.tracked(child, stand_still)
+        stops = Stops(child)
+        stops.failure = CaptureError("it was thawed by somebody else")
+        tracker, process = self.tracked(child, stops)
         await tracker.take_up(process)
         assert tracker.begins_anew_frozen(process)
         await copied(tracker, process, PageHasher(), writer)
@@ -301,24 +292,17 @@ class TestStandingStill:
         """A thread's stack comes and goes in every epoch, and is hardly used."""
         pages = child.map(_PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
-        stops = 0
-
-        async def stand_still(work: Work) -> None:
-            nonlocal stops
-            stops += 1
-            with child.stopped():
-                work(frozenset({child.pid}))
-
-        tracker, process = self.tracked(child, stand_still)
+        stops = Stops(child)
+        tracker, process = self.tracked(child, stops)
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
-        before = stops
+        before = stops.count
         for _ in range(3):
             stack = child.alone(2048)
             stack.write(7, 8)
             await copied(tracker, process, PageHasher(), writer)
             child.do(f"libc.munmap({stack.start}, {2048 << 12})")
-        assert stops == before
+        assert stops.count == before
         tracker.let_go(process)
 
     async def test_is_asked_for_when_a_mapping_came_beside_one_that_is_tracked(
@@ -330,11 +314,7 @@ class TestStandingStill:
         pages = Region(child, around.start, _PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
 
-        async def stand_still(work: Work) -> None:
-            with child.stopped():
-                work(frozenset({child.pid}))
-
-        tracker, process = self.tracked(child, stand_still)
+        tracker, process = self.tracked(child, Stops(child))
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
         child.map(16, at=pages.end)
@@ -377,25 +357,19 @@ class TestStandingStill:
         tracker.let_go(process)
 
     async def test_for_few_pages_nobody_stands_still(self, child: Child, writer: LayerWriter) -> None:
-        stops = 0
-
-        async def stand_still(work: Work) -> None:
-            nonlocal stops
-            stops += 1
-            work(frozenset({child.pid}))
-
+        stops = Stops(child)
         pages = child.map(_PAGES)
         child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
         hasher = PageHasher()
-        tracker, process = self.tracked(child, stand_still)
+        tracker, process = self.tracked(child, stops)
         await tracker.take_up(process)
         for _ in range(2):  # the child's own pages too
             await copied(tracker, process, hasher, writer)
-        before = stops
+        before = stops.count
         assert before
         pages.write(7, 8, value=9)
         await copied(tracker, process, hasher, writer)
-        assert stops == before
+        assert stops.count == before
         book = process.book
         assert pages.index(book.unknown.numbers) == {7, 8}, "they are left for the freeze"
         tracker.let_go(process)
