@@ -220,7 +220,7 @@ class TestStandingStill:
         async def stand_still(work: Work) -> None:
             nonlocal stops
             stops += 1
-            if stops == 1:
+            if stops == 2:  # the first one is for what was not tracked
                 await asyncio.to_thread(pages.write, 7, value=9)
             work(frozenset({child.pid}))
 
@@ -228,7 +228,7 @@ class TestStandingStill:
         tracker, process = self.tracked(child, stand_still)
         await tracker.take_up(process)
         await copied(tracker, process, hasher, writer)
-        assert stops
+        assert stops == 2
         (found,) = hasher.identify(memoryview(bytes([7, 9]) + b"\1" * 4094))
         assert (process.book.identity_of(pages.numbers[7:8])[0] == found).all()
         tracker.let_go(process)
@@ -251,8 +251,7 @@ class TestStandingStill:
 
         tracker, process = self.tracked(child, stand_still)
         await tracker.take_up(process)
-        for _ in range(2):  # what is not as it was has to wait for the next stop
-            await copied(tracker, process, PageHasher(), writer)
+        await copied(tracker, process, PageHasher(), writer)
         assert grown == pages.start
         assert len(process.book.known & PageSet.of(pages.numbers)) == _PAGES
         moved = child.do(f"done(libc.mremap({pages.start}, {2 * _PAGES << 12}, {4 * _PAGES << 12}, 1, 0))")
@@ -286,6 +285,27 @@ class TestStandingStill:
         await tracker.take_up(process)
         await copied(tracker, process, PageHasher(), writer)
         assert not len(process.book.known)
+        tracker.let_go(process)
+
+    async def test_of_who_runs_on_since_then_nothing_that_was_written_is_known(
+        self, child: Child, writer: LayerWriter
+    ) -> None:
+        pages = child.map(_PAGES)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        here = child.pid
+
+        async def stand_still(work: Work) -> None:
+            with child.stopped():
+                work(frozenset({here}))
+
+        tracker, process = self.tracked(child, stand_still)
+        await tracker.take_up(process)
+        await copied(tracker, process, PageHasher(), writer)
+        assert process.book.known.has(pages.numbers).all()
+        here = 1
+        child.do(f"ctypes.memset({pages.start}, 2, {_PAGES << 12}) and 0")
+        await copied(tracker, process, PageHasher(), writer)
+        assert not process.book.known.has(pages.numbers).any()
         tracker.let_go(process)
 
     async def test_that_gains_nothing_is_not_asked_for(self, child: Child, writer: LayerWriter) -> None:

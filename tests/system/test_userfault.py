@@ -18,6 +18,7 @@ from primary.pages import (
     OWNED,
     FrozenCall,
     Space,
+    lift,
     pages_in,
 )
 from primary.userfault import Userfault
@@ -174,6 +175,19 @@ class TestTracking:
         assert not reader.userfault.is_sound
         assert reader.userfault.lift(reader.pagemap)
         assert reader.userfault.is_sound
+
+    async def test_is_in_doubt_where_pages_stay_protected(self, reader: Reader) -> None:
+        region = reader.child.map(4)
+        region.write(0, 1)
+        reader.cover()
+        nothing = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            assert lift(nothing, reader.pagemap, region.start, region.end), "nothing is protected"
+            assert reader.written(region) == {0, 1}
+            assert not lift(nothing, reader.pagemap, region.start, region.end)
+        finally:
+            os.close(nothing)
+        assert reader.written(region) == set(), "they are protected still"
 
     async def test_where_pages_are_protected_already_is_lifted_around_what_was_mapped_since(
         self, reader: Reader

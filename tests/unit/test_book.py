@@ -199,6 +199,14 @@ def test_what_changes_after_a_table_was_taken_is_seen_as_changed_by_who_holds_it
     assert before.changed(book.table(pages())) == pages(2, 9)
 
 
+def test_a_table_stays_as_it_is_when_contents_change_and_no_page_comes_or_goes(book: PageBook) -> None:
+    put(book, {1: 1, 2: 2})
+    table = book.table(pages())
+    put(book, {2: 9})
+    assert np.array_equal(table.identity, identities([1, 2]))
+    assert PageTable([table]).changed(book.table(pages())) == pages(2)
+
+
 def test_two_tables_share_what_did_not_change(book: PageBook) -> None:
     put(book, dict.fromkeys(range(200), 1))
     one, two = book.table(pages()), book.table(pages())
