@@ -78,6 +78,17 @@ class UnseenWriteError(CaptureError):
     """Pages changed without their tracking noticing; all of their process's memory is read again."""
 
 
+def room_after(room: int, dirty: int, *, copies_ahead: bool) -> int:
+    """Return for how many dirty pages there is room in the next freeze, after one with `dirty`.
+
+    Twice as many as needed lately: what goes beyond it costs an abandoned epoch, and room for a burst of long ago
+    costs memory (it halves in 44 epochs). Where nothing is copied ahead, every freeze needs the same.
+    """
+    if not copies_ahead:
+        return max(room, dirty)
+    return max(_FIRST_BUFFER_PAGES, room * 63 // 64, min(2 * dirty, _MOST_FROZEN_PAGES))
+
+
 class FastBackend:
     """Takes epochs of one incarnation of one workload; one at a time."""
 
@@ -295,7 +306,7 @@ class FastBackend:
             process.prepare(early=self._tracker.begins_anew_frozen(process))
             if (smaps := process.smaps()) is not None:
                 texts[process.pid] = smaps
-        if not self._room_pages <= self._buffer.pages <= 4 * self._room_pages:
+        if not self._room_pages <= self._buffer.pages <= 2 * self._room_pages:
             self._buffer.resize(self._room_pages)
             self._call = FrozenCall(self._buffer)
         self._call.begin()
@@ -344,9 +355,7 @@ class FastBackend:
                 raise CaptureError(f"process {space.pid} could not be read: {os.strerror(space.error)}")
         if dirty > self._room_pages:
             raise TooDirtyError(dirty)
-        if self._tracker.copies_ahead:
-            dirty = min(dirty, _MOST_FROZEN_PAGES)
-        self._room_pages = max(self._room_pages, dirty)
+        self._room_pages = room_after(self._room_pages, dirty, copies_ahead=self._tracker.copies_ahead)
 
     def _see_that_all_stood_still(self) -> None:
         """Raise if a process whose bits were cleared runs again, and hold everything for doubtful.
