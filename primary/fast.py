@@ -81,8 +81,8 @@ class UnseenWriteError(CaptureError):
 def room_after(room: int, dirty: int, *, copies_ahead: bool) -> int:
     """Return for how many dirty pages there is room in the next freeze, after one with `dirty`.
 
-    Twice as many as needed lately: what goes beyond it costs an abandoned epoch, and room for a burst of long ago
-    costs memory (it halves in 44 epochs). Where nothing is copied ahead, every freeze needs the same.
+    Twice as many as needed lately: what goes beyond it costs an abandoned epoch, and room for a burst of long
+    ago costs memory (it halves in 44 epochs). Where nothing is copied ahead, every freeze needs the same.
     """
     if not copies_ahead:
         return max(room, dirty)
