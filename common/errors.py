@@ -140,3 +140,10 @@ class NoFailoverError(OutliveError):
     """If the primary's host were lost now, no other node would take a workload over by itself."""
 
     exit_code = 20
+
+
+class HandoverError(OutliveError):
+    """A workload was to be moved to another node, and runs on where it ran; nothing is lost."""
+
+    exit_code = 21
+    retryable = True

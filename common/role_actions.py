@@ -27,7 +27,7 @@ from common.role_events import (
     StepFailed,
 )
 from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
-from common.succession import contender, how_to_replace, last_heard_s
+from common.succession import contender, how_to_replace, last_heard_s, planned
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -65,14 +65,14 @@ def persist(role: Role, record: TermRecord) -> Acted:
     return replace(role, wanted=record, retry_at_s=0.0), (PersistTerm(record),)
 
 
-def remark(role: Role, mark: Mark) -> Acted:
-    """Record how far this term's leader is.
+def remark(role: Role, mark: Mark, *, heir: str = "") -> Acted:
+    """Record how far this term's leader is, and, if it gave the term up, to whom by name.
 
     What another node said counts as heard under this boot. This node's own term stays bound to the boot in
     which it began: after another boot others may lead, and no mark of ours can change that.
     """
     boot_id = role.newest.boot_id if role.newest.leader == role.me else role.boot_id
-    return persist(role, replace(role.newest, mark=mark, boot_id=boot_id))
+    return persist(role, replace(role.newest, mark=mark, boot_id=boot_id, heir=heir))
 
 
 def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False) -> Acted:
@@ -94,8 +94,16 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
         boot_id=role.boot_id,
         cause=cause,
         began_wall_s=now.wall_s,
+        handed_by=_handed_by(role),
     )
     return persist(role, record)
+
+
+def _handed_by(role: Role) -> str:
+    """Return who keeps the workload frozen until it runs here; empty: nobody does, or this node itself."""
+    if planned(role):
+        return "" if role.alive else role.record.leader
+    return role.record.handed_by if role.record.leader == role.me and role.record.mark == "failed" else ""
 
 
 def history(role: Role) -> SaveHistory:
@@ -156,9 +164,12 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         boot_id=role.boot_id,
         cause=f"heard from {event.node}",
         began_wall_s=now.wall_s,
+        heir=event.heir,
     )
     refusal = Refused(error="NoRightToLeadError", message=f"{event.node} knows the newer term {event.term}")
-    cleared = replace(role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None)
+    cleared = replace(
+        role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None, heir=""
+    )
     told = answered(cleared, refusal)
     return both(told, persist(told[0], record))
 
@@ -177,7 +188,7 @@ def give_way(role: Role, event: Heard, now: Instant) -> Acted:
 
 def record_mark(role: Role, event: Heard, now: Instant) -> Acted:
     """Record how far the leader is now."""
-    return remark(role, mark_of(event))
+    return remark(role, mark_of(event), heir=event.heir)
 
 
 def mark_of(event: Heard) -> Mark:
@@ -236,8 +247,8 @@ def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Ac
 
 def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Go on with what the fence confirmed, or else with the operator's word."""
-    if event.outcome == "confirmed":
-        return acquired(role, now, event.reason)
+    if event.outcome == "confirmed":  # of a term that was given up, the next may have begun unheard
+        return acquired(role, now, event.reason, leap=role.record.mark == "yielded")
     vouched = f"{event.reason}; the operator vouches that {event.node} is off"
     return acquired(role, now, vouched, leap=True)
 
@@ -293,4 +304,6 @@ def not_recorded(role: Role, event: StepFailed, now: Instant) -> Acted:
 def _cause(role: Role, reason: str) -> str:
     if role.by_operator:
         return f"failover by an operator: {reason}"
+    if planned(role):
+        return f"switchover: {reason}"
     return f"takeover from {role.record.leader}: {reason}"

@@ -454,14 +454,14 @@ def test_an_ended_workload_is_yielded_only_when_nothing_of_it_is_left_and_that_i
     driver.feed(WorkloadEnded(1))
     driver.after(0.05)
     assert driver.state == "yielding"
-    assert claim_of(driver.role.name) == "leading"
+    assert claim_of(driver.role) == "leading"
     for done in ("kill", "drop_vip", "lift"):
         assert driver.role.wanted is None
         driver.feed(StepDone(step=done))  # type: ignore[arg-type]
     driver.after(0.05)
     assert driver.state == "yielding"
     driver.persisted()
-    assert claim_of(driver.role.name) == "yielded"
+    assert claim_of(driver.role) == "yielded"
 
 
 def test_the_successor_of_a_leader_that_yielded_takes_over_without_a_fence() -> None:
