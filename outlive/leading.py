@@ -32,6 +32,7 @@ from common.control import (
 from common.errors import CaptureError, OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
+from common.threads import in_thread
 from outlive.verifying import Verifier
 from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
@@ -126,7 +127,7 @@ class Leading:
             if (stream := self._streams.get(heir)) is None:
                 raise CaptureError(f"{heir} is no replica of {self.spec.name}")
             try:
-                await asyncio.to_thread(self._freezer.keep, _KEEP_WITHIN_S)
+                await in_thread(self._freezer.keep, _KEEP_WITHIN_S)
                 epoch = await self._capture_one()
                 await self._committed_by(stream, epoch)
                 if not self._freezer.is_kept:
