@@ -256,13 +256,13 @@ class Leading:
             await asyncio.sleep(_TELL_EVERY_S)
 
     async def _capture_for_ever(self) -> None:
-        interval_s = self.spec.epoch_interval_ms / 1000
         due_s = time.monotonic()
         while True:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             while not any(stream.wants_epoch for stream in self._streams.values()):  # noqa: ASYNC110 - polled state
                 await asyncio.sleep(_IDLE_S)
-            due_s = max(due_s + interval_s, time.monotonic())
+            interval_ms = self.spec.interval_ms(fast=self._backend.name == "fast")
+            due_s = max(due_s + interval_ms / 1000, time.monotonic())
             try:
                 async with self._turn:
                     await self._capture_one()
