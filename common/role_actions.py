@@ -27,7 +27,7 @@ from common.role_events import (
     StepFailed,
 )
 from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
-from common.succession import contender, how_to_replace, last_heard_s
+from common.succession import contender, how_to_replace, last_heard_s, right_stands
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -83,10 +83,11 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
     that rests on it leaps over them, to the next hundred, and ten further for each place in the succession.
     (Operators who vouch on several nodes, each time without the others, can still go astray.)
     """
-    term = role.newest.term + 1
+    known = max(role.newest.term, role.refusal.term if role.refusal is not None else 0)
+    term = known + 1
     if leap:
         place = role.spec.nodes.index(role.me) if role.me in role.spec.nodes else len(role.spec.nodes)
-        term = (role.newest.term // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
+        term = (known // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
     record = TermRecord(
         term=term,
         leader=role.me,
@@ -225,7 +226,7 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
         return acquired(role, now, f"the operator vouches that {rival} is off", leap=True)
     role = noted(role, now, "fence asked", f"attempt {role.retries + 1}: {rival} has to be confirmed off")
     role = replace(role, fence_attempt=role.fence_attempt + 1)
-    return role, (RunFence(rival, role.fence_attempt),)
+    return role, (RunFence(rival, role.fence_attempt, role.record.term),)
 
 
 def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Acted:
@@ -270,7 +271,7 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
 def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """Record a fresh start: in the same term if this node leads it, else in a new one."""
     record = role.record
-    same = record.leader == role.me and record.mark != "yielded" and record.boot_id == role.boot_id
+    same = record.leader == role.me and record.mark != "yielded" and right_stands(role)
     same = same and not event.peers_are_off
     role = replace(role, spec=event.spec, request=event.request)
     if not same:

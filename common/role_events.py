@@ -182,6 +182,8 @@ class RunFence(msgspec.Struct, frozen=True):
 
     node: str
     attempt: int
+    term: int
+    """The newest term known here: the node is to lead nothing up to it."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):

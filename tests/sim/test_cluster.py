@@ -234,6 +234,10 @@ def forget_terms(monkeypatch: pytest.MonkeyPatch) -> str:
     return "forget-terms"
 
 
+def forget_refusals(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "forget-refusals"
+
+
 def one_boot_id(monkeypatch: pytest.MonkeyPatch) -> str:
     return "one-boot-id"
 
@@ -335,6 +339,7 @@ def explain_does_not_know_of_pauses(monkeypatch: pytest.MonkeyPatch) -> str:
         unknown_is_confirmed,
         act_before_persist,
         forget_terms,
+        forget_refusals,
         one_boot_id,
         ignore_newer_terms,
         start_without_asking_peers,
