@@ -140,3 +140,16 @@ class NoFailoverError(OutliveError):
     """If the primary's host were lost now, no other node would take a workload over by itself."""
 
     exit_code = 20
+
+
+class FenceRefusedError(OutliveError):
+    """A fence refused: the node is not off, or knows a newer term than who fenced it."""
+
+    exit_code = 21
+
+
+class FenceUnknownError(OutliveError):
+    """Whether a node is off is not known: no fence method confirmed it."""
+
+    exit_code = 22
+    retryable = True

@@ -15,7 +15,8 @@ from common.addresses import Vip, add_vip, announce, drop_vip, hold, lift
 from common.config import NodeConfig
 from common.container import exit_code, kill_workload, running_init_pid
 from common.errors import OutliveError
-from common.fencing import Verdict, fence_node
+from common.fence_request import FenceRequest
+from common.fencing import Verdict, fence_node, prepare
 from common.health import health_address, wait_healthy
 from common.model import WorkloadSpec
 from common.role_events import (
@@ -74,8 +75,8 @@ class Hands(Protocol):
         """Kill every process of the workload; return when none is left."""
         ...
 
-    async def fence(self, node: str) -> Verdict:
-        """Ask the fence methods of a node."""
+    async def fence(self, node: str, workload: str, term: int) -> Verdict:
+        """Ask the fence methods of a node, which is to lead that workload in no term up to that one."""
         ...
 
     async def health(self, spec: WorkloadSpec) -> str:
@@ -96,6 +97,7 @@ class RealHands:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
+        prepare(config.fences)
 
     async def hold(self, spec: WorkloadSpec) -> None:
         """See `Hands`."""
@@ -121,9 +123,10 @@ class RealHands:
         """See `Hands`."""
         await kill_workload(self._config, spec.name)
 
-    async def fence(self, node: str) -> Verdict:
+    async def fence(self, node: str, workload: str, term: int) -> Verdict:
         """See `Hands`."""
-        return await fence_node(node, self._config.fences)
+        request = FenceRequest(node=node, by=self._config.node.name, terms={workload: term})
+        return await fence_node(request, self._config.fences)
 
     async def health(self, spec: WorkloadSpec) -> str:
         """See `Hands`."""
@@ -173,8 +176,8 @@ class Effects:
                 self._host.put_nowait((_HOST[type(effect)], spec))
             case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
-            case RunFence(node, attempt):
-                self._begin(self._fence(node, attempt))
+            case RunFence():
+                self._begin(self._fence(effect, spec))
             case CheckHealth():
                 self._begin(self._check_health(spec))
             case _:
@@ -233,9 +236,13 @@ class Effects:
             case ForgetFiles():
                 self._files.forget_spec(spec.name)
 
-    async def _fence(self, node: str, attempt: int) -> None:
-        verdict = await self._hands.fence(node)
-        self._feed(FenceResult(node=node, attempt=attempt, outcome=verdict.outcome, reason=verdict.reason))
+    async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
+        verdict = await self._hands.fence(asked.node, spec.name, asked.term)
+        self._feed(
+            FenceResult(
+                node=asked.node, attempt=asked.attempt, outcome=verdict.outcome, reason=verdict.reason
+            )
+        )
 
     async def _check_health(self, spec: WorkloadSpec) -> None:
         wrong = await self._hands.health(spec)
