@@ -113,7 +113,10 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + SSH_FENCE.replace(HOST_KEY, HOST_KEY[:30]), "ssh.host_key is cut off or altered"),
         (NODE + SSH_FENCE + "command = []\n", "ssh.command is empty"),
         (NODE + SSH_FENCE + "strict = false\n", "strict"),
-        (NODE + SSH_FENCE.replace("\n[", '\ncovers = ["host loss"]\n['), "a host that is lost answers no ssh"),
+        (
+            NODE + SSH_FENCE.replace("\n[", '\ncovers = ["host loss"]\n['),
+            "a host that is lost answers no ssh",
+        ),
         (
             NODE + PEER.replace(".2", ".1"),
             "peer 'b': agent_port is 10.0.0.1 port 7701, which node: agent_port",

@@ -12,7 +12,6 @@ from common.fence_request import FenceRequest
 from common.fencing import coverage, fence_node, fenceable
 from common.model import WorkloadSpec
 
-
 REQUEST = FenceRequest(node="a", by="b", terms={"w": 1})
 
 
