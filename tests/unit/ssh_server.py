@@ -108,6 +108,7 @@ def ssh_server(directory: Path, answers: Answers) -> Iterator[SshFence]:
         host_key=f"{host.get_name()} {host.get_base64()}",
     )
     ended.set()
+    listener.shutdown(socket.SHUT_RDWR)  # closing alone leaves it to whoever waits for a connection
     listener.close()
 
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from common.config import Fence, SshFence
+from common.config import Fence, Node, NodeConfig, SshFence
 from common.errors import ProtocolError
 from common.fence_request import FenceAnswer, FenceRequest, read_words, words_of
 from common.fencing import Verdict, fence_node
 from common.ssh_fence import ask_by_ssh
+from outlive.doctor.named import check_named
 from tests.unit.ssh_server import Answers, Step, ssh_server
 
 REQUEST = FenceRequest(node="a", by="b", terms={"redis": 4})
@@ -171,6 +172,39 @@ async def test_after_a_method_that_cannot_tell_the_next_one_is_asked(tmp_path: P
     with ssh_server(tmp_path, Answers(b"?")) as ssh:
         methods = [Fence(node="a", ssh=ssh), Fence(node="a", command=("true",))]
         assert (await fence_node(REQUEST, methods)).outcome == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "words"),
+    [
+        ("good", "ok", "would be carried out"),
+        ("refusing", "fail", "would be carried out"),
+        ("wrong host key", "fail", "WRONG HOST KEY"),
+        ("readable key", "fail", "can be read by others"),
+        ("nobody there", "warn", "it cannot confirm now"),
+    ],
+)
+async def test_the_doctor_tells_what_can_never_confirm_from_what_cannot_now(
+    tmp_path: Path, case: str, status: str, words: str
+) -> None:
+    outcome = "refused" if case == "refusing" else "ready"
+    answers = Answers(encoded(outcome=outcome, terms={}, reason="would be carried out"), STATUS[outcome])
+    other = paramiko.ECDSAKey.generate()
+    with ssh_server(tmp_path, answers) as ssh:
+        if case == "wrong host key":
+            ssh = replace(ssh, host_key=f"{other.get_name()} {other.get_base64()}")
+        if case == "readable key":
+            Path(ssh.key_file).chmod(0o644)
+        if case == "nobody there":
+            ssh = replace(ssh, port=1)
+        config = NodeConfig(
+            node=Node(name="b", address="127.0.0.1", run_dir=str(tmp_path)),
+            fences=(Fence(node="a", ssh=ssh),),
+        )
+        checks = {check.name: check for check in await check_named(config)}
+    found = checks["fence ssh to 127.0.0.1 of a"]
+    assert (found.status, words in found.detail) == (status, True), found
+    assert all("--dry-run" in asked for asked in answers.asked)
 
 
 # --- the words --------------------------------------------------------------------------------------
