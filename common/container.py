@@ -168,12 +168,12 @@ async def kill_workload(config: NodeConfig, name: str) -> None:
                 f"processes of {name} are still there {_KILL_TIMEOUT_S:.0f} s after SIGKILL: {pids}",
                 hint="a process in uninterruptible sleep (state D) waits for its device; power the node off",
             )
-        thaw_cgroup(config, name)
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        thaw_cgroup(config, name)  # after the signal: what was frozen ends before it runs again
         await asyncio.sleep(0.005)
     if (config.runc_root / name).exists():
         await _runc(config, ["delete", "--force", name], timeout_s=_KILL_TIMEOUT_S, check=False)
@@ -201,6 +201,25 @@ def thaw_cgroup(config: NodeConfig, name: str) -> None:
                     stream.write(value)
             except OSError:
                 continue  # not the hierarchy that freezes
+
+
+def cgroup_frozen(config: NodeConfig, name: str) -> bool:
+    """Tell whether every process of the workload stands still, as the kernel reports it."""
+    return any(
+        frozen_by(directory / file)
+        for directory in cgroup_directories(WorkloadPaths(config, name).cgroup)
+        for file in ("freezer.state", "cgroup.freeze")
+    )
+
+
+def frozen_by(file: Path) -> bool:
+    """Tell whether what a cgroup's freezer file (of either version) rules has come to rest."""
+    try:
+        if file.name == "freezer.state":
+            return file.read_text().strip() == "FROZEN"
+        return "frozen 1" in (file.parent / "cgroup.events").read_text()
+    except OSError:
+        return False  # it is gone, or not the hierarchy that freezes
 
 
 def cgroup_directories(cgroup: str) -> list[Path]:

@@ -104,6 +104,9 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the newest order that is carried out; 0 for none."""
     order_failed: int = 0
     """Number of the newest order that could not be carried out; 0 for none."""
+    handed_over: EpochId | None = None
+    """The last epoch of a workload that stands still since then, committed by the heir: what the order
+    `order_done` came to, if that was to hand it over."""
     order_detail: str = ""
     """What came of it, in a sentence: which epoch was restored, or why it failed."""
     restored: EpochId | None = None
@@ -116,7 +119,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What the keeper wants of the agent for one workload, from now on.
 
     - `lead`: the workload is to run here in `term`. If it doesn't: `action` says whether to start it
-      afresh, restore the newest committed epoch, or (`none`) only to look after it if it runs.
+      afresh, restore the newest committed epoch, or (`none`) only to look after it if it runs. With
+      `hand_over` it runs, and is to stand still from its last epoch on, which `heir` is to commit.
+    - `keep`: it stands still here, and is neither to run nor to be ended; nothing is captured or received.
     - `follow`: it must not run here; receive and store epochs of `term` or newer.
     - `idle`: it must not run here, nothing is received.
     """
@@ -124,9 +129,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     workload: str
     number: int
     """Grows with every change; the agent names it when the order is carried out."""
-    role: Literal["lead", "follow", "idle"]
+    role: Literal["lead", "keep", "follow", "idle"]
     term: int
-    action: Literal["none", "start", "restore"] = "none"
+    action: Literal["none", "start", "restore", "hand_over"] = "none"
+    newest_only: bool = False
+    """No epoch but the newest may be restored: somebody keeps the workload and takes it back otherwise."""
+    heir: str = ""
+    """To whom it is handed over."""
     leader: str = ""
     spec: WorkloadSpec | None = None
     """What the keeper knows the workload to be; always sent, so that an agent needs no file of its own."""
@@ -169,6 +178,13 @@ class Failover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     accept_data_loss: bool = False
     old_primary_is_off: str = ""
     """Name of the node that the operator vouches for; empty for none."""
+
+
+class Switchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: hand this workload over to another node. Done: that has begun."""
+
+    workload: str
+    to: str
 
 
 class StartWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -247,6 +263,7 @@ KeeperRequest = (
     | AnnounceFreeze
     | EndFreeze
     | Failover
+    | Switchover
     | StartWorkload
     | StopWorkload
     | ForgetWorkload

@@ -142,14 +142,21 @@ class NoFailoverError(OutliveError):
     exit_code = 20
 
 
+class HandoverError(OutliveError):
+    """A workload was to be moved to another node, and runs on where it ran; nothing is lost."""
+
+    exit_code = 21
+    retryable = True
+
+
 class FenceRefusedError(OutliveError):
     """A fence refused: the node is not off, or knows a newer term than who fenced it."""
 
-    exit_code = 21
+    exit_code = 22
 
 
 class FenceUnknownError(OutliveError):
     """Whether a node is off is not known: no fence method confirmed it."""
 
-    exit_code = 22
+    exit_code = 23
     retryable = True

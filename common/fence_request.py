@@ -34,6 +34,8 @@ class FenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     terms: dict[str, int] = {}
     """For each workload the newest term that `by` knows: the node is to lead nothing up to it. May be
     empty for a fence that turns the whole node off."""
+    up_to: int = 0
+    """A later term that the node has begun unheard is fenced too, up to this one."""
 
 
 class FenceAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +53,9 @@ class FenceAnswer(msgspec.Struct, frozen=True, kw_only=True):
 def words_of(request: FenceRequest, *, dry_run: bool = False) -> tuple[str, ...]:
     """Return the command line after the program's name."""
     workloads = [word for name, term in request.terms.items() for word in ("--workload", f"{name}={term}")]
+    up_to = ("--up-to", str(request.up_to)) if request.up_to else ()
     dry = ("--dry-run",) if dry_run else ()
-    return (VERB, "--node", request.node, "--by", request.by, *workloads, *dry, "--output", "json")
+    return (VERB, "--node", request.node, "--by", request.by, *workloads, *up_to, *dry, "--output", "json")
 
 
 def read_words(words: Sequence[str]) -> tuple[FenceRequest, bool]:
@@ -77,15 +80,17 @@ def read_words(words: Sequence[str]) -> tuple[FenceRequest, bool]:
             name, term = read_term(value)
             if terms.setdefault(name, term) != term or len(terms) > _MOST_WORKLOADS:
                 raise ProtocolError(f"{VERB}: {name} is named twice, or too much is named")
-        elif option not in ("--node", "--by", "--output") or option in single:
+        elif option not in ("--node", "--by", "--up-to", "--output") or option in single:
             raise ProtocolError(f"{VERB} takes no {option!r} here")
         else:
             single[option] = value
     if single.get("--output") != "json":
         raise ProtocolError(f"{VERB}: --output json is needed")
-    return checked(
-        FenceRequest(node=single.get("--node", ""), by=single.get("--by", ""), terms=terms)
-    ), dry_run
+    up_to = single.get("--up-to", "0")
+    if not _TERM.fullmatch(up_to):
+        raise ProtocolError(f"{VERB}: --up-to {up_to!r} is not a term")
+    node, by = single.get("--node", ""), single.get("--by", "")
+    return checked(FenceRequest(node=node, by=by, terms=terms, up_to=int(up_to))), dry_run
 
 
 def read_term(text: str) -> tuple[str, int]:

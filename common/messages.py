@@ -21,7 +21,7 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 BULK_BYTES: Final = 1 << 20
@@ -50,6 +50,7 @@ _NAME = NAME_PATTERN.pattern
 _FILE = r"^(?!pages-|pagemap-|parent\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z"
 
 Name = Annotated[str, Meta(pattern=_NAME)]
+NameOrNone = Annotated[str, Meta(pattern=rf"\A\Z|{_NAME}")]
 FileName = Annotated[str, Meta(pattern=_FILE)]
 Text = Annotated[str, Meta(max_length=4096)]
 ShortText = Annotated[str, Meta(max_length=256)]
@@ -275,7 +276,9 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     name: Name
     term: Count
-    state: Literal["starting", "leading", "stopped", "yielded", "following", "acquiring"]
+    state: Literal["starting", "taking_over", "leading", "stopped", "yielded", "following", "acquiring"]
+    heir: NameOrNone
+    """To whom the term is handed over; empty: to nobody by name."""
     alive: bool
     """A process of it runs there."""
     agent_alive: bool

@@ -27,7 +27,7 @@ from common.role_events import (
     StepFailed,
 )
 from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
-from common.succession import contender, how_to_replace, last_heard_s, right_stands
+from common.succession import contender, how_to_replace, last_heard_s, planned, right_stands
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -65,14 +65,14 @@ def persist(role: Role, record: TermRecord) -> Acted:
     return replace(role, wanted=record, retry_at_s=0.0), (PersistTerm(record),)
 
 
-def remark(role: Role, mark: Mark) -> Acted:
-    """Record how far this term's leader is.
+def remark(role: Role, mark: Mark, *, heir: str = "") -> Acted:
+    """Record how far this term's leader is, and, if it gave the term up, to whom by name.
 
     What another node said counts as heard under this boot. This node's own term stays bound to the boot in
     which it began: after another boot others may lead, and no mark of ours can change that.
     """
     boot_id = role.newest.boot_id if role.newest.leader == role.me else role.boot_id
-    return persist(role, replace(role.newest, mark=mark, boot_id=boot_id))
+    return persist(role, replace(role.newest, mark=mark, boot_id=boot_id, heir=heir))
 
 
 def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False) -> Acted:
@@ -83,11 +83,7 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
     that rests on it leaps over them, to the next hundred, and ten further for each place in the succession.
     (Operators who vouch on several nodes, each time without the others, can still go astray.)
     """
-    known = max(role.newest.term, role.refusal.term if role.refusal is not None else 0)
-    term = known + 1
-    if leap:
-        place = role.spec.nodes.index(role.me) if role.me in role.spec.nodes else len(role.spec.nodes)
-        term = (known // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
+    term = _next_number(role, leap=leap)
     record = TermRecord(
         term=term,
         leader=role.me,
@@ -95,8 +91,24 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
         boot_id=role.boot_id,
         cause=cause,
         began_wall_s=now.wall_s,
+        handed_by=_handed_by(role),
     )
     return persist(role, record)
+
+
+def _next_number(role: Role, *, leap: bool) -> int:
+    known = max(role.newest.term, role.refusal.term if role.refusal is not None else 0)
+    if not leap:
+        return known + 1
+    place = role.spec.nodes.index(role.me) if role.me in role.spec.nodes else len(role.spec.nodes)
+    return (known // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
+
+
+def _handed_by(role: Role) -> str:
+    """Return who keeps the workload frozen until it runs here; empty: nobody does, or this node itself."""
+    if planned(role):
+        return "" if role.alive else role.record.leader
+    return role.record.handed_by if role.record.leader == role.me and role.record.mark == "failed" else ""
 
 
 def history(role: Role) -> SaveHistory:
@@ -157,9 +169,12 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         boot_id=role.boot_id,
         cause=f"heard from {event.node}",
         began_wall_s=now.wall_s,
+        heir=event.heir,
     )
     refusal = Refused(error="NoRightToLeadError", message=f"{event.node} knows the newer term {event.term}")
-    cleared = replace(role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None)
+    cleared = replace(
+        role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None, heir=""
+    )
     told = answered(cleared, refusal)
     return both(told, persist(told[0], record))
 
@@ -178,7 +193,7 @@ def give_way(role: Role, event: Heard, now: Instant) -> Acted:
 
 def record_mark(role: Role, event: Heard, now: Instant) -> Acted:
     """Record how far the leader is now."""
-    return remark(role, mark_of(event))
+    return remark(role, mark_of(event), heir=event.heir)
 
 
 def mark_of(event: Heard) -> Mark:
@@ -226,7 +241,13 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
         return acquired(role, now, f"the operator vouches that {rival} is off", leap=True)
     role = noted(role, now, "fence asked", f"attempt {role.retries + 1}: {rival} has to be confirmed off")
     role = replace(role, fence_attempt=role.fence_attempt + 1)
-    return role, (RunFence(rival, role.fence_attempt, role.record.term),)
+    up_to = _next_number(role, leap=_next_may_have_begun(role)) - 1
+    return role, (RunFence(rival, role.fence_attempt, role.record.term, up_to),)
+
+
+def _next_may_have_begun(role: Role) -> bool:
+    """Tell whether who is to be fenced may lead the next term already: the recorded one was given up."""
+    return role.record.mark == "yielded"
 
 
 def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Acted:
@@ -238,7 +259,7 @@ def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Ac
 def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Go on with what the fence confirmed, or else with the operator's word."""
     if event.outcome == "confirmed":
-        return acquired(role, now, event.reason)
+        return acquired(role, now, event.reason, leap=_next_may_have_begun(role))
     vouched = f"{event.reason}; the operator vouches that {event.node} is off"
     return acquired(role, now, vouched, leap=True)
 
@@ -294,4 +315,6 @@ def not_recorded(role: Role, event: StepFailed, now: Instant) -> Acted:
 def _cause(role: Role, reason: str) -> str:
     if role.by_operator:
         return f"failover by an operator: {reason}"
+    if planned(role):
+        return f"switchover: {reason}"
     return f"takeover from {role.record.leader}: {reason}"

@@ -22,6 +22,8 @@ class KeeperStarted(msgspec.Struct, frozen=True):
     """The first event of every machine. `running`: a container of the workload is here."""
 
     running: bool
+    frozen: bool = False
+    """It stands still, all of it."""
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -38,6 +40,8 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     """When it was sent, by the peer's clock."""
     term: int = 0
     claim: Claim | None = None
+    heir: str = ""
+    """To whom it has handed that term over; empty: to nobody by name."""
     alive: bool = False
     pauses: Pauses = ()
     """Those that the peer has recorded."""
@@ -72,14 +76,14 @@ class PausesPersisted(msgspec.Struct, frozen=True):
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine succeeded."""
 
-    step: Step | Clean
+    step: Step | Clean | Literal["thaw"]
     detail: str = ""
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine failed."""
 
-    step: Step | Clean | Literal["persist", "history", "pauses"]
+    step: Step | Clean | Literal["thaw", "persist", "history", "pauses"]
     reason: str
 
 
@@ -98,6 +102,13 @@ class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
     request: int
     accept_data_loss: bool
     old_primary_is_off: str
+
+
+class OperatorSwitchover(msgspec.Struct, frozen=True, kw_only=True):
+    """`outlive switchover`: hand it over to the node `to`, without loss."""
+
+    request: int
+    to: str
 
 
 class OperatorStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +157,7 @@ Event = (
     | StepFailed
     | FenceResult
     | OperatorFailover
+    | OperatorSwitchover
     | OperatorStart
     | OperatorStop
     | Forget
@@ -184,6 +196,8 @@ class RunFence(msgspec.Struct, frozen=True):
     attempt: int
     term: int
     """The newest term known here: the node is to lead nothing up to it."""
+    up_to: int
+    """Nor in a later one up to this, if it has begun that unheard: the last before this node's own."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):
@@ -218,6 +232,10 @@ class CheckHealth(msgspec.Struct, frozen=True):
 
 class KillWorkload(msgspec.Struct, frozen=True):
     """Kill every process of the workload at once, whatever the agent does (step `kill`)."""
+
+
+class ThawWorkload(msgspec.Struct, frozen=True):
+    """Let the workload run that was frozen to be handed over (step `thaw`)."""
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,6 +276,7 @@ Effect = (
     | OrderAgent
     | CheckHealth
     | KillWorkload
+    | ThawWorkload
     | Note
     | SaveHistory
     | Answer

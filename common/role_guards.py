@@ -22,7 +22,7 @@ from common.role_events import (
     WorkloadEnded,
 )
 from common.role_steps import following_step, how_it_ended, unanswered
-from common.roles import Instant, Role
+from common.roles import RUNS, Instant, Role
 from common.succession import (
     contender,
     disowned,
@@ -117,12 +117,13 @@ def leader_moved_on(role: Role, event: Heard, now: Instant) -> str:
     """The leader has stopped, begun again, or given up its term; worth recording, once."""
     record = role.record
     same = event.node == record.leader and event.term == record.term and role.wanted is None
-    if not same or record.mark == "yielded" or event.claim not in ("leading", "stopped", "yielded"):
+    if not same or record.mark == "yielded" or event.claim not in (*RUNS, "stopped", "yielded"):
         return ""
-    if mark_of(event) == record.mark:
+    if (mark := mark_of(event)) == record.mark:
         return ""
-    done = {"leading": "leads again", "stopped": "has stopped it", "yielded": "has given it up"}[event.claim]
-    return f"{event.node} {done} in term {event.term}"
+    done = {"leads": "leads again", "stopped": "has stopped it", "yielded": "has given it up"}[mark]
+    to = f", to {event.heir}" if event.heir else ""
+    return f"{event.node} {done} in term {event.term}{to}"
 
 
 def runs_without_right(role: Role, event: Event, now: Instant) -> str:
@@ -244,7 +245,7 @@ def recorded(mark: str) -> Guard:
         return (
             f"term {record.term}: {record.cause}"
             if mark != "yielded"
-            else f"term {record.term} is given up: outlive status on {successor(role.spec, role.me)}"
+            else f"term {record.term} is given up: outlive status on {holder(role)}"
         )
 
     return guard
@@ -430,6 +431,9 @@ def alone_after_boot(role: Role, event: Event, now: Instant) -> str:
 
 def _unheard(role: Role, now: Instant) -> str:
     """Name a node that could lead it unheard: in fence mode the successor alone could have taken over."""
+    keeper = role.record.handed_by
+    if keeper and not keeper_speaks(role, keeper, now):
+        return keeper  # it may keep the workload still
     heir = successor(role.spec, role.me)
     others = (heir,) if role.spec.right_to_lead == "fence" else role.spec.nodes
     for node in others:

@@ -23,6 +23,7 @@ from common.role_events import (
     OperatorStop,
     StepDone,
     StepFailed,
+    ThawWorkload,
     Tick,
 )
 from common.roles import PIPELINE, Instant, Role, Step
@@ -43,6 +44,7 @@ def begin(role: Role, event: Event, now: Instant) -> Acted:
         vip_problem="",
         unhealthy="",
         by_operator=False,
+        heir="",
     )
     role = noted(role, now, "term recorded", f"term {role.record.term} is led by {role.me}")
     doing = f"term {role.record.term} begins: {role.record.cause}"
@@ -75,7 +77,10 @@ def advance(role: Role, event: Event, now: Instant) -> Acted:
     if step == "order":
         action = "restored" if role.name == "taking_over" or role.record.mark == "taking_over" else "started"
         role = noted(role, now, "ordered", f"the agent is told to have it {action}")
-    return replace(role, step=step, launched_at_s=now.monotonic_s), _effect_of(step)
+    effects = _effect_of(step)
+    if step == "order" and role.alive:  # it was kept, frozen, while another node was to lead
+        effects = (ThawWorkload(), *effects)
+    return replace(role, step=step, launched_at_s=now.monotonic_s), effects
 
 
 def lead(role: Role, event: Event, now: Instant) -> Acted:
@@ -98,7 +103,8 @@ def lead_again(role: Role, event: Event, now: Instant) -> Acted:
     """Lead on after a restart of the keeper, which may have died between any two steps."""
     role = noted(replace(role, timeline_from_s=now.monotonic_s), now, "keeper restarted", "it leads on")
     role = replace(role, launched_at_s=now.monotonic_s)
-    return role, (AddVip(), LiftHold(), Announce()) if role.spec.vip is not None else ()
+    thaw = (ThawWorkload(),) if role.alive else ()  # it may have died while it was handing over
+    return role, (*thaw, *((AddVip(), LiftHold(), Announce()) if role.spec.vip is not None else ()))
 
 
 def _step_noted(role: Role, event: Event, now: Instant) -> Role:

@@ -48,6 +48,7 @@ from common.role_events import (
     OperatorResume,
     OperatorStart,
     OperatorStop,
+    OperatorSwitchover,
     OrderAgent,
     PausesPersisted,
     PersistTerm,
@@ -103,6 +104,35 @@ from common.role_guards import (
     up_last_step,
     up_more_steps,
 )
+from common.role_handover import (
+    accept_back,
+    address_dropped,
+    begin_handover,
+    committed,
+    could_not,
+    drop_address,
+    found_handed_over,
+    give_back,
+    given_back,
+    gives_back,
+    hand_over,
+    hindered,
+    kept_ended,
+    kept_hearsay,
+    kept_no_more,
+    kept_not_confirmed,
+    kept_undecided,
+    may_take_back,
+    need_no_keeper,
+    runs_there,
+    switchover_refusal,
+    take_back,
+    tell_handed_over,
+    waits_for_heir,
+)
+from common.role_handover import (
+    not_recorded as handover_not_recorded,
+)
 from common.role_pauses import (
     ask_pause,
     ask_resume,
@@ -127,8 +157,8 @@ from common.role_steps import (
     stop,
     stopped,
 )
-from common.roles import LEADING, PURSUING, Instant, PeerView, Role, StateName
-from common.succession import failover_refusal, start_refusal
+from common.roles import LEADING, PURSUING, RUNS, Instant, PeerView, Role, StateName
+from common.succession import failover_refusal, keeps_frozen, start_refusal
 
 Action = Callable[[Role, Any, Instant], Acted]
 
@@ -192,6 +222,8 @@ def _refused(role: Role, event: Event, now: Instant, effects: list[Effect]) -> b
     answer: Done | Refused | None = None
     if isinstance(event, OperatorFailover):
         answer = failover_refusal(role, event, now)
+    elif isinstance(event, OperatorSwitchover):
+        answer = switchover_refusal(role, event, now)
     elif isinstance(event, OperatorStart):
         answer = (
             Done(detail=f"it is led here already: {role.reason}")
@@ -204,7 +236,9 @@ def _refused(role: Role, event: Event, now: Instant, effects: list[Effect]) -> b
         answer = Refused(error="WorkloadError", message="it runs here", hint=f"outlive stop {role.spec.name}")
     if answer is None:
         return False
-    assert isinstance(event, OperatorFailover | OperatorStart | OperatorStop | Forget)  # noqa: S101
+    assert isinstance(  # noqa: S101
+        event, OperatorFailover | OperatorSwitchover | OperatorStart | OperatorStop | Forget
+    )
     effects.append(Answer(request=event.request, answer=answer))
     return True
 
@@ -212,6 +246,10 @@ def _refused(role: Role, event: Event, now: Instant, effects: list[Effect]) -> b
 def _stop_refusal(role: Role) -> Done | Refused | None:
     if role.name in ("stopped", "yielded"):
         return Done(detail=f"it does not run here: {role.reason}")
+    if role.name in ("handing_over", "handed_over"):
+        return Refused(
+            error="WorkloadError", message=f"it is being handed over: {role.reason}", hint="ask again"
+        )
     if role.request is not None:
         return Refused(
             error="WorkloadError", message="another request is being carried out", hint="ask again"
@@ -278,7 +316,7 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
     """Keep what a peer says; the states decide what follows from it."""
     view = role.peers.get(event.node, PeerView())
     if event.origin == "agent":
-        leads = view.claim == "leading" and view.boot_id == event.boot_id  # by its keeper's last word
+        leads = view.claim in RUNS and view.boot_id == event.boot_id  # by its keeper's last word
         led_wall_s = event.wall_s if leads else view.led_wall_s
         view = replace(view, agent_at_s=now.monotonic_s, led_wall_s=led_wall_s)
     else:
@@ -289,10 +327,11 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
             boot_id=event.boot_id,
             term=event.term,
             claim=event.claim,
+            heir=event.heir,
             alive=event.alive,
             pauses=event.pauses,
             takeovers=event.takeovers,
-            led_wall_s=event.wall_s if event.claim == "leading" else led_wall_s,
+            led_wall_s=event.wall_s if event.claim in RUNS else led_wall_s,
         )
     return replace(role, peers={**role.peers, event.node: view})
 
@@ -320,6 +359,8 @@ def _reorder(role: Role) -> Acted:
         role=_order_role(role),
         term=role.record.term,
         action=_order_action(role),
+        newest_only=role.name == "taking_over" and bool(role.record.handed_by),
+        heir=role.heir,
         leader=role.record.leader,
         spec=role.spec,
     )
@@ -330,15 +371,17 @@ def _reorder(role: Role) -> Acted:
 
 
 def _order_role(role: Role) -> Any:
-    if role.name in ("launching", "leading", "taking_over"):
+    if role.name in ("launching", "leading", "taking_over", "handing_over"):
         return "lead"
+    if keeps_frozen(role) and role.name in ("handed_over", "acquiring"):
+        return "keep"
     return "follow" if role.name in (*PURSUING, "deposed") and role.record.leader != role.me else "idle"
 
 
 def _order_action(role: Role) -> Any:
     if role.name in ("launching", "taking_over") and role.step not in ("hold", "add_vip", None):
         return "start" if role.name == "launching" else "restore"
-    return "none"
+    return "hand_over" if role.name == "handing_over" and role.step == "order" else "none"
 
 
 # --- the table --------------------------------------------------------------------------------------
@@ -352,6 +395,7 @@ TABLE: tuple[Row, ...] = (
     Row(("starting",), KeeperStarted, "led, right stands", found("leads"), "leading", lead_again),
     Row(("starting",), KeeperStarted, "was launching", found("launching"), "launching", resume),
     Row(("starting",), KeeperStarted, "was taking over", found("taking_over"), "taking_over", resume),
+    Row(("starting",), KeeperStarted, "had handed over", found_handed_over, "handed_over", nothing),
     Row(("starting",), KeeperStarted, "was stopped", found("stopped"), "stopped", stopped),
     Row(("starting",), KeeperStarted, "had failed", found("failed"), "failed", kill),
     Row(("starting",), KeeperStarted, "had yielded", found("yielded"), "yielded", kill),
@@ -360,13 +404,32 @@ TABLE: tuple[Row, ...] = (
     Row(("starting",), KeeperStarted, "others lead", found_elsewhere, "following", give_way_quietly),
     Row(("starting",), KeeperStarted, "never started", never_started, "stopped", stopped),
     # A newer term is known: whatever this node did, it follows.
-    Row((*_LEADING, "deposed"), Heard, "newer term", newer, "deposed", depose),
+    Row((*_LEADING, "handing_over", "deposed"), Heard, "newer term", newer, "deposed", depose),
+    Row(("acquiring",), Heard, "newer term, not there yet", kept_undecided, "handed_over", nothing),
+    Row(("acquiring",), Heard, "newer term, hearsay", kept_hearsay, None, nothing),
     Row((*_AT_REST, *_WATCHING, "acquiring"), Heard, "newer term", newer_while_alive, "deposed", depose),
     Row((*_AT_REST, *_WATCHING, "acquiring"), Heard, "newer term", newer, "following", give_way),
     Row(_WATCHING, Heard, "leader's mark", leader_moved_on, None, record_mark),
     Row(_WATCHING, Tick, "runs", runs_without_right, "deposed", kill),
     Row(("deposed",), Tick, "killed", undone, "following", nothing),
     Row(("deposed", "failed", "yielded", "starting"), Tick, "runs", runs_though_it_must_not, None, kill),
+    # Handing over to a named node, and taking back.
+    Row(("leading",), OperatorSwitchover, "switchover", asked, "handing_over", begin_handover),
+    Row(("handing_over",), AgentReport, "last epoch committed", committed, None, drop_address),
+    Row(("handing_over",), AgentReport, "could not", could_not, "leading", take_back),
+    Row(("handing_over",), StepFailed, "not recorded", handover_not_recorded, "leading", take_back),
+    Row(("handing_over",), Tick, "hindered", hindered, "leading", take_back),
+    Row(("handing_over",), Tick, "address dropped", address_dropped, None, hand_over),
+    Row(("handing_over",), TermPersisted, "recorded", recorded("yielded"), "handed_over", tell_handed_over),
+    Row(("handed_over",), Heard, "runs there", runs_there, "deposed", depose),
+    Row(("handed_over",), Heard, "given back", given_back, None, accept_back),
+    Row(("handed_over",), Tick, "ended", kept_ended, "yielded", nothing),
+    Row(("handed_over",), Tick, "may take back", may_take_back, "acquiring", pursue),
+    Row(("handed_over",), Tick, "waits", waits_for_heir, None, nothing),
+    Row(("handed_over",), OperatorFailover, "failover", asked, "acquiring", ask_failover),
+    Row(("leading",), Heard, "kept no more", kept_no_more, None, need_no_keeper),
+    Row(("failed",), Tick, "given back", gives_back, "yielding", give_back),
+    Row(("starting",), Tick, "given back", gives_back, None, give_back),
     # From silence to the right to lead.
     Row(("suspecting", "waiting"), Heard, "heard again", leader_audible, "following", nothing),
     Row(("suspecting", "waiting"), Tick, "heard again", leader_audible, "following", nothing),
@@ -375,6 +438,7 @@ TABLE: tuple[Row, ...] = (
     Row(_WATCHING, Tick, "may lead", may_go_for_lead, "acquiring", pursue),
     Row(("acquiring",), FenceResult, "leader is off, paused", paused_meanwhile, "waiting", halt),
     Row(("acquiring",), FenceResult, "leader is off", right_confirmed, None, fenced),
+    Row(("acquiring",), FenceResult, "not confirmed, kept", kept_not_confirmed, "handed_over", unfenced),
     Row(
         ("acquiring",), FenceResult, "not confirmed, heard", not_confirmed_and_audible, "following", unfenced
     ),

@@ -49,7 +49,7 @@ def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> Wo
 
 def _role(role: Role, primary: bool) -> Literal["primary", "replica", "none"]:
     if primary:
-        return "replica" if role.name in ("yielded", "deposed") else "primary"
+        return "replica" if role.name in ("yielded", "deposed", "handed_over") else "primary"
     return "replica" if role.record.term > 0 and role.me in role.spec.nodes else "none"
 
 

@@ -29,6 +29,8 @@ StateName = Literal[
     "stopped",
     "launching",
     "leading",
+    "handing_over",
+    "handed_over",
     "yielding",
     "yielded",
     "following",
@@ -45,6 +47,9 @@ MEANING: dict[StateName, str] = {
     "stopped": "Not to run: never started, stopped by an operator, or ended by itself. Nobody takes over.",
     "launching": "This node leads and starts the workload afresh.",
     "leading": "This node leads; the workload is to run here.",
+    "handing_over": "The workload stands still while its last epoch is committed where it is to run next.",
+    "handed_over": "This node has durably given its term to another one, and keeps the frozen workload "
+    "until it runs there.",
     "yielding": "The workload ended or cannot go on here: what is left of it is removed before that is said.",
     "yielded": "This node has durably given up its term in favour of its successor.",
     "following": "Another node leads; its epochs are received and stored here.",
@@ -57,16 +62,19 @@ MEANING: dict[StateName, str] = {
 }
 """What each state means; `docs/concepts/roles.md` shows it."""
 
-LEADING: frozenset[StateName] = frozenset({"launching", "leading", "taking_over", "yielding"})
+LEADING: frozenset[StateName] = frozenset({"launching", "leading", "taking_over", "handing_over", "yielding"})
 """States in which this node leads and the workload runs here, is being brought up, or is being removed."""
 
 PURSUING: frozenset[StateName] = frozenset({"following", "suspecting", "waiting", "acquiring"})
 """States of a node that another one leads."""
 
-Claim = Literal["starting", "leading", "stopped", "yielded", "following", "acquiring"]
+Claim = Literal["starting", "taking_over", "leading", "stopped", "yielded", "following", "acquiring"]
 """What a node's heartbeats say of a workload; less than a state, so that states may change."""
 
-OWNING: frozenset[Claim] = frozenset({"starting", "leading", "stopped", "yielded"})
+RUNS: frozenset[Claim] = frozenset({"leading", "taking_over"})
+"""Claims of a leader that runs the workload or is about to."""
+
+OWNING: frozenset[Claim] = RUNS | {"starting", "stopped", "yielded"}
 """Claims that only the leader of the named term makes."""
 
 Mark = Literal["launching", "taking_over", "leads", "stopped", "failed", "yielded"]
@@ -102,6 +110,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """The own agent counts as dead then; it reports several times a second."""
     stop_grace_s: float = 15.0
     """How long the agent may take to end a workload before the keeper kills it."""
+    handover_s: float = 30.0
+    """How long a workload may stand still until its last epoch is committed and its address dropped."""
     order_s: float = 660.0
     """How long an order may take to bring it up: two restores of at most 300 s each, and cleaning up."""
     retry_first_s: float = 1.0
@@ -122,6 +132,10 @@ class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The boot of this node under which it recorded itself as the leader."""
     cause: str = "never started"
     began_wall_s: float = 0.0
+    heir: str = ""
+    """Marked yielded: the node to which the term was handed over; empty: its successor has the right."""
+    handed_by: str = ""
+    """The node that handed the term before this one over, and may still keep the frozen workload."""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +164,8 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     term: int = 0
     claim: Claim | None = None
     """None: its keeper does not know the workload."""
+    heir: str = ""
+    """To whom it has handed that term over; empty: to nobody by name."""
     alive: bool = False
     led_wall_s: float | None = None
     """When it was heard to lead that term last, by the clock that stamps its epochs; None: never was."""
@@ -204,6 +220,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The operator's request that waits for its answer."""
     vouched: str = ""
     """Name of the node that the operator's pending failover vouches for."""
+    heir: str = ""
+    """The node to which it is being handed over."""
     by_operator: bool = False
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
     timeline: tuple[TimelineEntry, ...] = ()
@@ -222,15 +240,25 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
         return self.record if self.wanted is None else self.wanted
 
 
-def claim_of(name: StateName) -> Claim:
-    """Return what heartbeats say in that state."""
+def claim_of(role: Role) -> Claim:
+    """Return what heartbeats say of it."""
+    name = role.name
+    if name == "taking_over" or (name == "failed" and role.record.handed_by):
+        return "taking_over"  # not there yet; what failed is given back to whoever keeps it
     if name in LEADING:
         return "leading"
+    if name == "handed_over":
+        return "yielded"
     if name in ("stopped", "failed"):
         return "stopped"
     if name in ("starting", "yielded", "acquiring"):
         return name
     return "following"
+
+
+def heir_of(role: Role) -> str:
+    """Return to whom heartbeats say that it was handed over; empty: to nobody by name."""
+    return role.record.heir if claim_of(role) == "yielded" else ""
 
 
 def new_role(

@@ -12,7 +12,7 @@ from common.control import Refused, ReplicaProgress
 from common.model import WorkloadSpec
 from common.pauses import in_force, told
 from common.role_events import Heard, OperatorFailover, OperatorStart
-from common.roles import LEADING, OWNING, PURSUING, Instant, PeerView, Role
+from common.roles import LEADING, OWNING, PURSUING, RUNS, Instant, PeerView, Role
 
 _UNHEARD = PeerView()
 
@@ -25,7 +25,7 @@ def successor(spec: WorkloadSpec, leader: str) -> str:
 def holder(role: Role) -> str:
     """Return whose right it is to create the next term; empty if that isn't known."""
     if role.record.mark == "yielded":
-        return successor(role.spec, role.record.leader)
+        return role.record.heir or successor(role.spec, role.record.leader)
     return role.record.leader
 
 
@@ -44,19 +44,33 @@ def right_stands(role: Role) -> bool:
     return role.record.boot_id == role.boot_id and not fenced_by(role)
 
 
+def planned(role: Role) -> bool:
+    """Tell whether the term was handed over to this node by name: what it leads to was decided there."""
+    return role.record.mark == "yielded" and role.record.heir == role.me
+
+
+def keeps_frozen(role: Role) -> bool:
+    """Tell whether this node handed a term over, or was given it back, and has the workload, frozen."""
+    record = role.record
+    mine = bool(record.heir) and role.me in (record.leader, record.heir)
+    return record.mark == "yielded" and mine and role.alive
+
+
 def contender(role: Role, now: Instant) -> str:
     """Return the node that has to be off before this one may lead; empty if none has to.
 
     The holder's own right is beyond doubt under the boot in which it was recorded. After another boot,
     others may have been told that this node is off; the one that yielded has to repeat it. After a fence
-    by SSH, who fenced is known, and may lead.
+    by SSH, who fenced is known, and may lead. If it is the one that yielded, it too has to repeat that, once
+    this keeper has listened for long enough not to take an old word for a new one.
     """
     owner = holder(role)
     if owner != role.me:
         return owner
     if right_stands(role):
         return ""
-    if fencer := fenced_by(role):
+    fencer, listened_s = fenced_by(role), now.monotonic_s - role.listening_since_s
+    if fencer and (fencer != role.record.leader or listened_s < role.timing.listen_s):
         return fencer
     leader = role.record.leader
     view = role.peers.get(leader, _UNHEARD)
@@ -163,10 +177,13 @@ def obstacles(role: Role, now: Instant) -> Iterator[str]:
     if not record.leader:
         yield f"nobody here knows who led term {record.term}: outlive status on the other nodes"
         return
-    if successor(role.spec, record.leader) != role.me:
+    if record.mark == "yielded" and record.heir not in ("", role.me):
+        yield f"{record.leader} has handed it over to {record.heir}, or takes it back: {failover}"
+        return
+    if not planned(role) and successor(role.spec, record.leader) != role.me:
         yield f"{successor(role.spec, record.leader)} is the successor of {record.leader}, not this node"
         return
-    if pause := paused(role):
+    if not planned(role) and (pause := paused(role)):
         yield f"{pause}: outlive resume {name}, or {failover}"
     rival = contender(role, now)
     problem = unready(role, now)
@@ -178,7 +195,7 @@ def obstacles(role: Role, now: Instant) -> Iterator[str]:
     if report is not None and report.stored is not None and report.stored.term < record.term:
         yield f"the newest epoch here, {report.stored}, is older than term {record.term}: {failover}"
     yield from _no_right(role, rival, now)
-    if not problem and (behind := too_far_behind(role)):
+    if not problem and not planned(role) and (behind := too_far_behind(role)):
         yield behind
 
 
@@ -196,7 +213,8 @@ def _no_right(role: Role, rival: str, now: Instant) -> Iterator[str]:
             f"and runs nothing: {failover}"
         )
         return
-    if role.spec.right_to_lead == "manual" and (rival or role.spec.on_exit != "failover"):
+    given = role.spec.on_exit == "failover" or planned(role)
+    if role.spec.right_to_lead == "manual" and (rival or not given):
         yield f"right_to_lead is manual: {failover}"
     if rival and not is_silent(role, rival, now):
         yield f"{rival} is heard, and does not say that it has given up term {role.record.term}"
@@ -272,7 +290,7 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return _refused("this node leads it already")
     if role.request is not None or role.wanted is not None or role.name == "acquiring":
         return _refused("another change of role is under way", "ask again in a moment")
-    if role.name not in (*PURSUING, "failed"):
+    if role.name not in (*PURSUING, "failed", "handed_over"):
         if record.term == 0:
             return _refused("it was never started anywhere", f"outlive start {spec.name} on {spec.nodes[0]}")
         return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")
@@ -282,14 +300,14 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return refusal
     if not event.accept_data_loss:
         return _refused("what was not committed here would be lost", "say so: --accept-data-loss")
-    if problem := unready(role, now):
+    if not keeps_frozen(role) and (problem := unready(role, now)):
         return Refused(error="RestoreError", message=problem)
     if not record.leader:
         return _refused(f"nobody here knows who led term {record.term}", "outlive status on the other nodes")
     rival = contender(role, now)
     if not rival:
         return None
-    heir = successor(spec, rival)
+    heir = role.me if keeps_frozen(role) else successor(spec, rival)
     if heir != role.me and spec.right_to_lead == "fence":
         return _refused(f"{heir} may take over by itself at any time", f"run it on {heir}")
     if heir != role.me and keeper_speaks(role, heir, now):
@@ -354,7 +372,7 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     for node, view in role.peers.items():
         if view.claim == "starting" and view.term == 0 and keeper_speaks(role, node, now):
             return _refused(f"{node} does not know whether it leads it", f"outlive status on {node}")
-        busy = view.claim in ("leading", "acquiring") and view.term >= record.term
+        busy = view.claim in (*RUNS, "acquiring") and view.term >= record.term
         if busy and keeper_speaks(role, node, now):
             return _refused(f"{node} leads it or is about to, in term {view.term}")
     if record.term == 0:

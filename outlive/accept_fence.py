@@ -43,7 +43,8 @@ from outlive.processes import end, holders, matching
 _END_S = 5.0
 """How long a killed process may take to be gone."""
 _LOOKS, _LOOK_PAUSE_S = 2, 0.02
-"""Nothing brings the workload up any more if that many looks in a row find nobody who does."""
+"""Nothing brings the workload up any more if that many looks in a row find nobody who does: a process that is
+just becoming another program shows no command line."""
 
 
 async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bool = False) -> FenceAnswer:
@@ -65,7 +66,9 @@ async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bo
         )
 
     try:
-        if objection := _stranger(config, request) or _newer_term(files, request):
+        # Read once: what a keeper records from here on is beyond what is fenced.
+        fenced = {name: max(term, files.load(name).term) for name, term in request.terms.items()}
+        if objection := _stranger(config, request) or _of_the_past(files, request, fenced):
             return answer("refused", objection)
         if os.geteuid():
             return answer("unknown", "only root can end what runs here, and this is not root")
@@ -73,7 +76,7 @@ async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bo
             return answer("ready", f"a fence by {request.by} would be carried out")
         if not request.terms:
             return answer("unknown", "no workload was named, and only workloads can be fenced by SSH")
-        return answer(*await _carry_out(config, files, request))
+        return answer(*await _carry_out(config, files, request.by, fenced))
     except (OutliveError, OSError) as error:
         return answer("unknown", f"not carried to its end: {error}")
 
@@ -87,39 +90,47 @@ def _stranger(config: NodeConfig, request: FenceRequest) -> str:
     return ""
 
 
-def _newer_term(files: TermFiles, request: FenceRequest) -> str:
-    """Return why the request is of the past."""
+def _of_the_past(files: TermFiles, request: FenceRequest, fenced: dict[str, int]) -> str:
+    """Return why the request is of the past: a workload's newest term here is beyond what it allows."""
     for name, term in request.terms.items():
-        known = files.load(name)
-        if known.term > term:
-            leader = known.leader or "another node"
-            return f"{leader} leads {name} in term {known.term}, and {request.by} knows of {term} only"
+        if fenced[name] > (most := max(term, request.up_to)):
+            leader = files.load(name).leader or "another node"
+            return f"{leader} leads {name} in term {fenced[name]}, and {request.by} knows of {most} only"
     return ""
 
 
-async def _carry_out(config: NodeConfig, files: TermFiles, request: FenceRequest) -> tuple[str, str]:
-    """Return outcome and reason."""
-    for name, term in request.terms.items():
-        refusal = Refusal(term=term, by=request.by, at_wall_s=time.time())
+def _begun_since(files: TermFiles, fenced: dict[str, int]) -> str:
+    """Return which newer term was recorded since the terms to be fenced were read."""
+    for name, term in fenced.items():
+        if (known := files.load(name)).term > term:
+            return f"term {known.term} of {name} has begun meanwhile, led by {known.leader or 'another node'}"
+    return ""
+
+
+async def _carry_out(
+    config: NodeConfig, files: TermFiles, by: str, fenced: dict[str, int]
+) -> tuple[str, str]:
+    """Return outcome and reason. `fenced`: for each workload the term up to which it is led here no more."""
+    for name, term in fenced.items():
+        refusal = Refusal(term=term, by=by, at_wall_s=time.time())
         await in_thread(files.record_refusal, name, refusal)
     for endpoint in (config.keeper_endpoint, config.agent_endpoint):
         await in_thread(_end_holders, endpoint.removeprefix("ipc://"), endpoint == config.keeper_endpoint)
-    if newer := _newer_term(files, request):  # begun before its keeper was ended: that is not ours to end
+    if newer := _begun_since(files, fenced):  # that one is not ours to end
         return "refused", newer
-    for name in request.terms:
+    for name in fenced:
         for vip in _vips(config, files, name):
             await drop_vip(vip)
         await _end_bringing_up(config, name)
         await kill_workload(config, name)
-    for name, term in request.terms.items():
+    for name, term in fenced.items():
         if problem := await _still_there(config, files, name, term):
             return "unknown", problem
-    _tell(config, request)
-    what = ", ".join(f"{name} in no term up to {term}" for name, term in request.terms.items())
-    return (
-        "confirmed",
-        f"{config.node.name} leads {what}; nothing of it is left there",
-    )
+    if newer := _begun_since(files, fenced):
+        return "unknown", newer
+    _tell(config, by, fenced)
+    what = ", ".join(f"{name} in no term up to {term}" for name, term in fenced.items())
+    return "confirmed", f"{config.node.name} leads {what}; nothing of it is left there"
 
 
 def _end_holders(path: str, with_children: bool) -> None:
@@ -171,9 +182,9 @@ def _vips(config: NodeConfig, files: TermFiles, name: str) -> Iterator[Vip]:
         yield from (Vip.parse(address, config.node.vip_interface) for address in sorted(addresses))
 
 
-def _tell(config: NodeConfig, request: FenceRequest) -> None:
+def _tell(config: NodeConfig, by: str, fenced: dict[str, int]) -> None:
     events = EventLog(event_file(config), "fence")
-    for name, term in request.terms.items():
-        reason = f"{request.by} fenced this node: it leads {name} in no term up to {term}"
-        events.append(Event.WORKLOAD_FENCED, workload=name, reason=reason, peer=request.by)
+    for name, term in fenced.items():
+        reason = f"{by} fenced this node: it leads {name} in no term up to {term}"
+        events.append(Event.WORKLOAD_FENCED, workload=name, reason=reason, peer=by)
     events.close()

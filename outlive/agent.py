@@ -75,6 +75,7 @@ from outlive.workload_agent import WorkloadAgent
 from primary.backend import BackendChoice, ChosenBackend, choose_backend
 from primary.dumping import Dumper
 from primary.fast import FastBackend
+from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
 from primary.stream import ReplicaStream
@@ -304,7 +305,10 @@ class Agent:
         paths = WorkloadPaths(self._config, spec.name)
         newest = workload.store.newest
         verifier = Verifier(spec.name, self._config.capture.verify_epochs, self._events)
-        backend = self._make_backend(spec, run.id if run is not None else "unknown", init_pid, verifier)
+        freezer = Freezer(paths.cgroup)
+        backend = self._make_backend(
+            spec, run.id if run is not None else "unknown", init_pid, verifier, freezer
+        )
         return Leading(
             self._config,
             spec,
@@ -317,10 +321,13 @@ class Agent:
             ),
             events=self._events,
             verifier=verifier,
+            freezer=freezer,
             capture_status=backend.status,
         )
 
-    def _make_backend(self, spec: WorkloadSpec, run: str, init_pid: int, verifier: Verifier) -> ChosenBackend:
+    def _make_backend(
+        self, spec: WorkloadSpec, run: str, init_pid: int, verifier: Verifier, freezer: Freezer
+    ) -> ChosenBackend:
         def dumper(*, with_shim: bool) -> Dumper:
             return Dumper(
                 self._config,
@@ -330,6 +337,7 @@ class Agent:
                 guard=_KeeperGuard(self._config, spec.name),
                 attachments=self._attachments,
                 with_shim=with_shim,
+                freezer=freezer,
             )
 
         def fast() -> FastBackend:

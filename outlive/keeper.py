@@ -42,6 +42,7 @@ from common.control import (
     ResumeTakeover,
     StartWorkload,
     StopWorkload,
+    Switchover,
 )
 from common.control_channel import ControlServer
 from common.errors import ProtocolError, StoreError, WorkloadError
@@ -60,6 +61,7 @@ from common.role_events import (
     OperatorResume,
     OperatorStart,
     OperatorStop,
+    OperatorSwitchover,
     Tick,
 )
 from common.roles import Instant, Timing
@@ -332,6 +334,8 @@ class Keeper:
                     request=self._next_request(), accept_data_loss=accepted, old_primary_is_off=off
                 )
                 return await self._known(name).ask(event)
+            case Switchover(workload=name, to=to):
+                return await self._known(name).ask(OperatorSwitchover(request=self._next_request(), to=to))
             case StartWorkload():
                 return await self._start(request)
             case StopWorkload(workload=name):

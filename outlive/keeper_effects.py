@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from common.addresses import Vip, add_vip, announce, drop_vip, hold, lift
 from common.config import NodeConfig
-from common.container import exit_code, kill_workload, running_init_pid
+from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
 from common.errors import OutliveError
 from common.fence_request import FenceRequest
 from common.fencing import Verdict, fence_node, prepare
@@ -40,6 +40,7 @@ from common.role_events import (
     StepDone,
     StepFailed,
     TermPersisted,
+    ThawWorkload,
 )
 from common.roles import Clean, Step
 from common.terms_file import TermFiles
@@ -75,8 +76,12 @@ class Hands(Protocol):
         """Kill every process of the workload; return when none is left."""
         ...
 
-    async def fence(self, node: str, workload: str, term: int) -> Verdict:
-        """Ask the fence methods of a node, which is to lead that workload in no term up to that one."""
+    async def thaw(self, spec: WorkloadSpec) -> None:
+        """Let the workload run that stands still to be handed over. Harmless if it does not."""
+        ...
+
+    async def fence(self, asked: RunFence, workload: str) -> Verdict:
+        """Ask the fence methods of a node, which is to lead that workload no more."""
         ...
 
     async def health(self, spec: WorkloadSpec) -> str:
@@ -85,6 +90,10 @@ class Hands(Protocol):
 
     def init_pid(self, name: str) -> int | None:
         """Return the host PID of the workload's first process if it runs here. Does not raise."""
+        ...
+
+    def frozen(self, name: str) -> bool:
+        """Tell whether the whole workload stands still. Does not raise."""
         ...
 
     def exit_code(self, name: str) -> int | None:
@@ -123,9 +132,18 @@ class RealHands:
         """See `Hands`."""
         await kill_workload(self._config, spec.name)
 
-    async def fence(self, node: str, workload: str, term: int) -> Verdict:
+    async def thaw(self, spec: WorkloadSpec) -> None:
         """See `Hands`."""
-        request = FenceRequest(node=node, by=self._config.node.name, terms={workload: term})
+        thaw_cgroup(self._config, spec.name)
+
+    async def fence(self, asked: RunFence, workload: str) -> Verdict:
+        """See `Hands`."""
+        request = FenceRequest(
+            node=asked.node,
+            by=self._config.node.name,
+            terms={workload: asked.term},
+            up_to=asked.up_to,
+        )
         return await fence_node(request, self._config.fences)
 
     async def health(self, spec: WorkloadSpec) -> str:
@@ -136,6 +154,10 @@ class RealHands:
         """See `Hands`."""
         return running_init_pid(self._config, name)
 
+    def frozen(self, name: str) -> bool:
+        """See `Hands`."""
+        return cgroup_frozen(self._config, name)
+
     def exit_code(self, name: str) -> int | None:
         """See `Hands`."""
         return exit_code(self._config, name)
@@ -144,13 +166,16 @@ class RealHands:
         return Vip.parse(spec.vip or "", self._config.node.vip_interface)
 
 
-_HOST: dict[type[Effect], Step | Clean] = {
+_HostStep = Step | Clean | Literal["thaw"]
+
+_HOST: dict[type[Effect], _HostStep] = {
     HoldVip: "hold",
     AddVip: "add_vip",
     DropVip: "drop_vip",
     LiftHold: "lift",
     Announce: "announce",
     KillWorkload: "kill",
+    ThawWorkload: "thaw",
 }
 
 
@@ -165,14 +190,14 @@ class Effects:
         self._files = files
         self._feed = feed
         self._tasks = tasks
-        self._host: asyncio.Queue[tuple[Step | Clean, WorkloadSpec]] = asyncio.Queue()
+        self._host: asyncio.Queue[tuple[_HostStep, WorkloadSpec]] = asyncio.Queue()
         self._disk: asyncio.Queue[tuple[Effect, WorkloadSpec]] = asyncio.Queue()
         self._workers = [tasks.create_task(self._work_on_host()), tasks.create_task(self._work_on_disk())]
 
     def perform(self, effect: Effect, spec: WorkloadSpec) -> None:
         """Begin to carry out an effect; returns at once."""
         match effect:
-            case HoldVip() | AddVip() | DropVip() | LiftHold() | Announce() | KillWorkload():
+            case HoldVip() | AddVip() | DropVip() | LiftHold() | Announce() | KillWorkload() | ThawWorkload():
                 self._host.put_nowait((_HOST[type(effect)], spec))
             case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
@@ -193,13 +218,14 @@ class Effects:
         self._workers.append(self._tasks.create_task(work))
 
     async def _work_on_host(self) -> None:
-        acts: dict[Step | Clean, Callable[[WorkloadSpec], Awaitable[None]]] = {
+        acts: dict[_HostStep, Callable[[WorkloadSpec], Awaitable[None]]] = {
             "hold": self._hands.hold,
             "add_vip": self._hands.add_vip,
             "drop_vip": self._hands.drop_vip,
             "lift": self._hands.lift,
             "announce": self._hands.announce,
             "kill": self._hands.kill,
+            "thaw": self._hands.thaw,
         }
         while True:
             step, spec = await self._host.get()
@@ -237,7 +263,7 @@ class Effects:
                 self._files.forget_spec(spec.name)
 
     async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
-        verdict = await self._hands.fence(asked.node, spec.name, asked.term)
+        verdict = await self._hands.fence(asked, spec.name)
         self._feed(
             FenceResult(
                 node=asked.node, attempt=asked.attempt, outcome=verdict.outcome, reason=verdict.reason

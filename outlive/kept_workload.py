@@ -38,6 +38,7 @@ from common.role_events import (
     OperatorResume,
     OperatorStart,
     OperatorStop,
+    OperatorSwitchover,
     OrderAgent,
     RunFence,
     Tick,
@@ -47,7 +48,18 @@ from common.role_explain import explain, takeovers
 from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
-from common.roles import Instant, Refusal, Role, Silence, Takeover, TermRecord, Timing, claim_of, new_role
+from common.roles import (
+    Instant,
+    Refusal,
+    Role,
+    Silence,
+    Takeover,
+    TermRecord,
+    Timing,
+    claim_of,
+    heir_of,
+    new_role,
+)
 from common.succession import has_listened
 from common.terms_file import TermFiles
 from outlive.keeper_effects import Effects, Hands
@@ -115,7 +127,8 @@ class KeptWorkload:
         pid = self._hands.init_pid(self.role.spec.name)
         if pid is not None:
             self._hold(pid)
-        self.feed(KeeperStarted(running=self._pidfd is not None))
+        frozen = self._hands.frozen(self.role.spec.name)
+        self.feed(KeeperStarted(running=self._pidfd is not None, frozen=frozen))
 
     def close(self) -> None:
         """Let go of it; nothing is done to it."""
@@ -160,7 +173,13 @@ class KeptWorkload:
 
     async def ask(
         self,
-        event: OperatorFailover | OperatorStart | OperatorStop | OperatorPause | OperatorResume | Forget,
+        event: OperatorFailover
+        | OperatorSwitchover
+        | OperatorStart
+        | OperatorStop
+        | OperatorPause
+        | OperatorResume
+        | Forget,
     ) -> Done | Refused:
         """Put an operator's request to the machine and wait for its answer."""
         answer: asyncio.Future[Done | Refused] = asyncio.get_running_loop().create_future()
@@ -190,7 +209,8 @@ class KeptWorkload:
         return BeatWorkload(
             name=self.role.spec.name,
             term=self.role.record.term,
-            state=claim_of(self.role.name),
+            state=claim_of(self.role),
+            heir=heir_of(self.role),
             alive=self.role.alive,
             agent_alive=agent_alive,
             pauses=tuple(

@@ -29,12 +29,13 @@ from common.control import (
     VerificationProgress,
     WorkloadMetrics,
 )
-from common.errors import OutliveError
+from common.errors import CaptureError, OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 from outlive.verifying import Verifier
 from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
+from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
 from primary.stream import ReplicaStream
 
@@ -45,6 +46,10 @@ _SERIES = 1000
 _IDLE_S = 0.02
 """How often to look whether a replica wants an epoch, while none does."""
 _TELL_EVERY_S = 0.2
+_KEEP_WITHIN_S = 1.0
+"""How long a cgroup may take to come to rest for its last epoch."""
+_COMMIT_S, _COMMIT_POLL_S = 20.0, 0.002
+"""How long the heir may take to commit that: the workload stands still meanwhile."""
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _ALARM_AFTER = 3
 """Failed captures in a row that make an event of their own."""
@@ -65,8 +70,10 @@ class Leading:
         make_stream: Callable[[Peer, Callable[[EpochId], None]], ReplicaStream],
         events: EventLog,
         verifier: Verifier,
+        freezer: Freezer,
         capture_status: Callable[[], CaptureStatus | None] = lambda: None,
     ) -> None:
+        """`freezer` is the one that the backend leaves alone what it keeps frozen of."""
         self.capture_status = capture_status
         """What captures now."""
         self.spec = spec
@@ -79,6 +86,9 @@ class Leading:
         self._numbers = numbers
         self._events = events
         self._verifier = verifier
+        self._freezer = freezer
+        self._turn = asyncio.Lock()
+        """Held for a capture, and for ever once the last one is taken."""
         others = {node: config.peer(node) for node in spec.nodes if node != config.node.name}
         self._strangers = tuple(node for node, peer in others.items() if peer is None)
         self._streams: Mapping[str, ReplicaStream] = {
@@ -104,6 +114,43 @@ class Leading:
                 group.create_task(self._tell_connections())
         finally:
             await self._backend.close()
+
+    async def hand_over(self, heir: str) -> EpochId:
+        """Have it stand still, and return its last epoch once `heir` has committed that and could restore it.
+
+        It stands still from then on, and nothing is captured any more. Raises CaptureError or another
+        OutliveError if that did not come about: then, and if this is cancelled, it runs on and is captured.
+        """
+        await self._turn.acquire()
+        try:
+            if (stream := self._streams.get(heir)) is None:
+                raise CaptureError(f"{heir} is no replica of {self.spec.name}")
+            try:
+                await asyncio.to_thread(self._freezer.keep, _KEEP_WITHIN_S)
+                epoch = await self._capture_one()
+                await self._committed_by(stream, epoch)
+                if not self._freezer.is_kept:
+                    raise CaptureError("it was thawed before its last epoch was committed")
+            except BaseException:
+                self._freezer.thaw()
+                raise
+        except BaseException:
+            self._turn.release()
+            raise
+        return epoch
+
+    async def _committed_by(self, stream: ReplicaStream, epoch: EpochId) -> None:
+        """Wait until the replica has the epoch, and says that it could restore it. Raises CaptureError."""
+        heir, until_s = stream.progress.node, time.monotonic() + _COMMIT_S
+        while (progress := stream.progress).acknowledged != epoch:
+            if not progress.connected:
+                raise CaptureError(f"{heir} was disconnected: {stream.problem}")
+            if time.monotonic() > until_s:
+                why = f": {stream.problem}" if stream.problem else ""
+                raise CaptureError(f"{heir} did not commit {epoch} within {_COMMIT_S:g} s{why}")
+            await asyncio.sleep(_COMMIT_POLL_S)
+        if not progress.restorable:
+            raise CaptureError(f"{heir} has {epoch}, and could not restore it: {'; '.join(progress.reasons)}")
 
     def progress(self) -> tuple[ReplicaProgress, ...]:
         """Return how far each replica is, with why its stream does not get on, if it does not."""
@@ -216,14 +263,15 @@ class Leading:
                 await asyncio.sleep(_IDLE_S)
             due_s = max(due_s + interval_s, time.monotonic())
             try:
-                await self._capture_one()
+                async with self._turn:
+                    await self._capture_one()
             except OutliveError as error:
                 self._note_failure(error)
                 due_s = time.monotonic() + self._backoff_s()
             else:
                 self._note_success()
 
-    async def _capture_one(self) -> None:
+    async def _capture_one(self) -> EpochId:
         started_s = time.monotonic()
         number = await asyncio.to_thread(self._numbers.next)
         epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number), self._held_by_all())
@@ -239,6 +287,7 @@ class Leading:
                 stream.offer(shared)
         finally:
             shared.drop()
+        return epoch.id
 
     def _held_by_all(self) -> EpochId | None:
         """Return the oldest epoch that a connected replica stands on; None if of one that is not known."""

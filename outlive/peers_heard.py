@@ -116,6 +116,7 @@ def heard_of(beat: Beat, workload: str) -> Heard:
         wall_s=beat.wall_s,
         term=said.term,
         claim=said.state,
+        heir=said.heir,
         alive=said.alive,
         pauses=tuple(
             Pause(

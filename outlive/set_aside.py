@@ -41,6 +41,7 @@ class SetAside:
                 name=name,
                 term=0,
                 state="starting",
+                heir="",
                 alive=self._runs(name),
                 agent_alive=agent_alive,
                 pauses=(),

@@ -29,7 +29,7 @@ from common.container import (
     stop_workload,
 )
 from common.control import Order, VerificationProgress, WorkloadMetrics, WorkloadReport
-from common.errors import OutliveError, ProtocolError, RestoreError, StaleTermError
+from common.errors import CaptureError, OutliveError, ProtocolError, RestoreError, StaleTermError
 from common.events import Event, EventLog
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
@@ -77,6 +77,7 @@ class WorkloadAgent:
         self._done = 0
         self._failed = 0
         self._detail = ""
+        self._handed_over: EpochId | None = None
         self._restorable = False
         self._reasons: tuple[str, ...] = ("no epoch is stored here yet",)
         self._refused: tuple[EpochId | None, str] = (None, "")
@@ -101,6 +102,8 @@ class WorkloadAgent:
         if order.spec is not None and (newly or order.role == "lead"):
             self.spec = order.spec  # a follower's spec comes with the stream, and may be newer
         if self._carrying is not None and not self._carrying.done():
+            if newly and self._order is not None and self._order.action == "hand_over":
+                self._carrying.cancel()  # it runs on then
             return  # one at a time; the next report brings the newest order again
         if newly:
             self._order = order
@@ -223,6 +226,7 @@ class WorkloadAgent:
             doubt=self._doubt_about(newest) if newest is not None else "",
             order_done=self._done,
             order_failed=self._failed,
+            handed_over=self._handed_over,
             order_detail=self._detail,
             volatile=self.store.volatile,
         )
@@ -256,12 +260,16 @@ class WorkloadAgent:
 
     def _fail(self, order: Order, reason: str) -> None:
         self._failed, self._detail = order.number, reason
-        if order.action != "none":
+        if order.action in ("start", "restore"):
             self._events.append(Event.WORKLOAD_FAILED, workload=order.workload, reason=reason)
 
     async def _achieve(self, order: Order) -> str:
         """Bring about what the order says; return a sentence about it."""
         name = self.spec.name
+        self._handed_over = None
+        if order.role == "keep":
+            await self._stop_leading()
+            return f"{name} is left as it is"
         if order.role != "lead":
             await self._stop_leading()
             if running_init_pid(self._config, name) is None:
@@ -280,6 +288,8 @@ class WorkloadAgent:
             mark_up(self._config, name)
             if not self._told:
                 self._tell_up(Event.WORKLOAD_FOUND, f"PID {pid}, led in term {order.term}")
+            if order.action == "hand_over":
+                return await self._hand_over(order.heir)
             return f"{name} runs (PID {pid})"
         self._end_session(name, f"{self._config.node.name} leads {name} itself, in term {order.term}")
         if order.action == "none" or (ours and not interrupted):
@@ -292,8 +302,15 @@ class WorkloadAgent:
         self._tell_up(Event.WORKLOAD_STARTED, f"fresh, PID {pid}")
         return f"{name} was started (PID {pid})"
 
+    async def _hand_over(self, heir: str) -> str:
+        """Have it stand still from its last epoch on, which the heir has committed."""
+        if self._leading is None:
+            raise CaptureError(f"{self.spec.name} is not captured at the moment")
+        self._handed_over = await self._leading.hand_over(heir)
+        return f"epoch {self._handed_over} is the last one, and {heir} has it"
+
     async def _restore(self, order: Order) -> str:
-        """Restore the newest committed epoch, or the one before it (of the same run) if that cannot be."""
+        """Restore the newest committed epoch, or else the one before it (of the same run), if that may be."""
         newest = self.store.newest
         if newest is None:
             raise RestoreError(
@@ -304,7 +321,7 @@ class WorkloadAgent:
         if not self.store.doubt_about(newest.id):  # else an operator has decided to take what there is
             candidates = [each for each in candidates if not self.store.doubt_about(each.id)]
         failure: RestoreError | None = None
-        for record in candidates[:2]:
+        for record in candidates[: 1 if order.newest_only else 2]:
             try:
                 with self.store.hold():
                     pid = await restore_workload(

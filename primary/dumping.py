@@ -99,8 +99,12 @@ class Dumper:
         guard: FreezeGuard,
         attachments: Mapping[str, bytes] | None = None,
         with_shim: bool = False,
+        freezer: Freezer | None = None,
     ) -> None:
-        """Say what to dump. `attachments` are files that go with every epoch's metadata."""
+        """Say what to dump. `attachments` are files that go with every epoch's metadata.
+
+        What `freezer` (that of the workload's cgroup) keeps frozen is dumped as it is, and stays so.
+        """
         self._config = config
         self._spec = spec
         self._init_pid = init_pid
@@ -111,9 +115,9 @@ class Dumper:
         self._paths = WorkloadPaths(config, spec.name)
         self._ahead: _Ahead | None = None
         self._beside: ThreadPoolExecutor | None = None
-        self._freezer = Freezer(self._paths.cgroup)
+        self._freezer = freezer or Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
-        """The workload's cgroup, if that is frozen already: CRIU must be told, and leaves it frozen."""
+        """The workload's cgroup, if somebody else has frozen it already: CRIU must be told."""
         self.directory = Path(config.node.image_dir) / spec.name
         """Where the images of all its epochs are."""
 
@@ -195,7 +199,7 @@ class Dumper:
             work_dir=self._paths.bundle,  # its log stays there after a failure, until the next dump
             root=self._paths.rootfs,
             external=tuple(mount.external for mount in bind_mounts(self._spec, self._paths)),
-            freeze_cgroup=self.freeze_cgroup,
+            freeze_cgroup=self.freeze_cgroup or self._freezer.kept,
             log_level=1,
             deadline_s=self._spec.freeze_deadline_ms / 1000,
         )

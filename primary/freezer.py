@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
-from common.container import cgroup_directories
+from common.container import cgroup_directories, frozen_by
 from common.errors import CaptureError
 
 _LOOK_AGAIN_S: Final = 0.0002
@@ -44,6 +44,8 @@ class Freezer:
     def __init__(self, cgroup: str) -> None:
         """`cgroup` is its path below the mount, as the configuration has it. It need not exist yet."""
         self._cgroup = cgroup
+        self.kept: Path | None = None
+        """The cgroup's directory, from `keep` to `thaw`: whoever dumps it leaves it frozen."""
 
     @contextlib.contextmanager
     def held(self, within_s: float) -> Iterator[frozenset[int]]:
@@ -56,7 +58,7 @@ class Freezer:
         """
         file, frozen, thawed = self._file()
         members = list(file.parent.rglob("cgroup.procs"))
-        if _is_frozen(file):
+        if frozen_by(file):
             raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
         try:  # opened first: thawing must not fail for want of a descriptor
             switch = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
@@ -65,12 +67,42 @@ class Freezer:
         try:
             _freeze(file, switch, frozen, within_s)
             yield _pids_in(members)
-            if not _is_frozen(file):
+            if not frozen_by(file):
                 raise CaptureError(f"{file.parent} was thawed by somebody else")
         finally:
             with contextlib.suppress(OSError):  # it is gone, and its tasks with it
                 _write(switch, thawed)
             os.close(switch)
+
+    def keep(self, within_s: float) -> frozenset[int]:
+        """Freeze, and leave it so until `thaw`; `kept` says where. Blocking; raises NotFrozenError."""
+        file, frozen, thawed = self._file()
+        if frozen_by(file):
+            raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
+        switch = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            _freeze(file, switch, frozen, within_s)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _write(switch, thawed)
+            raise
+        finally:
+            os.close(switch)
+        self.kept = file.parent
+        return _pids_in(file.parent.rglob("cgroup.procs"))
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it stood still ever since `keep`, unless somebody thawed it and froze it again."""
+        file, _, _ = self._file()
+        return self.kept is not None and frozen_by(file)
+
+    def thaw(self) -> None:
+        """End what `keep` began. Idempotent."""
+        self.kept = None
+        file, _, thawed = self._file()
+        with contextlib.suppress(OSError):  # it is gone, and its tasks with it
+            file.write_text(thawed)
 
     def _file(self) -> tuple[Path, str, str]:
         """Return the file that freezes, and what to write into it."""
@@ -87,7 +119,7 @@ def _freeze(file: Path, switch: int, word: str, within_s: float) -> None:
         _write(switch, word)
     except OSError as error:
         raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
-    while not _is_frozen(file):
+    while not frozen_by(file):
         if time.monotonic() > until_s:
             raise NotFrozenError(f"{file.parent} did not freeze within {within_s * 1000:.0f} ms")
         time.sleep(_LOOK_AGAIN_S)
@@ -103,12 +135,3 @@ def _pids_in(members: Iterable[Path]) -> frozenset[int]:
 
 def _write(switch: int, word: str) -> None:
     os.pwrite(switch, word.encode(), 0)
-
-
-def _is_frozen(file: Path) -> bool:
-    try:
-        if file.name == "freezer.state":
-            return file.read_text().strip() == "FROZEN"
-        return "frozen 1" in (file.parent / "cgroup.events").read_text()
-    except OSError:
-        return False  # it is gone

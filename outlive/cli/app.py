@@ -15,6 +15,7 @@ from outlive.cli import DEBUG_VARIABLE
 from outlive.cli.call import Call, Verbs, examples, group_config_option, output_option
 from outlive.cli.explain import explain
 from outlive.cli.fence import accept_fence, fence
+from outlive.cli.handover import drain, switchover
 from outlive.cli.node import agent, config, doctor, keeper, keys
 from outlive.cli.output import Answer, error_answer, print_answer
 from outlive.cli.pause import pause, resume
@@ -80,6 +81,8 @@ for _verb in (
     unprotect,
     start,
     stop,
+    switchover,
+    drain,
     failover,
     fence,
     accept_fence,

@@ -55,7 +55,7 @@ class FencingAnswer(Answer, frozen=True, kw_only=True):
 def fence(context: click.Context, node: str, names: tuple[str, ...], yes: bool) -> None:
     """Make sure that another node is off, by its [[fences]] methods in their order, now.
 
-    Exits with 0 if one confirmed, 21 if one refused and none confirmed, else 22: then take it for running.
+    Exits with 0 if one confirmed, 22 if one refused and none confirmed, else 23: then take it for running.
     Nobody takes over because of it: outlive failover does. A method by command turns the whole node off; one
     by SSH ends these workloads there, with the node's keeper and agent.
     """
@@ -89,27 +89,34 @@ def fence(context: click.Context, node: str, names: tuple[str, ...], yes: bool) 
     metavar="NAME=TERM",
     help="What is to end, and up to which term this node leads it no more; may be repeated.",
 )
+@click.option(
+    "--up-to",
+    type=click.IntRange(0),
+    default=0,
+    metavar="TERM",
+    help="A later term that this node has begun is fenced too, up to this one.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say whether it would be done.")
 @click.pass_context
 def accept_fence(
-    context: click.Context, node: str, by: str, workloads: tuple[str, ...], dry_run: bool
+    context: click.Context, node: str, by: str, workloads: tuple[str, ...], up_to: int, dry_run: bool
 ) -> None:
     """Be fenced: what a fence by SSH runs here. Ends the workloads, and this node's keeper and agent.
 
     Without options it takes them from SSH_ORIGINAL_COMMAND: as a forced command of a key it lets that key do
-    this and nothing else. Exits with 0 if nothing is left, read back, 21 if it refuses, 22 if it cannot tell.
+    this and nothing else. Exits with 0 if nothing is left, read back, 22 if it refuses, 23 if it cannot tell.
     """
     from outlive.accept_fence import accept_fence as carry_out
 
     configure_logs("warning")
     call = context.ensure_object(Call)
     original = os.environ.get(ORIGINAL_COMMAND, "")
-    if not (node or by or workloads or dry_run) and original:
+    if not (node or by or workloads or up_to or dry_run) and original:
         request, dry_run = read_words(_split(original))
         call.json = True
     else:
         terms = dict(map(read_term, workloads))
-        request = checked(FenceRequest(node=node, by=by, terms=terms))
+        request = checked(FenceRequest(node=node, by=by, terms=terms, up_to=up_to))
     answer = asyncio.run(carry_out(call.config(), request, dry_run=dry_run))
     _show(call, answer)
     context.exit(_EXITS.get(answer.outcome, 0))
@@ -148,4 +155,6 @@ def _terms(config: NodeConfig, node: str, names: tuple[str, ...]) -> dict[str, i
 def _holder(files: TermFiles, spec: WorkloadSpec) -> str:
     """Return who may lead the next term as of what is on disk here."""
     record = files.load(spec.name)
-    return successor(spec, record.leader) if record.mark == "yielded" else record.leader
+    if record.mark != "yielded":
+        return record.leader
+    return record.heir or successor(spec, record.leader)

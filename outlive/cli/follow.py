@@ -24,7 +24,17 @@ SETTLED_S = 2.0
 """A state in which nothing is under way must last as long before it counts as the end."""
 
 UNDER_WAY = frozenset(
-    {"starting", "launching", "acquiring", "taking_over", "yielding", "suspecting", "deposed"}
+    {
+        "starting",
+        "launching",
+        "acquiring",
+        "taking_over",
+        "handing_over",
+        "handed_over",
+        "yielding",
+        "suspecting",
+        "deposed",
+    }
 )
 """States of the role machine (`common.roles.MEANING`) that lead on to another one by themselves."""
 
@@ -63,7 +73,7 @@ def follow_role(
     while True:
         status = call.ask(config.keeper_endpoint, AskStatus(), NodeStatus)
         workload = _named(status, name)
-        timeline = _timeline(call, config, name, since_term, asked_wall_s)
+        timeline = timeline_since(call, config, name, since_term, asked_wall_s)
         for step in timeline[told:]:
             after_ms = (step.wall_s - asked_wall_s) * 1000
             call.talk(f"{after_ms:10.1f} ms  {step.event:<20}  {step.reason}")
@@ -94,9 +104,10 @@ def _named(status: NodeStatus, name: str) -> WorkloadStatus | None:
     return next((workload for workload in status.workloads if workload.name == name), None)
 
 
-def _timeline(
+def timeline_since(
     call: Call, config: NodeConfig, name: str, since_term: int, asked_wall_s: float
 ) -> tuple[TimelineEntry, ...]:
+    """Return what happened since then in the newest term, if that is `since_term` or a newer one."""
     try:
         terms = call.ask(config.keeper_endpoint, AskHistory(workload=name), History).terms
     except WorkloadError:

@@ -32,7 +32,20 @@ FAULTS = (
 SETTLE_S = 25.0
 PAUSING = 0.3
 """Share of the runs in which operators pause and resume."""
-MOVING = frozenset({"suspecting", "acquiring", "taking_over", "launching", "yielding", "deposed"})
+SWITCHING = 0.4
+"""Share of the runs in which operators hand the workload over."""
+MOVING = frozenset(
+    {
+        "suspecting",
+        "acquiring",
+        "taking_over",
+        "launching",
+        "yielding",
+        "deposed",
+        "handing_over",
+        "handed_over",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,8 @@ class Result:
 
     terms: int
     states: tuple[str, ...]
+    handovers: int = 0
+    taken_back: int = 0
 
 
 def spec_of(rng: random.Random, seed: int) -> WorkloadSpec:
@@ -81,11 +96,15 @@ def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 2
     world.run(3.0)
     pausing = random.Random(f"pause-{seed}")
     pauses = pausing.random() < PAUSING
+    moving = random.Random(f"move-{seed}")
+    moves = moving.random() < SWITCHING
     end = world.now + trouble_s
     while world.now < end:
         world.run(rng.uniform(0.1, 2 * world.weather.fault_every_s))
         if pauses and pausing.random() < 0.5:
             _pause_or_resume(world, pausing)
+        if moves and moving.random() < 0.7:
+            _switch_over(world, moving)
         _strike(world, rng)
     for _ in range(3):  # a fence that was asked for before may still turn a host off
         heal(world)
@@ -121,7 +140,7 @@ def at_rest(world: World) -> Result:
     pauses = {host.pauses for host in world.hosts.values()}
     if len(pauses) > 1:
         raise world.broken(f"the nodes do not agree on what is paused: {pauses}")
-    return Result(terms=world.leaderships, states=states)
+    return Result(world.leaderships, states, world.handovers, world.taken_back)
 
 
 def _strike(world: World, rng: random.Random) -> None:
@@ -164,6 +183,17 @@ def _pause_or_resume(world: World, rng: random.Random) -> None:
         (world.pause if rng.random() < 0.5 else world.resume)(name)
 
 
+def _switch_over(world: World, rng: random.Random) -> None:
+    """An operator hands the workload over, and something goes wrong at some moment of it."""
+    leaders = [host for host in world.hosts.values() if host.role is not None and host.role.name == "leading"]
+    if not leaders:
+        return
+    here = rng.choice(leaders)
+    to = rng.choice([name for name in world.spec.nodes if name != here.name])
+    world.switchover(here.name, to)
+    world.run(rng.uniform(0.0, 2.0))
+
+
 def _crash_agent(world: World, host: Host, back_s: float) -> None:
     if host.agent_on:
         world.tell(f"{host.name}: agent crashes")
@@ -188,7 +218,7 @@ def main() -> int:
     options = parser.parse_args()
     began_s = time.monotonic()
     states: Counter[str] = Counter()
-    changes = 0
+    changes = handovers = taken_back = 0
     violations: list[str] = []
     for seed in range(options.start, options.start + options.seeds):
         try:
@@ -198,11 +228,15 @@ def main() -> int:
             continue
         states[" ".join(sorted(result.states))] += 1
         changes += result.terms > 1
+        handovers += result.handovers
+        taken_back += result.taken_back
     summary = {
         "seeds": options.seeds,
         "start": options.start,
         "violations": len(violations),
         "with_change_of_leadership": changes,
+        "handovers": handovers,
+        "handovers_given_back": taken_back,
         "end_states": dict(states.most_common()),
         "seconds": round(time.monotonic() - began_s, 1),
     }

@@ -37,6 +37,7 @@ from common.role_events import (
     OperatorResume,
     OperatorStart,
     OperatorStop,
+    OperatorSwitchover,
     PausesPersisted,
     PersistPauses,
     PersistTerm,
@@ -44,13 +45,26 @@ from common.role_events import (
     StepDone,
     StepFailed,
     TermPersisted,
+    ThawWorkload,
     Tick,
     WorkloadEnded,
 )
 from common.role_explain import takeovers
 from common.role_table import step
-from common.roles import LEADING, SILENCES, Instant, Refusal, Role, TermRecord, Timing, claim_of, new_role
-from common.succession import is_silent
+from common.roles import (
+    LEADING,
+    RUNS,
+    SILENCES,
+    Instant,
+    Refusal,
+    Role,
+    TermRecord,
+    Timing,
+    claim_of,
+    heir_of,
+    new_role,
+)
+from common.succession import is_silent, keeps_frozen, planned
 
 TICK_S = 0.05
 BEAT_S = 0.1
@@ -61,6 +75,7 @@ TIMING = Timing(
     listen_s=2.0,
     agent_silent_after_s=1.0,
     stop_grace_s=3.0,
+    handover_s=2.0,
     order_s=3.0,
     retry_most_s=4.0,
 )
@@ -115,6 +130,12 @@ class Host:
     failed: int = 0
     container: int | None = None
     """Life number of the container that runs, if one does."""
+    frozen: bool = False
+    """The container stands still, to be handed over."""
+    frozen_since: float = 0.0
+    handing: int = 0
+    """Number of the order to hand it over that the agent is carrying out; 0: none."""
+    handed: EpochId | None = None
     order_of_run: int = 0
     exit_code: int | None = None
     restored: EpochId | None = None
@@ -167,6 +188,10 @@ class World:
         self.pausing: dict[int, bool] = {}
         """Requests to pause (True) or to resume."""
         self.leaderships = 0
+        self.finals: dict[int, EpochId] = {}
+        """The epoch from which on a workload stood still to be handed over, by term."""
+        self.handovers = 0
+        self.taken_back = 0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         for host in self.hosts.values():
@@ -232,7 +257,7 @@ class World:
             refusal=None if "forget-refusals" in self.bugs else host.refusal,
         )
         self.tell(f"{host.name}: keeper starts with {record.term}/{record.leader}/{record.mark}")
-        self.feed(host, KeeperStarted(host.container is not None))
+        self.feed(host, KeeperStarted(host.container is not None, host.frozen))
         self._every(host, host.keeper_life, TICK_S, lambda: self.feed(host, Tick()))
         self._every(host, host.keeper_life, BEAT_S, lambda: self.beat(host, "keeper"))
 
@@ -293,8 +318,8 @@ class World:
                 self._persist(host, record)
             case PersistPauses(pauses):
                 self._persist_pauses(host, pauses)
-            case RunFence(node, attempt, term):
-                self._fence(host, node, attempt, term)
+            case RunFence():
+                self._fence(host, effect)
             case HoldVip():
                 self._on_host(host, "hold", lambda: setattr(host, "held", True))
             case LiftHold():
@@ -307,6 +332,8 @@ class World:
                 self._on_host(host, "announce", lambda: None)
             case KillWorkload():
                 self._on_host(host, "kill", lambda: self._remove(host))
+            case ThawWorkload():
+                self._on_host(host, "thaw", lambda: self._thaw(host), fails=False)
             case CheckHealth():
                 self._after(host, self.random.uniform(0.01, 0.3), StepDone(step="health"))
             case Answer(request=request, answer=answer):
@@ -393,7 +420,7 @@ class World:
                 )
             self.leaderships = max(self.leaderships, record.term)
 
-    def _on_host(self, host: Host, name: str, what: Callable[[], None]) -> None:
+    def _on_host(self, host: Host, name: str, what: Callable[[], None], *, fails: bool = True) -> None:
         """Host effects of one keeper are done one after the other."""
         life, boot = host.keeper_life, host.boot
         host.host_free_at = max(self.now, host.host_free_at) + self.random.uniform(0.002, 0.05)
@@ -401,7 +428,7 @@ class World:
         def act() -> None:
             if not host.on or host.boot != boot or host.keeper_life != life or host.role is None:
                 return
-            if self.chance(self.weather.effect_fails):
+            if fails and self.chance(self.weather.effect_fails):
                 self.feed(host, StepFailed(step=name, reason="it failed"))  # type: ignore[arg-type]
                 return
             what()
@@ -409,7 +436,8 @@ class World:
 
         self.later(host.host_free_at - self.now, act)
 
-    def _fence(self, host: Host, node: str, attempt: int, term: int) -> None:
+    def _fence(self, host: Host, asked_for: RunFence) -> None:
+        node, attempt = asked_for.node, asked_for.attempt
         target, heard = self.hosts[node], host.spoke_at.get(node)
         asked = host.role is not None and host.role.by_operator
         if (
@@ -433,7 +461,7 @@ class World:
         works = outcome == "confirmed" or (outcome == "unknown" and self.chance(0.5))
         acts_s, answers_s = self.random.uniform(0.01, 0.5), self.random.uniform(0.51, 1.5)
         if works and self.by_ssh.random() < self.weather.fence_by_ssh:
-            self.later(acts_s, lambda: self._fence_by_ssh(host, target, attempt, term, outcome, answers_s))
+            self.later(acts_s, lambda: self._fence_by_ssh(host, asked_for, outcome, answers_s))
             return
         if works:
             self.later(acts_s, lambda: self.power_off(target))
@@ -442,15 +470,15 @@ class World:
         verdict = FenceResult(node=node, attempt=attempt, outcome=outcome, reason="as the seed has it")  # type: ignore[arg-type]
         self._after(host, answers_s, verdict)
 
-    def _fence_by_ssh(
-        self, host: Host, target: Host, attempt: int, term: int, outcome: str, answers_s: float
-    ) -> None:
+    def _fence_by_ssh(self, host: Host, asked: RunFence, outcome: str, answers_s: float) -> None:
         """What `outlive accept-fence` does, at one moment; systemd starts keeper and agent again."""
+        target = self.hosts[asked.node]
         if not target.on:
             outcome = "unknown"
-        elif target.record.term > term:
+        elif target.record.term > asked.up_to:
             outcome = "refused"
         else:
+            term = max(asked.term, target.record.term)
             self.tell(f"{target.name}: is fenced by {host.name} in term {term}")
             if target.refusal is None or target.refusal.term <= term:
                 target.refusal = Refusal(term=term, by=host.name)
@@ -465,7 +493,7 @@ class World:
                 back(0.1, 2.0),
                 lambda: self.boot_agent(target) if target.on and not target.agent_on else None,
             )
-        verdict = FenceResult(node=target.name, attempt=attempt, outcome=outcome, reason="by SSH")  # type: ignore[arg-type]
+        verdict = FenceResult(node=target.name, attempt=asked.attempt, outcome=outcome, reason="by SSH")  # type: ignore[arg-type]
         self._after(host, answers_s, verdict)
 
     # --- heartbeats -------------------------------------------------------------------------------
@@ -487,7 +515,8 @@ class World:
                     boot_id=f"boot-{host.boot}",
                     wall_s=wall_s,
                     term=role.record.term,
-                    claim=claim_of(role.name),
+                    claim=claim_of(role),
+                    heir=heir_of(role),
                     alive=role.alive,
                     pauses=role.pauses,
                 )
@@ -506,7 +535,7 @@ class World:
     def _leads(self, host: Host) -> int:
         """Return the term that the host leads, 0 for none; a dead keeper's agent looks after it still."""
         if host.role is not None:
-            return host.role.record.term if claim_of(host.role.name) == "leading" else 0
+            return host.role.record.term if claim_of(host.role) in RUNS else 0
         return host.record.term if host.container is not None and host.record.leader == host.name else 0
 
     def _hear(self, host: Host, event: Heard, sequence: int, boot: int, sent: float, led: int) -> None:
@@ -525,7 +554,8 @@ class World:
 
     def boot_agent(self, host: Host) -> None:
         host.agent_on, host.busy = True, False
-        host.done = host.failed = 0
+        host.done = host.failed = host.handing = 0
+        host.handed = None
         host.agent_life += 1
         life = host.agent_life
 
@@ -571,8 +601,11 @@ class World:
             order_done=host.done,
             order_failed=host.failed,
             restored=host.restored,
+            handed_over=host.handed,
         )
         self.feed(host, AgentReport(report))
+        if host.role is not None and host.handing and host.role.order.number != host.handing:
+            self._give_up_handing(host)
         if host.role is not None and not host.busy:
             self._obey(host)
 
@@ -590,12 +623,18 @@ class World:
         if order.role == "lead" and (host.record.term, host.record.leader) != (order.term, host.name):
             raise self.broken(f"{host.name} is to lead term {order.term}, its disk says {host.record}")
         host.busy, life = True, host.agent_life
+        host.handed = None
+        if order.action == "hand_over" and host.container is not None:
+            self._hand_over(host, order.number, order.heir)
+            return
 
         def finish() -> None:
             if not host.on or host.agent_life != life:
                 return
             host.busy = False
-            if order.role != "lead":
+            if order.role == "keep":
+                pass
+            elif order.role != "lead":
                 self._remove(host)
             elif host.container is None and order.action != "none" and host.order_of_run != order.number:
                 if order.action == "restore" and (
@@ -603,6 +642,10 @@ class World:
                 ):
                     host.failed = order.number
                     return
+                if order.newest_only and host.stored != self.finals.get(
+                    host.stored.term if host.stored else 0
+                ):
+                    raise self.broken(f"{host.name} restores {host.stored}, handed over was {self.finals}")
                 self.lives += 1
                 host.container, host.exit_code = self.lives, None
                 host.order_of_run = order.number
@@ -614,10 +657,46 @@ class World:
 
         self.later(self.random.uniform(0.02, 0.4), finish)
 
+    def _hand_over(self, host: Host, order: int, heir: str) -> None:
+        """It stands still; its last epoch reaches the heir after some time, or does not."""
+        host.handing, life, container = order, host.agent_life, host.container
+        if host.frozen:  # by an agent that is gone: whose freeze that is nobody knows
+            host.failed, host.busy, host.handing = order, False, 0
+            return
+        host.frozen, host.frozen_since = True, self.now
+        host.epoch += 1
+        epoch, at, other = EpochId(host.record.term, host.epoch), self.now, self.hosts[heir]
+        self.tell(f"{host.name}: stands still from {epoch} on")
+
+        def finish() -> None:
+            if not host.on or host.agent_life != life or host.handing != order or host.container != container:
+                return
+            host.busy, host.handing = False, 0
+            if not self.chance(self.weather.loss):
+                self._commit(host, other, epoch, at)
+            if host.acked.get(heir) == epoch and host.frozen:
+                host.handed, host.done = epoch, order
+                self.finals[epoch.term] = epoch
+                self.handovers += 1
+            else:
+                host.frozen, host.failed = False, order
+
+        self.later(self.random.uniform(0.05, 0.8), finish)
+
+    def _give_up_handing(self, host: Host) -> None:
+        host.handing, host.busy, host.frozen = 0, False, False
+
+    def _thaw(self, host: Host) -> None:
+        if host.frozen and host.role is not None:
+            self.tell(f"{host.name}: thawed in term {host.record.term}")
+            self.taken_back += host.record.mark == "taking_over"
+        host.frozen = False
+
     def _remove(self, host: Host) -> None:
         if host.container is not None:
             self.tell(f"{host.name}: container {host.container} is removed")
             life, host.container = host.container, None
+            host.frozen = False
             del life
             if host.role is not None:
                 self.feed(host, WorkloadEnded(137))
@@ -626,7 +705,7 @@ class World:
         """The workload ends by itself."""
         if host.on and host.container is not None:
             self.tell(f"{host.name}: the workload ends")
-            host.container, host.exit_code = None, 1
+            host.container, host.exit_code, host.frozen = None, 1, False
             self.feed(host, WorkloadEnded(1))
 
     def _reaches(self, one: Host, other: Host) -> bool:
@@ -636,7 +715,8 @@ class World:
     def _capture(self, host: Host) -> None:
         """An epoch is captured; each replica that follows this term commits and acknowledges it, or not."""
         role = host.role
-        if host.container is None or role is None or role.order.role != "lead" or host.busy:
+        stands = host.container is None or host.frozen
+        if stands or role is None or role.order.role != "lead" or host.busy:
             return
         host.epoch += 1
         epoch = EpochId(host.record.term, host.epoch)
@@ -664,6 +744,7 @@ class World:
         host.role = None
         host.agent_on = False
         host.container = None
+        host.frozen = False
         host.vip = host.held = False
         host.acked.clear()
 
@@ -704,6 +785,9 @@ class World:
             name, lambda n: OperatorFailover(request=n, accept_data_loss=True, old_primary_is_off=off)
         )
 
+    def switchover(self, name: str, to: str) -> int:
+        return self._ask(name, lambda n: OperatorSwitchover(request=n, to=to))
+
     def pause(self, name: str) -> int:
         return self._ask(name, lambda n: OperatorPause(request=n, by="operator"))
 
@@ -719,7 +803,11 @@ class World:
         return Violation(f"seed {self.seed}, at {self.now:.3f} s: {what}\n" + "\n".join(self.story))
 
     def check(self) -> None:
-        running = [host.name for host in self.hosts.values() if host.on and host.container is not None]
+        running = [
+            host.name
+            for host in self.hosts.values()
+            if host.on and host.container is not None and not host.frozen
+        ]
         if len(running) > 1:
             raise self.broken(f"it runs on {' and '.join(running)}")
         if self.spec.vip is not None:
@@ -730,6 +818,7 @@ class World:
             self._check_right(self.hosts[name])
         for host in self.hosts.values():
             self._check_refusal(host)
+            self._check_thawed(host)
 
     def _check_refusal(self, host: Host) -> None:
         """A node that was fenced leads nothing under a term up to the fenced one, whatever starts again."""
@@ -739,11 +828,22 @@ class World:
         if role.record.term <= refusal.term:
             raise self.broken(f"{host.name} is {role.name} in term {role.record.term}, fenced: {refusal}")
 
+    def _check_thawed(self, host: Host) -> None:
+        """Who leads does not leave its workload frozen."""
+        role = host.role
+        leads = role is not None and role.name == "leading" and not host.stands_still
+        if not (host.frozen and leads):
+            host.frozen_since = self.now
+        elif self.now - host.frozen_since > RUNS_WITHOUT_RIGHT_S:
+            raise self.broken(f"{host.name} leads, and its workload is frozen")
+
     def _check_lag(self, host: Host) -> None:
         """Nobody goes for the lead unasked with an epoch that lies too far behind its leader."""
         role, limit_s = host.role, self.spec.max_takeover_lag_ms / 1000
         if role is None or role.name != "acquiring" or role.by_operator or role.request or not limit_s:
             return
+        if planned(role) or keeps_frozen(role):
+            return  # nothing was captured since
         heard_at = host.led_at.get((role.record.leader, role.record.term))
         if heard_at is None or heard_at - host.stored_at > limit_s + LAG_TOLERANCE_S:
             raise self.broken(
@@ -755,6 +855,8 @@ class World:
         role = host.role
         if role is None or role.by_operator or role.request is not None or not self.knows_pause(host):
             return
+        if planned(before) or keeps_frozen(before):
+            return  # an operator asked for it, elsewhere
         begins = role.name == "acquiring" and before.name != "acquiring"
         records = role.wanted is not None and role.wanted.mark == "taking_over" and before.wanted is None
         if begins or records:

@@ -195,16 +195,16 @@ async def test_operators_see_what_each_method_says_and_a_fence_of_the_past_is_re
 
         past = ["accept-fence", "--node", "a", "--by", "b", "--workload", f"{NAME}=0", "--output", "json"]
         refused = await pair.a.cli(*past, check=False)
-        assert (refused.returncode, json.loads(refused.stdout)["outcome"]) == (21, "refused")
+        assert (refused.returncode, json.loads(refused.stdout)["outcome"]) == (22, "refused")
         wrong = [word if word != "a" else "c" for word in past]
         refused = await pair.a.cli(*wrong, check=False)
-        assert (refused.returncode, "this is a, not c" in refused.stdout) == (21, True)
+        assert (refused.returncode, "this is a, not c" in refused.stdout) == (22, True)
         assert pair.runs_on_a()
         assert await pair.cluster.answers()
 
         await pair.sshds["a"].stop()
         unknown = await pair.b.cli("fence", "a", "--yes", check=False)
-        assert (unknown.returncode, "unknown" in unknown.stdout) == (22, True)
+        assert (unknown.returncode, "unknown" in unknown.stdout) == (23, True)
         looked = json.loads((await pair.b.cli("doctor", "--output", "json", check=False)).stdout)
         (check,) = [each for each in looked["checks"] if each["name"].startswith("fence ")]
         assert check["status"] == "warn"

@@ -83,6 +83,18 @@ async def test_what_is_not_for_this_node_or_of_the_past_is_refused_and_nothing_i
     assert files.load_refusal("other") is None
 
 
+async def test_a_term_that_was_begun_unheard_is_fenced_too_up_to_the_one_of_who_fences(
+    config: NodeConfig, files: TermFiles
+) -> None:
+    unheard = FenceRequest(node="a", by="b", terms={"w": 3}, up_to=99)
+    assert (await accept_fence(config, unheard)).outcome == "confirmed"
+    refusal = files.load_refusal("w")
+    assert refusal is not None
+    assert refusal.term == 4, "and none that this node may begin later"
+    files.record("w", TermRecord(term=100, leader="a", mark="leads", boot_id="x"))
+    assert (await accept_fence(config, unheard)).outcome == "refused"
+
+
 @pytest.mark.parametrize("terms", [{}, {"w": 4}])
 async def test_a_dry_run_is_ready_and_does_nothing(
     config: NodeConfig, files: TermFiles, terms: dict[str, int]

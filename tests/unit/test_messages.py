@@ -158,7 +158,8 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
                 BeatWorkload(
                     name="redis",
                     term=3,
-                    state="leading",
+                    state="yielded",
+                    heir="b",
                     alive=True,
                     agent_alive=False,
                     takeovers=(

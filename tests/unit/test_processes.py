@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,10 @@ def test_what_is_gone_already_is_ended() -> None:
 
 def test_command_lines_are_compared_word_by_word(tmp_path: Path) -> None:
     mark = str(tmp_path)
-    with subprocess.Popen(["sh", "-c", "sleep 61; :", "sh", mark]) as process:
-        assert matching(lambda words: mark in words) == [process.pid]
+    with subprocess.Popen(["cat", "-", mark], stdin=subprocess.PIPE) as process:
+        until_s = time.monotonic() + 5
+        while not (found := matching(lambda words: mark in words)) and time.monotonic() < until_s:
+            time.sleep(0.01)  # in the middle of becoming another program it has no words
+        assert found == [process.pid]
         assert matching(lambda words: mark[:-1] in words) == []
         process.kill()

@@ -160,3 +160,42 @@ def test_a_damaged_refusal_is_an_error_and_sets_the_workload_aside(tmp_path: Pat
         files.load_refusal(SPEC.name)
     config = NodeConfig(node=Node(name="a", address="127.0.0.1", state_dir=str(tmp_path)))
     assert set(look_up(config, files).damaged) == {SPEC.name}
+
+
+# --- with a term that was handed over by name -------------------------------------------------------
+
+
+def handed_over(*, refusal: Refusal | None = None) -> Driver:
+    """Node a, which handed term 4 to b and keeps the workload frozen."""
+    record = TermRecord(term=4, leader="a", mark="yielded", boot_id="boot-1", heir="b")
+    return Driver("a", record, running=True, frozen=True, refusal=refusal)
+
+
+def test_who_keeps_it_frozen_fences_the_heir_in_a_next_term_that_began_unheard_too() -> None:
+    driver = handed_over()
+    assert driver.state == "handed_over"
+    driver.after(3.0)
+    (asked, *_) = [effect for effect in driver.effects if isinstance(effect, RunFence)]
+    assert (asked.node, asked.term, asked.up_to) == ("b", 4, 99)
+    driver.feed(FenceResult(node="b", attempt=asked.attempt, outcome="confirmed", reason="so"))
+    assert driver.role.wanted is not None
+    assert driver.role.wanted.term == 100, "the first that the fence did not name"
+
+
+def test_what_was_kept_frozen_is_kept_no_more_by_a_node_that_was_fenced() -> None:
+    driver = handed_over(refusal=Refusal(term=4, by="b"))
+    assert driver.state == "yielded"
+    assert KillWorkload() in driver.effects
+
+
+def test_an_heir_that_was_fenced_by_who_handed_over_waits_until_that_one_is_sure_to_mean_it() -> None:
+    record = TermRecord(term=4, leader="a", mark="yielded", boot_id="boot-1", heir="b")
+    driver = Driver("b", record, refusal=Refusal(term=4, by="a"))
+    driver.hear("yielded", term=4)
+    assert contender(driver.role, driver.instant()) == "a", "what is heard first may be an old word"
+    for _ in range(100):
+        driver.after(0.025)
+        driver.hear("yielded", term=4)
+    assert contender(driver.role, driver.instant()) == ""
+    driver.hear("acquiring", term=4)
+    assert contender(driver.role, driver.instant()) == "a"

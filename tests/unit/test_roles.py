@@ -78,6 +78,7 @@ class Driver:
         *,
         spec: WorkloadSpec = SPEC,
         running: bool = False,
+        frozen: bool = False,
         fenceable: frozenset[str] = frozenset({"a", "b"}),
         boot: str = "boot-1",
         pauses: Pauses = (),
@@ -97,7 +98,7 @@ class Driver:
             refusal=refusal,
         )
         self.effects: list[Effect] = []
-        self.feed(KeeperStarted(running))
+        self.feed(KeeperStarted(running, frozen))
 
     def instant(self) -> Instant:
         return Instant(self.now_s, 1e9 + self.now_s)
@@ -165,7 +166,7 @@ def ready_replica() -> ReplicaProgress:
 def test_silence_of_both_leads_by_a_fence_to_a_durable_term_before_anything_is_done() -> None:
     driver = follower()
     asked = driver.after(0.4)
-    assert [effect for effect in asked if isinstance(effect, RunFence)] == [RunFence("a", 1, 1)]
+    assert [effect for effect in asked if isinstance(effect, RunFence)] == [RunFence("a", 1, 1, 1)]
     assert driver.state == "acquiring"
     confirmed = driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
     assert [type(effect) for effect in confirmed if not isinstance(effect, type(confirmed[-1]))] == [
@@ -221,7 +222,7 @@ def test_a_fence_that_does_not_confirm_gives_no_right_and_is_asked_again(outcome
     assert outcome in driver.role.reason
     assert driver.role.wanted is None
     driver.report(stored=EpochId(1, 9), restorable=True)
-    assert RunFence("a", 2, 1) in driver.after(1.1)
+    assert RunFence("a", 2, 1, 1) in driver.after(1.1)
     asked = [entry.reason for entry in driver.role.timeline if entry.event == "fence asked"]
     assert [reason.split(":")[0] for reason in asked] == ["attempt 1", "attempt 2"]
 
@@ -468,14 +469,14 @@ def test_an_ended_workload_is_yielded_only_when_nothing_of_it_is_left_and_that_i
     driver.feed(WorkloadEnded(1))
     driver.after(0.05)
     assert driver.state == "yielding"
-    assert claim_of(driver.role.name) == "leading"
+    assert claim_of(driver.role) == "leading"
     for done in ("kill", "drop_vip", "lift"):
         assert driver.role.wanted is None
         driver.feed(StepDone(step=done))  # type: ignore[arg-type]
     driver.after(0.05)
     assert driver.state == "yielding"
     driver.persisted()
-    assert claim_of(driver.role.name) == "yielded"
+    assert claim_of(driver.role) == "yielded"
 
 
 def test_the_successor_of_a_leader_that_yielded_takes_over_without_a_fence() -> None:

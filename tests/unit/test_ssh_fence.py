@@ -23,7 +23,7 @@ from tests.unit.ssh_server import Answers, Step, ssh_server
 
 REQUEST = FenceRequest(node="a", by="b", terms={"redis": 4})
 CONFIRMED = FenceAnswer(node="a", by="b", terms={"redis": 4}, outcome="confirmed", reason="nothing is left")
-STATUS = {"confirmed": 0, "refused": 21, "unknown": 22, "ready": 0}
+STATUS = {"confirmed": 0, "refused": 22, "unknown": 23, "ready": 0}
 
 
 def encoded(**changes: object) -> bytes:
@@ -51,7 +51,7 @@ async def test_the_nodes_own_word_is_the_answer(tmp_path: Path, outcome: str) ->
         (b"confirmed", 0),
         (encoded()[:-1], 0),
         (encoded(), 1),
-        (encoded(), 21),
+        (encoded(), 23),
         (encoded(), 22),
         (encoded(outcome="refused"), 0),
         (encoded(outcome="ready"), 0),
@@ -212,9 +212,14 @@ async def test_the_doctor_tells_what_can_never_confirm_from_what_cannot_now(
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 
 
-@given(NAMES, NAMES, st.dictionaries(NAMES, st.integers(0, 10**12), max_size=4), st.booleans())
-def test_the_node_reads_what_was_asked(node: str, by: str, terms: dict[str, int], dry_run: bool) -> None:
-    request = FenceRequest(node=node, by=by, terms=terms)
+TERMS = st.integers(0, 10**12)
+
+
+@given(NAMES, NAMES, st.dictionaries(NAMES, TERMS, max_size=4), TERMS, st.booleans())
+def test_the_node_reads_what_was_asked(
+    node: str, by: str, terms: dict[str, int], up_to: int, dry_run: bool
+) -> None:
+    request = FenceRequest(node=node, by=by, terms=terms, up_to=up_to)
     assert read_words(["/opt/outlive", *words_of(request, dry_run=dry_run)]) == (request, dry_run)
 
 
@@ -236,6 +241,7 @@ GOOD = list(words_of(REQUEST))
         [*GOOD, "--workload", "x=-1"],
         [*GOOD, "--workload", "x=1e3"],
         [*GOOD, "--workload"],
+        [*GOOD, "--up-to", "-1"],
         [*GOOD, "; reboot"],
         ["accept-fence", "--node", "a", "--by", "b\n", "--output", "json"],
     ],
