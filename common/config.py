@@ -78,7 +78,7 @@ class Store(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Capture(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[capture]`: how this node takes epochs of the workloads that it runs."""
 
-    backend: Literal["auto", "stock"] = "stock"
+    backend: Literal["auto", "stock"] = "auto"
     """`auto`: memory is copied while the workload runs, where kernel and CRIU allow it."""
     verify_epochs: int = 500
     """In how many epochs all pages are compared with what is believed, and stored, of them; 0: never."""
@@ -401,8 +401,8 @@ def workload_problems(spec: WorkloadSpec, known_nodes: set[str]) -> list[str]:
             found.append(f"vip {spec.vip!r} must be an address with its prefix length, e.g. 10.0.0.100/24")
     if spec.health is not None:
         found += _health_problems(spec.health)
-    if not 20 <= spec.epoch_interval_ms <= 3_600_000:
-        found.append("epoch_interval_ms: between 20 and 3600000")
+    if spec.epoch_interval_ms and not 20 <= spec.epoch_interval_ms <= 3_600_000:
+        found.append("epoch_interval_ms: between 20 and 3600000, or 0")
     if spec.freeze_deadline_ms < 100:
         found.append("freeze_deadline_ms: at least 100")
     if 0 < spec.rpo_ms < spec.epoch_interval_ms:

@@ -97,13 +97,18 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     right_to_lead: Literal["manual", "fence"] = "manual"
     on_exit: Literal["restart", "failover", "stop"] = "stop"
     """What to do when the workload ends by itself."""
-    epoch_interval_ms: int = 1000
+    epoch_interval_ms: int = 0
+    """Time between epochs; 0: `interval_ms` says."""
     freeze_deadline_ms: int = 10_000
     """An epoch that would freeze the workload for longer is abandoned."""
     rpo_ms: int = 0
     """How old the newest epoch that another node could restore may be; 0: `objective_ms` says."""
     max_takeover_lag_ms: int = 0
     """How far behind its leader a replica may be and still take over by itself; 0: without limit."""
+
+    def interval_ms(self, *, fast: bool) -> int:
+        """Time between epochs: `epoch_interval_ms`, or what suits the memory backend that captures."""
+        return self.epoch_interval_ms or (200 if fast else 1000)
 
     @property
     def objective_ms(self) -> int:

@@ -44,6 +44,7 @@ from common.succession import (
     keeps_frozen,
     ready,
     right_stands,
+    successor,
     supersedes,
 )
 
@@ -63,6 +64,12 @@ def switchover_refusal(role: Role, event: OperatorSwitchover, now: Instant) -> R
         return _refused(f"{other or 'nobody known here'} leads it", where)
     if to == role.me:
         return _refused(f"{to} leads it already")
+    if (heir := successor(role.spec, role.me)) != to:
+        # It may take over from this node at any time; it need not have heard that the right is another's.
+        return _refused(
+            f"{heir} is the successor of {role.me}, and only it can be handed the right to lead",
+            f"outlive switchover {name} --to {heir}, or put {to} before {heir} in its `nodes`",
+        )
     if role.name != "leading" or role.request is not None or role.wanted is not None:
         return _refused("another change of role is under way", "ask again in a moment")
     if not role.alive:

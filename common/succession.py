@@ -300,6 +300,12 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return refusal
     if not event.accept_data_loss:
         return _refused("what was not committed here would be lost", "say so: --accept-data-loss")
+    if record.mark == "yielded" and record.heir and role.me not in (record.leader, record.heir):
+        return _refused(
+            f"{record.leader} has handed it over to {record.heir}, and either of them may lead it",
+            f"run it on {record.leader}, which keeps it; if both are off: outlive start {spec.name} "
+            f"--off {record.leader} --off {record.heir} (memory content is lost)",
+        )
     if not keeps_frozen(role) and (problem := unready(role, now)):
         return Refused(error="RestoreError", message=problem)
     if not record.leader:

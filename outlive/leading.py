@@ -32,6 +32,7 @@ from common.control import (
 from common.errors import CaptureError, OutliveError
 from common.events import Event, EventLog
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
+from common.threads import in_thread
 from outlive.verifying import Verifier
 from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
@@ -126,7 +127,7 @@ class Leading:
             if (stream := self._streams.get(heir)) is None:
                 raise CaptureError(f"{heir} is no replica of {self.spec.name}")
             try:
-                await asyncio.to_thread(self._freezer.keep, _KEEP_WITHIN_S)
+                await in_thread(self._freezer.keep, _KEEP_WITHIN_S)
                 epoch = await self._capture_one()
                 await self._committed_by(stream, epoch)
                 if not self._freezer.is_kept:
@@ -255,13 +256,13 @@ class Leading:
             await asyncio.sleep(_TELL_EVERY_S)
 
     async def _capture_for_ever(self) -> None:
-        interval_s = self.spec.epoch_interval_ms / 1000
         due_s = time.monotonic()
         while True:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             while not any(stream.wants_epoch for stream in self._streams.values()):  # noqa: ASYNC110 - polled state
                 await asyncio.sleep(_IDLE_S)
-            due_s = max(due_s + interval_s, time.monotonic())
+            interval_ms = self.spec.interval_ms(fast=self._backend.name == "fast")
+            due_s = max(due_s + interval_ms / 1000, time.monotonic())
             try:
                 async with self._turn:
                     await self._capture_one()

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from common.container import cgroup_directories, frozen_by
 from common.errors import CaptureError
@@ -38,14 +38,23 @@ class StandStill(Protocol):
         ...
 
 
+class _Kept(NamedTuple):
+    """What `Freezer.keep` has frozen."""
+
+    file: Path
+    switch: int
+    """The file, open."""
+    thawed: str
+    """What to write there in the end."""
+
+
 class Freezer:
-    """Freezes one cgroup, for short."""
+    """Freezes one cgroup, for short, or until it is told to thaw it."""
 
     def __init__(self, cgroup: str) -> None:
         """`cgroup` is its path below the mount, as the configuration has it. It need not exist yet."""
         self._cgroup = cgroup
-        self.kept: Path | None = None
-        """The cgroup's directory, from `keep` to `thaw`: whoever dumps it leaves it frozen."""
+        self._kept: _Kept | None = None
 
     @contextlib.contextmanager
     def held(self, within_s: float) -> Iterator[frozenset[int]]:
@@ -60,49 +69,43 @@ class Freezer:
         members = list(file.parent.rglob("cgroup.procs"))
         if frozen_by(file):
             raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
-        try:  # opened first: thawing must not fail for want of a descriptor
-            switch = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
+        switch = _open(file)
         try:
             _freeze(file, switch, frozen, within_s)
             yield _pids_in(members)
             if not frozen_by(file):
                 raise CaptureError(f"{file.parent} was thawed by somebody else")
         finally:
-            with contextlib.suppress(OSError):  # it is gone, and its tasks with it
-                _write(switch, thawed)
-            os.close(switch)
+            _let_go(switch, thawed)
 
-    def keep(self, within_s: float) -> frozenset[int]:
-        """Freeze, and leave it so until `thaw`; `kept` says where. Blocking; raises NotFrozenError."""
+    def keep(self, within_s: float) -> None:
+        """Freeze, and leave it so until `thaw`. Blocking, for `within_s` at most; raises NotFrozenError."""
         file, frozen, thawed = self._file()
         if frozen_by(file):
             raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
-        switch = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        switch = _open(file)
         try:
             _freeze(file, switch, frozen, within_s)
         except BaseException:
-            with contextlib.suppress(OSError):
-                _write(switch, thawed)
+            _let_go(switch, thawed)
             raise
-        finally:
-            os.close(switch)
-        self.kept = file.parent
-        return _pids_in(file.parent.rglob("cgroup.procs"))
+        self._kept = _Kept(file, switch, thawed)
+
+    @property
+    def kept(self) -> Path | None:
+        """The cgroup's directory from `keep` to `thaw`: whoever dumps it has to leave it frozen."""
+        return self._kept.file.parent if self._kept is not None else None
 
     @property
     def is_kept(self) -> bool:
-        """Whether it stood still ever since `keep`, unless somebody thawed it and froze it again."""
-        file, _, _ = self._file()
-        return self.kept is not None and frozen_by(file)
+        """Whether it stands still since `keep`. Not noticed: that it was thawed and frozen again."""
+        return self._kept is not None and frozen_by(self._kept.file)
 
     def thaw(self) -> None:
         """End what `keep` began. Idempotent."""
-        self.kept = None
-        file, _, thawed = self._file()
-        with contextlib.suppress(OSError):  # it is gone, and its tasks with it
-            file.write_text(thawed)
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            _let_go(kept.switch, kept.thawed)
 
     def _file(self) -> tuple[Path, str, str]:
         """Return the file that freezes, and what to write into it."""
@@ -111,6 +114,20 @@ class Freezer:
                 if (directory / name).exists():
                     return directory / name, frozen, thawed
         raise NotFrozenError(f"{self._cgroup} has no freezer")
+
+
+def _open(file: Path) -> int:
+    """Open what freezes, before it does: thawing must not fail for want of a descriptor."""
+    try:
+        return os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error
+
+
+def _let_go(switch: int, thawed: str) -> None:
+    with contextlib.suppress(OSError):  # it is gone, and its tasks with it
+        _write(switch, thawed)
+    os.close(switch)
 
 
 def _freeze(file: Path, switch: int, word: str, within_s: float) -> None:

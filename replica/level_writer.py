@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, Pagemap, SpaceKey, compress, serialize_pagemap
+from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey, serialize_pages
 from common.durable import Disk, Writer
 from common.errors import StoreError
 from common.model import PAGE_BYTES
@@ -335,7 +335,7 @@ class LevelWriter:
             self._disk.unlink(path, op=f"{self._op}.pagemap-again")
         pagemap = _HashedFile(self._disk, path, f"{self._op}.pagemap")
         try:
-            pagemap.write(serialize_pagemap(Pagemap(pages_id, compress(numbers, stored))))
+            pagemap.write(serialize_pages(pages_id, numbers, stored))
         finally:
             self._files[key.pagemap_name] = pagemap.finish()
 

@@ -31,8 +31,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from common.criu.images import PE_PRESENT, SpaceKey, expand
-from common.criu.pagemap import parse_pagemap
+from common.criu.images import PE_PRESENT, SpaceKey
+from common.criu.pagemap import parse_runs
 from common.durable import Disk, cause_of
 from common.errors import StoreError
 from common.model import PAGE_BYTES, EpochId
@@ -136,7 +136,7 @@ class Level:
     def pages_of(self, key: SpaceKey, disk: Disk) -> tuple[Numbers, Flags]:
         """Read which pages the level knows of a space, and their flags. Raises StoreError if damaged."""
         path = self.path / key.pagemap_name
-        return expand(parse_pagemap(disk.read_file(path, op="read.pagemap"), path.name).entries)
+        return parse_runs(disk.read_file(path, op="read.pagemap"), path.name).expand()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,11 @@ from common.criu.images import (
     RegularFile,
     Remap,
     UnixSocket,
-    expand,
     page_images,
     read_memory_map,
     read_open_files,
-    read_pagemap,
     read_remaps,
+    read_runs,
 )
 from common.origin import ORIGIN_FILE, Origin, decode_origin
 
@@ -117,7 +116,7 @@ def borrowed_huge_pages(images: Path) -> Iterator[str]:
     """
     for image in page_images(images):
         if name := image.key.memory_map_name:
-            numbers, flags = expand(read_pagemap(images / image.key.pagemap_name).entries)
+            numbers, flags = read_runs(images / image.key.pagemap_name).expand()
             if (flags[read_memory_map(images / name).without_parent(numbers)] & PE_PARENT).any():
                 yield (
                     "private huge pages (hugetlb) of the workload were not sent with this epoch, and CRIU "

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.criu.images import PE_PRESENT, SpaceKey
-from common.criu.pagemap import parse_pagemap
+from common.criu.pagemap import parse_runs
 from common.durable import Disk
 from common.errors import StoreError
 from common.identity import PageHasher
@@ -70,12 +70,11 @@ class Sampler:
     def _runs_of(self, level: Level, key: SpaceKey) -> _Runs:
         if (level, key) not in self._runs:
             path = level.path / key.pagemap_name
-            entries = parse_pagemap(self._disk.read_file(path, op="read.pagemap"), path.name).entries
-            table = np.array([(e.vaddr, e.nr_pages, e.flags) for e in entries], np.uint64).reshape(-1, 3)
-            first = table[:, 0] // np.uint64(PAGE_BYTES)
-            present = (table[:, 2] & np.uint64(PE_PRESENT)) != 0
-            counts = np.where(present, table[:, 1], np.uint64(0)).astype(np.int64)
-            self._runs[level, key] = _Runs(first, first + table[:, 1], present, np.cumsum(counts) - counts)
+            runs = parse_runs(self._disk.read_file(path, op="read.pagemap"), path.name)
+            present = (runs.flags & PE_PRESENT) != 0
+            counts = np.where(present, runs.counts, np.uint64(0)).astype(np.int64)
+            before = np.cumsum(counts) - counts
+            self._runs[level, key] = _Runs(runs.first, runs.first + runs.counts, present, before)
         return self._runs[level, key]
 
     def _origin(self, chain: Sequence[Level], key: SpaceKey, numbers: Numbers) -> Origin:

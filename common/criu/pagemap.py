@@ -8,6 +8,8 @@ Written byte for byte as CRIU 4.2 does (`criu/page-xfer.c`): the count in the 64
 32-bit field zero, flags always there. Images of CRIU before 4.2 (32-bit count only) and the still older
 `in_parent` are understood. Flags or fields that 4.2 doesn't know (a later one may compress pages) are
 refused: a page whose meaning is in doubt must never be restored.
+
+Who needs arrays asks for them (`parse_runs`, `serialize_pages`): that is much faster (`page_runs`).
 """
 
 from __future__ import annotations
@@ -31,22 +33,40 @@ from common.criu.framing import (
     read_bytes,
     serialize_image,
 )
+from common.criu.page_runs import (
+    ADDRESS_LIMIT,
+    KNOWN_FLAGS,
+    MAX_PAGES,
+    PAGE_SIZE,
+    PE_LAZY,
+    PE_PARENT,
+    PE_PRESENT,
+    PageRuns,
+    decode_runs,
+    encode_runs,
+)
 from common.criu.proto.pagemap_pb2 import pagemap_entry, pagemap_head
 from common.errors import StoreError
 
-PAGE_SIZE = 4096
-PE_PARENT = 1
-"""The page's content is in the parent checkpoint."""
-PE_LAZY = 2
-"""The page may be brought in after the process runs again."""
-PE_PRESENT = 4
-"""The page's content is in this checkpoint's pages image."""
-_KNOWN_FLAGS = PE_PARENT | PE_LAZY | PE_PRESENT
-
-MAX_PAGES = 1 << 28
-"""Most pages (1 TiB) that one pagemap may name: a damaged count must not exhaust memory."""
-
-_ADDRESS_LIMIT = 1 << 64
+__all__ = [
+    "MAX_PAGES",
+    "PAGE_SIZE",
+    "PE_LAZY",
+    "PE_PARENT",
+    "PE_PRESENT",
+    "PageRuns",
+    "Pagemap",
+    "PagemapEntry",
+    "compress",
+    "expand",
+    "parse_pagemap",
+    "parse_runs",
+    "read_pagemap",
+    "read_runs",
+    "serialize_pagemap",
+    "serialize_pages",
+    "write_pagemap",
+]
 
 
 class PagemapEntry(msgspec.Struct, frozen=True, gc=False):
@@ -73,6 +93,26 @@ class Pagemap(msgspec.Struct, frozen=True):
         return sum(entry.nr_pages for entry in self.entries if entry.flags & flag)
 
 
+def parse_runs(data: bytes, name: str) -> PageRuns:
+    """Parse the bytes of a pagemap image into arrays; raises `StoreError` as `parse_pagemap` does."""
+    runs = decode_runs(data)
+    return runs if runs is not None else _runs_of(parse_pagemap(data, name).entries)
+
+
+def read_runs(path: Path) -> PageRuns:
+    """Read one pagemap image; raises `StoreError` as `parse_pagemap` does, or if it cannot be read."""
+    return parse_runs(read_bytes(path), path.name)
+
+
+def serialize_pages(pages_id: int, numbers: NDArray[np.uint64], flags: NDArray[np.uint8]) -> bytes:
+    """Give the bytes of the image of these pages, in the fewest entries; otherwise as `serialize_pagemap`.
+
+    `numbers` (address / 4096) must grow strictly, and the arrays be equally long, else `ValueError`.
+    """
+    head = serialize_pagemap(Pagemap(pages_id, ()))
+    return head + encode_runs(_compressed(numbers, flags))
+
+
 def parse_pagemap(data: bytes, name: str) -> Pagemap:
     """Parse the bytes of a pagemap image; `name` is for messages only.
 
@@ -86,14 +126,14 @@ def parse_pagemap(data: bytes, name: str) -> Pagemap:
     for message in cast("list[pagemap_entry]", frames):
         _refuse_unknown_fields(message, name)
         entry = _entry_of(message)
-        if entry.flags & ~_KNOWN_FLAGS:
+        if entry.flags & ~KNOWN_FLAGS:
             raise StoreError(f"{name}: page flags {entry.flags:#x} at {entry.vaddr:#x}", hint=NEWER_HINT)
         total_pages += entry.nr_pages
         if (
             entry.nr_pages == 0
             or entry.vaddr % PAGE_SIZE
             or entry.vaddr < previous_end
-            or entry.end > _ADDRESS_LIMIT
+            or entry.end > ADDRESS_LIMIT
             or total_pages > MAX_PAGES
         ):
             raise StoreError(
@@ -127,15 +167,7 @@ def write_pagemap(path: Path, pagemap: Pagemap) -> None:
 
 def expand(entries: Iterable[PagemapEntry]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     """Turn entries into one number (address / 4096) and one flags byte a page, in the entries' order."""
-    table = np.array([(e.vaddr, e.nr_pages, e.flags) for e in entries], dtype=np.uint64).reshape(-1, 3)
-    first = table[:, 0] // np.uint64(PAGE_SIZE)
-    counts = table[:, 1]
-    # A page's number is its place in the output plus its run's distance from there (modulo 2**64).
-    distance = first - (np.cumsum(counts, dtype=np.uint64) - counts)
-    repeats = counts.astype(np.int64)
-    page_numbers = np.repeat(distance, repeats)
-    page_numbers += np.arange(page_numbers.size, dtype=np.uint64)
-    return page_numbers, np.repeat(table[:, 2].astype(np.uint8), repeats)
+    return _runs_of(entries).expand()
 
 
 def compress(page_numbers: NDArray[np.uint64], flags: NDArray[np.uint8]) -> tuple[PagemapEntry, ...]:
@@ -144,23 +176,25 @@ def compress(page_numbers: NDArray[np.uint64], flags: NDArray[np.uint8]) -> tupl
     `page_numbers` (address / 4096) must grow strictly, and the arrays be equally long, else `ValueError`.
     `compress(*expand(entries))` is `entries` only if no two of them could have been one.
     """
+    runs = _compressed(page_numbers, flags)
+    addresses = (runs.first * np.uint64(PAGE_SIZE)).tolist()
+    return tuple(map(PagemapEntry, addresses, runs.counts.tolist(), runs.flags.tolist()))
+
+
+def _runs_of(entries: Iterable[PagemapEntry]) -> PageRuns:
+    table = np.array([(e.vaddr, e.nr_pages, e.flags) for e in entries], dtype=np.uint64).reshape(-1, 3)
+    return PageRuns(table[:, 0] // np.uint64(PAGE_SIZE), table[:, 1], table[:, 2].astype(np.uint8))
+
+
+def _compressed(page_numbers: NDArray[np.uint64], flags: NDArray[np.uint8]) -> PageRuns:
     if page_numbers.shape != flags.shape or page_numbers.ndim != 1:
         raise ValueError("one flags byte is needed for each page")
-    if page_numbers.size == 0:
-        return ()
     if not np.all(page_numbers[1:] > page_numbers[:-1]):
         raise ValueError("page numbers must grow strictly")
     breaks = (np.diff(page_numbers) != 1) | (flags[1:] != flags[:-1])
-    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-    counts = np.diff(starts, append=page_numbers.size)
-    return tuple(
-        map(
-            PagemapEntry,
-            (page_numbers[starts] * np.uint64(PAGE_SIZE)).tolist(),
-            counts.tolist(),
-            flags[starts].tolist(),
-        )
-    )
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))[: page_numbers.size]
+    counts = np.diff(starts, append=page_numbers.size).astype(np.uint64)
+    return PageRuns(page_numbers[starts], counts, flags[starts])
 
 
 def _entry_of(message: pagemap_entry) -> PagemapEntry:

@@ -60,7 +60,12 @@ class WorkloadAnswer(Answer, frozen=True, kw_only=True):
 @click.option("--working-directory", default="/", show_default=True, metavar="PATH")
 @click.option("--files", multiple=True, metavar="PATH", help="A directory of its own; may be repeated.")
 @click.option("--shared", multiple=True, metavar="PATH", help="A directory that all nodes see alike.")
-@click.option("--interval-ms", default=1000, show_default=True, help="Time between epochs.")
+@click.option(
+    "--interval-ms",
+    default=0,
+    show_default="200 with the fast memory backend, 1000 with stock",
+    help="Time between epochs.",
+)
 @click.option("--right-to-lead", type=click.Choice(["manual", "fence"]), default="manual", show_default=True)
 @click.option(
     "--on-exit", type=click.Choice(["restart", "failover", "stop"]), default="stop", show_default=True

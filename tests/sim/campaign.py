@@ -189,7 +189,8 @@ def _switch_over(world: World, rng: random.Random) -> None:
     if not leaders:
         return
     here = rng.choice(leaders)
-    to = rng.choice([name for name in world.spec.nodes if name != here.name])
+    others = [name for name in world.spec.nodes if name != here.name]
+    to = others[0] if rng.random() < 0.8 else rng.choice(others)
     world.switchover(here.name, to)
     world.run(rng.uniform(0.0, 2.0))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 
 import msgspec
 import pytest
 
-from common import role_explain, role_guards, role_pauses, role_table, succession
+from common import role_explain, role_guards, role_handover, role_pauses, role_table, succession
 from common.model import WorkloadSpec
 from common.pauses import in_force
+from common.role_events import ThawWorkload
 from common.roles import Instant, Role
 from tests.sim.campaign import run_seed
 from tests.sim.world import TIMING, Violation, Weather, World
@@ -218,6 +220,54 @@ def test_a_pause_and_a_resume_on_two_nodes_that_do_not_hear_each_other_end_pause
     assert paused == [["b"], ["b"]]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_switchover_loses_nothing_and_the_old_leader_follows(seed: int) -> None:
+    world = protected_pair(seed)
+    container = world.hosts["a"].container
+    assert not world.refused(world.switchover("a", "b"))
+    while state(world, "a") == "leading" or world.hosts["a"].frozen:
+        world.run(0.01)
+    world.run(3.0)
+    assert (state(world, "a"), state(world, "b")) == ("following", "leading")
+    assert world.hosts["b"].restored == world.finals[1]
+    assert world.hosts["b"].container != container
+    assert role_of(world, "b").record.handed_by == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_heir_cannot_bring_up_runs_on_where_it_was(seed: int) -> None:
+    world = protected_pair(seed)
+    container = world.hosts["a"].container
+    world.switchover("a", "b")
+    while state(world, "b") != "taking_over":
+        world.run(0.01)
+    world.hosts["b"].agent_on = False
+    world.hosts["b"].agent_life += 1
+    world.run(TIMING.order_s + 2.0)
+    assert (state(world, "a"), state(world, "b")) == ("leading", "following"), "\n".join(world.story)
+    assert world.hosts["a"].container == container
+    assert not world.hosts["a"].frozen
+    assert world.hosts["a"].vip
+    assert role_of(world, "a").record.term == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("moment", ["handing_over", "handed_over", "acquiring"])
+def test_a_keeper_that_restarts_on_the_way_costs_nothing(seed: int, moment: str) -> None:
+    world = protected_pair(seed)
+    world.switchover("a", "b")
+    who = "b" if moment == "acquiring" else "a"
+    while state(world, who) != moment:
+        world.run(0.001)
+    world.crash_keeper(world.hosts[who])
+    world.run(0.1)
+    world.boot_keeper(world.hosts[who])
+    world.run(8.0)
+    states = {state(world, "a"), state(world, "b")}
+    assert states == {"leading", "following"}, "\n".join(world.story)
+    assert world.hosts["a"].frozen is world.hosts["b"].frozen is False
+
+
 def skip_fence(monkeypatch: pytest.MonkeyPatch) -> str:
     return "skip-fence"
 
@@ -324,9 +374,63 @@ def explain_does_not_know_of_pauses(monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
+def replace_in_table(monkeypatch: pytest.MonkeyPatch, old: object, new: object) -> None:
+    """Have the table use another guard or action in place of one that it names."""
+    rows = [
+        dataclasses.replace(
+            row,
+            guard=new if row.guard is old else row.guard,
+            action=new if row.action is old else row.action,
+        )
+        for row in role_table.TABLE
+    ]
+    monkeypatch.setattr(role_table, "TABLE", tuple(rows))
+    monkeypatch.setattr(role_table, "_INDEX", role_table._index())
+
+
+def address_stays_when_handed_over(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(role_handover, "undo", lambda role, *steps: (role, ()))
+    return ""
+
+
+def handed_over_before_the_last_epoch_is_committed(monkeypatch: pytest.MonkeyPatch) -> str:
+    def at_once(role: Role, event: object, now: Instant) -> str:
+        return "it is said that the heir has it"
+
+    replace_in_table(monkeypatch, role_handover.committed, at_once)
+    return ""
+
+
+def taken_back_and_left_frozen(monkeypatch: pytest.MonkeyPatch) -> str:
+    take_back = role_handover.take_back
+
+    def frozen(role: Role, event: object, now: Instant) -> object:
+        role, effects = take_back(role, event, now)  # type: ignore[arg-type]
+        return role, tuple(effect for effect in effects if not isinstance(effect, ThawWorkload))
+
+    replace_in_table(monkeypatch, take_back, frozen)
+    return ""
+
+
+def taken_back_from_an_heir_that_is_only_silent(monkeypatch: pytest.MonkeyPatch) -> str:
+    from common import role_actions
+
+    contender = succession.contender
+
+    def nobody(role: Role, now: Instant) -> str:
+        return "" if succession.keeps_frozen(role) else contender(role, now)
+
+    monkeypatch.setattr(role_actions, "contender", nobody)
+    return ""
+
+
 @pytest.mark.parametrize(
     "plant",
     [
+        address_stays_when_handed_over,
+        handed_over_before_the_last_epoch_is_committed,
+        taken_back_and_left_frozen,
+        taken_back_from_an_heir_that_is_only_silent,
         explain_does_not_know_of_pauses,
         forget_pauses,
         answer_pause_before_persist,

@@ -269,7 +269,7 @@ class TestWhichOneIsChosen:
         assert choice.sentence == "fast backend, tracker userfaultfd: this kernel has userfaultfd"
 
     def test_the_stock_one_where_the_configuration_says_so(self) -> None:
-        choice = choose_backend(Capture(), self.VERSION)
+        choice = choose_backend(Capture(backend="stock"), self.VERSION)
         assert choice.tracker is None
         assert choice.sentence == 'stock backend: the configuration says capture.backend = "stock"'
 

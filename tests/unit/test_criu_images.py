@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.criu.images import (
@@ -25,6 +25,7 @@ from common.criu.images import (
     PageImage,
     Pagemap,
     PagemapEntry,
+    PageRuns,
     RegularFile,
     Remap,
     SpaceKey,
@@ -35,15 +36,18 @@ from common.criu.images import (
     page_images,
     parse_image,
     parse_pagemap,
+    parse_runs,
     read_dump_stats,
     read_memory_map,
     read_open_files,
     read_remaps,
     serialize_image,
     serialize_pagemap,
+    serialize_pages,
     write_image,
     write_pagemap,
 )
+from common.criu.page_runs import decode_runs
 from common.criu.pagemap import MAX_PAGES
 from common.criu.proto import fdinfo_pb2, mm_pb2, remap_file_path_pb2, stats_pb2
 from common.criu.proto.pagemap_pb2 import pagemap_entry, pagemap_head
@@ -160,6 +164,79 @@ class TestPagemap:
         data = pagemap_bytes() + struct.pack("<I", len(body)) + body
         with pytest.raises(StoreError, match="fields that this version does not know"):
             parse_pagemap(data, "x")
+
+
+def as_entries(runs: PageRuns) -> tuple[PagemapEntry, ...]:
+    table = zip(runs.first.tolist(), runs.counts.tolist(), runs.flags.tolist(), strict=True)
+    return tuple(PagemapEntry(first * 4096, count, flags) for first, count, flags in table)
+
+
+class TestArrays:
+    @given(st.integers(0, 2**32 - 1), entries())
+    def test_are_read_as_protobuf_reads_and_without_it(
+        self, pages_id: int, made: tuple[PagemapEntry, ...]
+    ) -> None:
+        runs = decode_runs(serialize_pagemap(Pagemap(pages_id, made)))
+        assert runs is not None
+        assert as_entries(runs) == made
+
+    @given(st.integers(0, 2**32 - 1), entries())
+    def test_are_written_as_protobuf_writes(self, pages_id: int, made: tuple[PagemapEntry, ...]) -> None:
+        numbers, flags = expand(made)
+        assert serialize_pages(pages_id, numbers, flags) == serialize_pagemap(
+            Pagemap(pages_id, compress(numbers, flags))
+        )
+
+    @given(entries(), st.integers(0, 2**32 - 1), st.data())
+    @settings(max_examples=400)
+    def test_of_a_damaged_image_are_refused_or_what_protobuf_reads(
+        self, made: tuple[PagemapEntry, ...], pages_id: int, draw: st.DataObject
+    ) -> None:
+        data = bytearray(serialize_pagemap(Pagemap(pages_id, made)))
+        for _ in range(draw.draw(st.integers(1, 3))):
+            at = draw.draw(st.integers(0, len(data) - 1))
+            if draw.draw(st.booleans()):
+                data[at] ^= 1 << draw.draw(st.integers(0, 7))
+            else:
+                data[at : at + draw.draw(st.integers(0, 4))] = draw.draw(st.binary(min_size=1, max_size=4))
+        runs = decode_runs(bytes(data))
+        if runs is not None:
+            assert as_entries(runs) == parse_pagemap(bytes(data), "x").entries
+
+    @given(st.binary(max_size=60))
+    def test_of_arbitrary_bytes_are_refused_or_what_protobuf_reads(self, body: bytes) -> None:
+        data = pagemap_bytes() + body
+        runs = decode_runs(data)
+        if runs is not None:
+            assert as_entries(runs) == parse_pagemap(data, "x").entries
+        assert decode_runs(body) is None
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"\x08\x80\x20\x10\x00\x20\x04\x28\x81\x00",  # a number longer than it need be
+            b"\x08\x80\x20\x10\x00\x20\x04\x28\x00",  # no pages
+            b"\x08\x81\x20\x10\x00\x20\x04\x28\x01",  # in the midst of a page
+            b"\x08\x80\x20\x10\x00\x20\x08\x28\x01",  # a flag of a later CRIU
+            b"\x08\x80\x20\x10\x00\x20\x04\x28\x01\x30\x01",  # a field of a later CRIU
+            b"\x08\x80\x20\x10\x01\x20\x04",  # an older CRIU's count
+            b"\x08" + b"\xff" * 9 + b"\x02\x10\x00\x20\x04\x28\x01",  # 65 bits
+            b"\x08" + b"\xff" * 10 + b"\x01\x10\x00\x20\x04\x28\x01",  # without an end
+            b"",
+        ],
+    )
+    def test_of_what_is_unusual_are_left_to_protobuf(self, body: bytes) -> None:
+        assert decode_runs(pagemap_bytes() + struct.pack("<I", len(body)) + body) is None
+
+    def test_of_an_older_criu_are_understood_all_the_same(self) -> None:
+        data = pagemap_bytes(pagemap_entry(vaddr=4096, compat_nr_pages=2))
+        assert as_entries(parse_runs(data, "x")) == (PagemapEntry(4096, 2, PE_PRESENT),)
+
+    def test_of_overlapping_entries_are_refused(self) -> None:
+        first = pagemap_entry(vaddr=4096, compat_nr_pages=0, flags=4, nr_pages=2)
+        second = pagemap_entry(vaddr=8192, compat_nr_pages=0, flags=4, nr_pages=1)
+        with pytest.raises(StoreError, match="cannot be"):
+            parse_runs(pagemap_bytes(first, second), "x")
 
 
 class TestFrames:

@@ -141,3 +141,36 @@ def test_it_is_thawed_even_if_no_file_can_be_opened_any_more(
         with pytest.raises(CaptureError):
             exhaust()
     assert not cgroup.is_frozen
+
+
+def test_what_is_kept_stays_frozen_until_it_is_thawed(cgroup: Cgroup) -> None:
+    freezer = Freezer("/w")
+    freezer.keep(1.0)
+    assert cgroup.is_frozen
+    assert freezer.is_kept
+    assert freezer.kept == cgroup.directory
+    with pytest.raises(NotFrozenError, match="frozen already"), freezer.held(1.0):
+        pytest.fail("it is kept")
+    freezer.thaw()
+    freezer.thaw()
+    assert not cgroup.is_frozen
+    assert not freezer.is_kept
+    assert freezer.kept is None
+    assert len(cgroup.words) == 2
+
+
+def test_what_was_kept_and_thawed_by_somebody_else_is_kept_no_more(cgroup: Cgroup) -> None:
+    freezer = Freezer("/w")
+    freezer.keep(1.0)
+    cgroup.let("thawed")
+    assert not freezer.is_kept
+    freezer.thaw()
+
+
+def test_what_does_not_come_to_rest_is_not_kept(cgroup: Cgroup) -> None:
+    cgroup.obeys = False
+    freezer = Freezer("/w")
+    with pytest.raises(NotFrozenError, match="did not freeze"):
+        freezer.keep(0.01)
+    assert freezer.kept is None
+    assert cgroup.words[-1] in ("THAWED", "0")

@@ -72,6 +72,7 @@ class StreamInMemory:
         self.connected = True
         self.offered: list[EpochId] = []
         self.acknowledged: list[EpochId] = []
+        self.restorable = True
         self.may_acknowledge = asyncio.Event()
         self.may_acknowledge.set()
 
@@ -89,7 +90,13 @@ class StreamInMemory:
 
     @property
     def progress(self) -> ReplicaProgress:
-        return ReplicaProgress(node=self.node, connected=self.connected, acknowledged=self.held)
+        return ReplicaProgress(
+            node=self.node,
+            connected=self.connected,
+            acknowledged=self.held,
+            restorable=self.restorable,
+            reasons=() if self.restorable else ("port 6379 is taken",),
+        )
 
     @property
     def counters(self) -> StreamCounters:
@@ -110,12 +117,26 @@ class StreamInMemory:
             self._backlog.close()
 
 
+class FreezerInMemory:
+    """A cgroup that obeys."""
+
+    def __init__(self) -> None:
+        self.is_kept = False
+
+    def keep(self, within_s: float) -> None:
+        self.is_kept = True
+
+    def thaw(self) -> None:
+        self.is_kept = False
+
+
 class Scene:
     """One `Leading` on node a with replicas b and c."""
 
     def __init__(self, directory: Path, **fields: object) -> None:
         self.backend = BackendInMemory()
         self.streams: dict[str, StreamInMemory] = {}
+        self.freezer = FreezerInMemory()
         self.file = directory / "events.jsonl"
         self.log = EventLog(self.file, "agent")
         self.verifier = Verifier("redis", 500, self.log)
@@ -134,6 +155,7 @@ class Scene:
             make_stream=self._make_stream,  # type: ignore[arg-type]
             events=self.log,
             verifier=self.verifier,
+            freezer=self.freezer,  # type: ignore[arg-type]
         )
 
     def _make_stream(self, peer: Peer, on_acknowledged: Callable[[EpochId], None]) -> StreamInMemory:
@@ -440,3 +462,76 @@ async def test_everything_is_compared_at_once_if_a_replica_is_there(tmp_path: Pa
     assert scene.verifier.memory.plan(lambda: pages)[0].pages == HURRIED_PAGES
     scene.streams["b"].connected = False
     assert scene.leading.verify() == (), "no epoch would come"
+
+
+class TestHandingOver:
+    async def test_the_last_epoch_is_taken_of_what_stands_still_and_nothing_after_it(
+        self, tmp_path: Path
+    ) -> None:
+        scene = Scene(tmp_path)
+        async with scene.running():
+            await until(lambda: scene.backend.calls >= 2)
+            epoch = await scene.leading.hand_over("b")
+            assert scene.freezer.is_kept
+            assert scene.streams["b"].held == epoch == scene.backend.epochs[-1].id
+            calls = scene.backend.calls
+            await asyncio.sleep(0.1)
+            assert scene.backend.calls == calls
+        assert scene.freezer.is_kept
+
+    @pytest.mark.parametrize(
+        ("trouble", "says"), [("silent", "did not commit"), ("gone", "disconnected"), ("unready", "6379")]
+    )
+    async def test_what_is_not_committed_and_restorable_there_runs_on_and_is_captured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, says: str
+    ) -> None:
+        monkeypatch.setattr(leading, "_COMMIT_S", 0.05)
+        scene = Scene(tmp_path)
+        async with scene.running():
+            await until(lambda: scene.backend.calls >= 2)
+            if trouble == "unready":
+                scene.streams["b"].restorable = False
+            else:
+                scene.streams["b"].may_acknowledge.clear()
+                scene.streams["b"].connected = trouble != "gone"
+            with pytest.raises(CaptureError, match=says):
+                await scene.leading.hand_over("b")
+            assert not scene.freezer.is_kept
+            scene.streams["b"].may_acknowledge.set()
+            calls = scene.backend.calls
+            await until(lambda: scene.backend.calls > calls + 2)
+
+    async def test_what_was_thawed_meanwhile_is_not_handed_over(self, tmp_path: Path) -> None:
+        scene = Scene(tmp_path)
+        async with scene.running():
+            await until(lambda: scene.backend.calls >= 2)
+            scene.streams["b"].may_acknowledge.clear()
+            move = asyncio.create_task(scene.leading.hand_over("b"))
+            await until(lambda: scene.freezer.is_kept)
+            scene.freezer.thaw()
+            scene.streams["b"].may_acknowledge.set()
+            with pytest.raises(CaptureError, match="was thawed"):
+                await move
+
+    async def test_one_that_is_given_up_runs_on(self, tmp_path: Path) -> None:
+        scene = Scene(tmp_path)
+        async with scene.running():
+            await until(lambda: scene.backend.calls >= 2)
+            scene.streams["b"].may_acknowledge.clear()
+            move = asyncio.create_task(scene.leading.hand_over("b"))
+            await until(lambda: scene.freezer.is_kept)
+            move.cancel()
+            await asyncio.gather(move, return_exceptions=True)
+            assert not scene.freezer.is_kept
+            scene.streams["b"].may_acknowledge.set()
+            calls = scene.backend.calls
+            await until(lambda: scene.backend.calls > calls)
+
+    async def test_a_capture_that_fails_hands_nothing_over(self, tmp_path: Path) -> None:
+        scene = Scene(tmp_path)
+        async with scene.running():
+            await until(lambda: scene.backend.calls >= 2)
+            scene.backend.outcomes = [CaptureError("no")] * 2  # the loop's may come first
+            with pytest.raises(CaptureError, match="no"):
+                await scene.leading.hand_over("b")
+            assert not scene.freezer.is_kept
