@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from common.errors import ConfigError
+from common.host_key import parse_host_key
 from common.model import NAME_PATTERN, HealthCheck, WorkloadSpec
 
 DEFAULT_PATH = Path("/etc/outlive/node.toml")
@@ -112,20 +113,54 @@ class Peer(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return (self.public_key, *self.also_public_keys)
 
 
+class SshFence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[fences.ssh]`: where the node is asked by SSH to let itself be fenced."""
+
+    host: str
+    """Its IP address."""
+    port: int = 22
+    user: str = "root"
+    key_file: str
+    """Private key without a passphrase; mode 0600."""
+    host_key: str
+    """The only public key that the host may have, as its `/etc/ssh/ssh_host_*_key.pub` has it."""
+    command: tuple[str, ...] = ("outlive",)
+    """The program there, and what stands before its verb."""
+
+
 class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[[fences]]`: one way to make sure that a peer is off. Tried in the order of the file.
 
-    `command` exits 0 when the node is confirmed off, 1 when it refuses, anything else (or the time-out)
-    when it does not know.
+    Either `command`, which exits 0 when the node is confirmed off, 1 when it refuses, anything else (or the
+    time-out) when it does not know; or `ssh`.
     """
 
     node: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    ssh: SshFence | None = None
     name: str = ""
-    """What reasons and timelines call it; empty: the program's name."""
+    """What reasons and timelines call it; empty: the program's name, or the SSH address."""
     timeout_ms: int = 10_000
-    covers: tuple[str, ...] = ("process failure", "host loss", "partition")
-    """In which failures of the node the method can confirm; for `doctor` to say. It decides nothing."""
+    covers: tuple[str, ...] | None = None
+    """In which failures of the node the method can confirm; for `doctor` to say. It decides nothing.
+
+    None: all of them for a command; by SSH only those in which the host lives.
+    """
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """The failures in which the method can confirm."""
+        if self.covers is not None:
+            return self.covers
+        every = ("process failure", "host loss", "partition")
+        return every if self.ssh is None else ("process failure",)
+
+    @property
+    def label(self) -> str:
+        """What reasons and timelines call the method."""
+        if self.name:
+            return self.name
+        return self.command[0].rsplit("/", 1)[-1] if self.ssh is None else f"ssh to {self.ssh.host}"
 
 
 class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -250,15 +285,37 @@ def _problems(config: NodeConfig) -> list[str]:
     for fence in config.fences:
         if fence.node not in known:
             found.append(f"fences: no node is called {fence.node!r}")
-        found += _command_problems(f"fences, node {fence.node!r}: command", fence.command, on_node=True)
-        if fence.timeout_ms < 1:
-            found.append(f"fences, node {fence.node!r}: timeout_ms: at least 1")
+        found += [f"fences, node {fence.node!r}: {text}" for text in _fence_problems(fence)]
     names = [workload.name for workload in config.workloads]
     found += [f"workload {name!r} is declared twice" for name in sorted(_repeated(names))]
     for workload in config.workloads:
         about = [*workload_problems(workload, known), *_vip_problems(config, workload)]
         found += [f"workload {workload.name!r}: {text}" for text in about]
     return found
+
+
+def _fence_problems(fence: Fence) -> Iterator[str]:
+    if fence.timeout_ms < 1:
+        yield "timeout_ms: at least 1"
+    ssh = fence.ssh
+    if ssh is None:
+        yield from _command_problems("command", fence.command, on_node=True)
+        return
+    if fence.command:
+        yield "give command or ssh, not both: each method is a [[fences]] block of its own"
+    if "host loss" in fence.covered:
+        yield 'covers: not "host loss": a host that is lost answers no ssh, so that stays unknown'
+    if not _is_address(ssh.host):
+        yield f"ssh.host {ssh.host!r} is not an IP address"
+    if not _is_port(ssh.port):
+        yield f"ssh.port {ssh.port} is not a TCP port: between 1 and 65535"
+    if not ssh.key_file.startswith("/"):
+        yield f"ssh.key_file {ssh.key_file!r} must be an absolute path: {_RELATIVE}"
+    try:
+        parse_host_key(ssh.host_key)
+    except ValueError as error:
+        yield f"ssh.host_key {error}: write what /etc/ssh/ssh_host_ed25519_key.pub on {fence.node} holds"
+    yield from _command_problems("ssh.command", ssh.command, on_node=True)
 
 
 def _nodes(config: NodeConfig) -> list[tuple[str, Node | Peer]]:

@@ -147,3 +147,16 @@ class HandoverError(OutliveError):
 
     exit_code = 21
     retryable = True
+
+
+class FenceRefusedError(OutliveError):
+    """A fence refused: the node is not off, or knows a newer term than who fenced it."""
+
+    exit_code = 22
+
+
+class FenceUnknownError(OutliveError):
+    """Whether a node is off is not known: no fence method confirmed it."""
+
+    exit_code = 23
+    retryable = True

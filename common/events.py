@@ -49,6 +49,7 @@ class Event(StrEnum):
     WORKLOAD_FOUND = "workload.found"
     WORKLOAD_ENDED = "workload.ended"
     WORKLOAD_KILLED = "workload.killed"
+    WORKLOAD_FENCED = "workload.fenced"
     WORKLOAD_FORGOTTEN = "workload.forgotten"
     WORKLOAD_FAILED = "workload.failed"
 
@@ -95,7 +96,7 @@ class Event(StrEnum):
     EVENTS_LOST = "events.lost"
 
 
-Source = Literal["agent", "keeper"]
+Source = Literal["agent", "keeper", "fence"]
 Value = str | int | float | bool | None
 
 

@@ -1,7 +1,8 @@
 """Making sure that a node is off: the configured methods in their order, until one confirms.
 
-In: a node's name and its `[[fences]]` commands. Out: a `Verdict`. A command's exit status 0 is *confirmed*,
-1 *refused*, everything else, its time-out included, *unknown*: only the first is a right to lead. A method
+In: a `FenceRequest` and the `[[fences]]`. Out: a `Verdict`. A command's exit status 0 is *confirmed*, 1
+*refused*, everything else, its time-out included, *unknown*. By SSH the node's own word counts, and
+whatever keeps it from being heard whole is *unknown*. Only *confirmed* is a right to lead. A method
 that has confirmed ends the search; refused outweighs unknown in what is reported, and neither gives a right.
 """
 
@@ -13,15 +14,14 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
 from common.config import Fence, NodeConfig
+from common.errors import OutliveError
+from common.fence_request import FenceRequest, Outcome
 from common.model import WorkloadSpec
 from common.roles import SILENCES
-
-Outcome = Literal["confirmed", "refused", "unknown"]
 
 _SAYS: dict[Outcome, str] = {
     "confirmed": "{node} is confirmed off",
@@ -33,35 +33,80 @@ _OUTPUT_BYTES = 300
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What the methods for a node answered."""
+    """What a method for a node answered, or all of them together."""
 
     outcome: Outcome
     reason: str
     """Which method said what, in a sentence."""
 
 
-async def fence_node(node: str, methods: Sequence[Fence]) -> Verdict:
-    """Ask the methods for `node` in order until one confirms. Never raises but when cancelled.
+async def fence_node(request: FenceRequest, methods: Sequence[Fence]) -> Verdict:
+    """Ask the methods for the node in order until one confirms. Never raises but when cancelled."""
+    return summed_up(request.node, await ask_methods(request, methods))
+
+
+async def ask_methods(request: FenceRequest, methods: Sequence[Fence]) -> tuple[Verdict, ...]:
+    """Return what each method for the node answered, up to the first that confirmed.
 
     A command that is still running at its time-out is killed with its process group; what it did until then
-    is unknown.
+    is unknown. Never raises but when cancelled.
     """
-    mine = [method for method in methods if method.node == node]
-    if not mine:
+    verdicts: list[Verdict] = []
+    for method in methods:
+        if method.node != request.node:
+            continue
+        verdicts.append(await _ask_method(method, request))
+        if verdicts[-1].outcome == "confirmed":
+            break
+    return tuple(verdicts)
+
+
+def summed_up(node: str, verdicts: Sequence[Verdict]) -> Verdict:
+    """Return what the answers come to: the first that confirms; else every reason there is."""
+    if not verdicts:
         return Verdict(outcome="unknown", reason=f"no fence method is configured for {node}")
-    verdicts = []
-    for method in mine:
-        verdict = await _ask_method(method)
+    for verdict in verdicts:
         if verdict.outcome == "confirmed":
             return verdict
-        verdicts.append(verdict)
     refused = any(verdict.outcome == "refused" for verdict in verdicts)
     reasons = "; ".join(verdict.reason for verdict in verdicts)
     return Verdict(outcome="refused" if refused else "unknown", reason=reasons)
 
 
-async def _ask_method(method: Fence) -> Verdict:
-    name = method.name or method.command[0].rsplit("/", 1)[-1]
+async def _ask_method(method: Fence, request: FenceRequest) -> Verdict:
+    if method.ssh is not None:
+        return await _ask_by_ssh(method, request)
+    return await _run_command(method)
+
+
+async def _ask_by_ssh(method: Fence, request: FenceRequest) -> Verdict:
+    from common.ssh_fence import ask_by_ssh  # heavy: only for those who have such a method
+
+    assert method.ssh is not None  # noqa: S101 - asked before
+    if not request.terms:
+        reason = f"{method.label}: it fences workloads, and none of them was named"
+        return Verdict(outcome="unknown", reason=reason)
+    began_s = time.monotonic()
+    try:
+        answer = await ask_by_ssh(method.ssh, request, method.timeout_ms / 1000)
+    except OutliveError as error:
+        return Verdict(outcome="unknown", reason=f"{method.label}: {error.message}")
+    took_ms = (time.monotonic() - began_s) * 1000
+    outcome: Outcome = "unknown" if answer.outcome == "ready" else answer.outcome
+    return Verdict(
+        outcome=outcome,
+        reason=f"{method.label}: {_says(method, outcome)} ({took_ms:.0f} ms): {answer.reason}",
+    )
+
+
+def _says(method: Fence, outcome: Outcome) -> str:
+    if method.ssh is not None and outcome == "confirmed":
+        return f"{method.node} has given it up"
+    return _SAYS[outcome].format(node=method.node)
+
+
+async def _run_command(method: Fence) -> Verdict:
+    name = method.label
     began_s = time.monotonic()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -94,9 +139,14 @@ async def _ask_method(method: Fence) -> Verdict:
     quoted = f": {said}" if said else ""
     return Verdict(
         outcome=outcome,
-        reason=f"{name}: {_SAYS[outcome].format(node=method.node)}"
-        f" (exit {process.returncode}, {took_ms:.0f} ms){quoted}",
+        reason=f"{name}: {_says(method, outcome)} (exit {process.returncode}, {took_ms:.0f} ms){quoted}",
     )
+
+
+def prepare(methods: Sequence[Fence]) -> None:
+    """Load now what a fence by SSH needs, if there is one: a takeover should not wait for it."""
+    if any(method.ssh is not None for method in methods):
+        import common.ssh_fence  # noqa: F401 - what counts is that it is loaded
 
 
 def fenceable(config: NodeConfig) -> frozenset[str]:
@@ -108,7 +158,7 @@ def covers(config: NodeConfig) -> dict[str, frozenset[str]]:
     """Return for each node the failures of it in which a method can confirm that it is off."""
     found: dict[str, frozenset[str]] = {}
     for method in config.fences:
-        found[method.node] = found.get(method.node, frozenset()) | frozenset(method.covers)
+        found[method.node] = found.get(method.node, frozenset()) | frozenset(method.covered)
     return found
 
 
@@ -118,7 +168,7 @@ def coverage(config: NodeConfig, spec: WorkloadSpec) -> list[str]:
     for node in spec.nodes:
         if node == config.node.name:
             continue
-        covered = {case for method in config.fences if method.node == node for case in method.covers}
+        covered = {case for method in config.fences if method.node == node for case in method.covered}
         for case in SILENCES:
             if spec.right_to_lead == "manual":
                 verdict = "no automatic takeover: right_to_lead is manual"

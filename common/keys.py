@@ -134,6 +134,12 @@ def load_store_key(path: Path) -> bytes:
     return key
 
 
+def load_ssh_key(path: Path) -> str:
+    """Read a private SSH key, as text. Raises AuthError: missing, readable by others, of another user."""
+    content = _read_secret(path, f"ssh-keygen -t ed25519 -N '' -f {path}")
+    return content.decode("ascii", errors="replace")
+
+
 def _read_secret(path: Path, maker: str) -> bytes:
     """Read a file that must be for its owner alone; `maker` is the command that makes such."""
     try:

@@ -27,7 +27,7 @@ from common.role_events import (
     StepFailed,
 )
 from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
-from common.succession import contender, how_to_replace, last_heard_s, planned
+from common.succession import contender, how_to_replace, last_heard_s, planned, right_stands
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -83,10 +83,7 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
     that rests on it leaps over them, to the next hundred, and ten further for each place in the succession.
     (Operators who vouch on several nodes, each time without the others, can still go astray.)
     """
-    term = role.newest.term + 1
-    if leap:
-        place = role.spec.nodes.index(role.me) if role.me in role.spec.nodes else len(role.spec.nodes)
-        term = (role.newest.term // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
+    term = _next_number(role, leap=leap)
     record = TermRecord(
         term=term,
         leader=role.me,
@@ -97,6 +94,14 @@ def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = 
         handed_by=_handed_by(role),
     )
     return persist(role, record)
+
+
+def _next_number(role: Role, *, leap: bool) -> int:
+    known = max(role.newest.term, role.refusal.term if role.refusal is not None else 0)
+    if not leap:
+        return known + 1
+    place = role.spec.nodes.index(role.me) if role.me in role.spec.nodes else len(role.spec.nodes)
+    return (known // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
 
 
 def _handed_by(role: Role) -> str:
@@ -236,7 +241,13 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
         return acquired(role, now, f"the operator vouches that {rival} is off", leap=True)
     role = noted(role, now, "fence asked", f"attempt {role.retries + 1}: {rival} has to be confirmed off")
     role = replace(role, fence_attempt=role.fence_attempt + 1)
-    return role, (RunFence(rival, role.fence_attempt),)
+    up_to = _next_number(role, leap=_next_may_have_begun(role)) - 1
+    return role, (RunFence(rival, role.fence_attempt, role.record.term, up_to),)
+
+
+def _next_may_have_begun(role: Role) -> bool:
+    """Tell whether who is to be fenced may lead the next term already: the recorded one was given up."""
+    return role.record.mark == "yielded"
 
 
 def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Acted:
@@ -247,8 +258,8 @@ def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Ac
 
 def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Go on with what the fence confirmed, or else with the operator's word."""
-    if event.outcome == "confirmed":  # of a term that was given up, the next may have begun unheard
-        return acquired(role, now, event.reason, leap=role.record.mark == "yielded")
+    if event.outcome == "confirmed":
+        return acquired(role, now, event.reason, leap=_next_may_have_begun(role))
     vouched = f"{event.reason}; the operator vouches that {event.node} is off"
     return acquired(role, now, vouched, leap=True)
 
@@ -281,7 +292,7 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
 def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """Record a fresh start: in the same term if this node leads it, else in a new one."""
     record = role.record
-    same = record.leader == role.me and record.mark != "yielded" and record.boot_id == role.boot_id
+    same = record.leader == role.me and record.mark != "yielded" and right_stands(role)
     same = same and not event.peers_are_off
     role = replace(role, spec=event.spec, request=event.request)
     if not same:

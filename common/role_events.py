@@ -194,6 +194,10 @@ class RunFence(msgspec.Struct, frozen=True):
 
     node: str
     attempt: int
+    term: int
+    """The newest term known here: the node is to lead nothing up to it."""
+    up_to: int
+    """Nor in a later one up to this, if it has begun that unheard: the last before this node's own."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ from common.roles import RUNS, Instant, Role
 from common.succession import (
     contender,
     disowned,
+    fenced_by,
     has_heir,
     has_listened,
     holder,
@@ -33,6 +34,7 @@ from common.succession import (
     keeper_speaks,
     obstacle,
     paused,
+    right_stands,
     silence_s,
     successor,
     supersedes,
@@ -53,13 +55,13 @@ def _leader(role: Role) -> str:
 
 
 def found(mark: str) -> Guard:
-    """Return a guard: this node led, was that far, and (unless it had ended that) has not booted since."""
+    """Return a guard: this node led, was that far, and (unless it had ended that) its right still stands."""
 
     def guard(role: Role, event: KeeperStarted, now: Instant) -> str:
         record = role.record
         if not _own(role) or record.mark != mark:
             return ""
-        if mark not in ("stopped", "yielded") and record.boot_id != role.boot_id:
+        if mark not in ("stopped", "yielded") and not right_stands(role):
             return ""
         runs = "the workload runs on" if role.alive else "the workload does not run"
         return f"this node led term {record.term} ({mark.replace('_', ' ')}), {runs}: {record.cause}"
@@ -67,11 +69,17 @@ def found(mark: str) -> Guard:
     return guard
 
 
-def found_after_boot(role: Role, event: KeeperStarted, now: Instant) -> str:
-    """This node led, and has booted since."""
+def found_in_doubt(role: Role, event: KeeperStarted, now: Instant) -> str:
+    """This node led, and has booted or was fenced since."""
     if not _own(role):
         return ""
-    return f"this host booted anew since it led term {role.record.term}: others may lead by now, listening"
+    return f"{_doubted(role)} since it led term {role.record.term}: others may lead by now, listening"
+
+
+def _doubted(role: Role) -> str:
+    """Say why this node's own term counts no more."""
+    fencer = fenced_by(role)
+    return f"{fencer} fenced this node" if fencer else "this host booted anew"
 
 
 def found_elsewhere(role: Role, event: KeeperStarted, now: Instant) -> str:
@@ -411,14 +419,14 @@ def overdue(role: Role, event: Event, now: Instant) -> str:
     return "the agent has not ended it in time: killed" if late else ""
 
 
-# --- after a boot: the term may be another's by now ----------------------------------------------------
+# --- after a boot or a fence: the term may be another's by now -------------------------------------
 
 
 def alone_after_boot(role: Role, event: Event, now: Instant) -> str:
     """No other node may run the workload at all."""
     if role.wanted is not None or successor(role.spec, role.me):
         return ""
-    return f"this host booted anew: outlive start {role.spec.name} (memory content is lost)"
+    return f"{_doubted(role)}: outlive start {role.spec.name} (memory content is lost)"
 
 
 def _unheard(role: Role, now: Instant) -> str:
@@ -443,7 +451,7 @@ def heir_heard_after_boot(role: Role, event: Event, now: Instant) -> str:
     if role.wanted is not None or not has_listened(role, now) or _unheard(role, now):
         return ""
     heir = successor(role.spec, role.me)
-    return f"this host booted anew and what ran here is gone: {heir} has what was committed"
+    return f"{_doubted(role)} and what ran here is gone: {heir} has what was committed"
 
 
 def heir_not_heard(role: Role, event: Event, now: Instant) -> str:
@@ -454,12 +462,12 @@ def heir_not_heard(role: Role, event: Event, now: Instant) -> str:
     start = f"outlive start {role.spec.name}"
     if keeper_speaks(role, node, now) and role.peers[node].claim is None:
         reason = (
-            f"this host booted anew, and {node} knows nothing of it: declare it in {node}'s file and restart "
+            f"{_doubted(role)}, and {node} knows nothing of it: declare it in {node}'s file and restart "
             f"{node}'s keeper, which restores what is stored there; or: {start} (memory content is lost)"
         )
     else:
         reason = (
-            f"this host booted anew, and {node} does not say that it follows: it may lead by now; "
+            f"{_doubted(role)}, and {node} does not say that it follows: it may lead by now; "
             f"if it is off: {start} --off {node} (memory content is lost)"
         )
     return "" if reason == role.reason else reason

@@ -43,6 +43,7 @@ from common.succession import (
     keeper_speaks,
     keeps_frozen,
     ready,
+    right_stands,
     successor,
     supersedes,
 )
@@ -191,7 +192,7 @@ def take_back(role: Role, event: Event, now: Instant) -> Acted:
 def found_handed_over(role: Role, event: KeeperStarted, now: Instant) -> str:
     """It was handed over before this keeper began, and stands still ever since."""
     record = role.record
-    if not keeps_frozen(role) or not event.frozen or record.boot_id != role.boot_id:
+    if not keeps_frozen(role) or not event.frozen or not right_stands(role):
         return ""
     if record.heir == role.me:
         return f"{record.leader} gave term {record.term} back"

@@ -71,8 +71,8 @@ from common.role_guards import (
     ended_stop,
     ended_yield,
     found,
-    found_after_boot,
     found_elsewhere,
+    found_in_doubt,
     found_running_elsewhere,
     heir_heard_after_boot,
     heir_not_heard,
@@ -392,14 +392,14 @@ _WATCHING: tuple[StateName, ...] = ("following", "suspecting", "waiting")
 _LEADING: tuple[StateName, ...] = ("launching", "leading", "taking_over", "yielding")
 
 TABLE: tuple[Row, ...] = (
-    Row(("starting",), KeeperStarted, "led, same boot", found("leads"), "leading", lead_again),
+    Row(("starting",), KeeperStarted, "led, right stands", found("leads"), "leading", lead_again),
     Row(("starting",), KeeperStarted, "was launching", found("launching"), "launching", resume),
     Row(("starting",), KeeperStarted, "was taking over", found("taking_over"), "taking_over", resume),
     Row(("starting",), KeeperStarted, "had handed over", found_handed_over, "handed_over", nothing),
     Row(("starting",), KeeperStarted, "was stopped", found("stopped"), "stopped", stopped),
     Row(("starting",), KeeperStarted, "had failed", found("failed"), "failed", kill),
     Row(("starting",), KeeperStarted, "had yielded", found("yielded"), "yielded", kill),
-    Row(("starting",), KeeperStarted, "led, another boot", found_after_boot, None, kill),
+    Row(("starting",), KeeperStarted, "led, in doubt", found_in_doubt, None, kill),
     Row(("starting",), KeeperStarted, "runs, others lead", found_running_elsewhere, "deposed", kill),
     Row(("starting",), KeeperStarted, "others lead", found_elsewhere, "following", give_way_quietly),
     Row(("starting",), KeeperStarted, "never started", never_started, "stopped", stopped),
@@ -480,7 +480,7 @@ TABLE: tuple[Row, ...] = (
     Row(("yielding",), Tick, "cleaned up", cleaned_up, None, give_up),
     Row(("yielding", "starting"), TermPersisted, "yield recorded", recorded("yielded"), "yielded", nothing),
     Row(("stopped",), Tick, "not ended in time", overdue, None, kill),
-    # After a boot: the term may be another's by now.
+    # After a boot or a fence: the term may be another's by now.
     Row(("starting",), Tick, "nobody else", alone_after_boot, None, stop),
     Row(("starting",), Tick, "successor heard", heir_heard_after_boot, None, give_up),
     Row(("starting",), Tick, "successor not heard", heir_not_heard, None, nothing),

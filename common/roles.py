@@ -8,8 +8,10 @@ In and out of `common.role_table.step`: a `Role`, an `Event`, an `Instant`; a ne
 - The right to create the next term belongs to one node at a time: the leader, or, once the leader has
   *yielded* (recorded, before it is said), its successor. Everybody else needs the leader fenced, or an
   operator who vouches that it is off.
-- A fence implies that the fenced host boots anew before it runs anything. So a leader that finds its term
-  file under the same boot id still has its right; under another one it has to hear its peers first.
+- A fence voids the right of the fenced node to every term up to the one that it names: by power, because the
+  host boots anew before it runs anything; by SSH, because the refusal is on its disk before anything else is
+  done. So a leader that finds its term file under the same boot id and no refusal of that term still has its
+  right; else it has to hear its peers first (`common.succession.right_stands`).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ StateName = Literal[
 ]
 
 MEANING: dict[StateName, str] = {
-    "starting": "The keeper has just begun, or its host booted anew and others may lead by now.",
+    "starting": "The keeper has just begun, or its host booted anew or was fenced: others may lead by now.",
     "stopped": "Not to run: never started, stopped by an operator, or ended by itself. Nobody takes over.",
     "launching": "This node leads and starts the workload afresh.",
     "leading": "This node leads; the workload is to run here.",
@@ -136,6 +138,15 @@ class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The node that handed the term before this one over, and may still keep the frozen workload."""
 
 
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fence left on the disk of the node that it fenced: it leads nothing up to that term."""
+
+    term: int
+    by: str
+    """The node that fenced, and may lead the next term."""
+    at_wall_s: float = 0.0
+
+
 class Takeover(msgspec.Struct, frozen=True, kw_only=True):
     """What a node that another one leads would do if that one fell silent now."""
 
@@ -178,6 +189,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     record: TermRecord
     wanted: TermRecord | None = None
     """On its way to the disk."""
+    refusal: Refusal | None = None
+    """The newest fence of this node, as the disk held it when the keeper began: a fence ends the keeper."""
     peers: dict[str, PeerView] = {}
     """Never changed in place."""
     report: WorkloadReport | None = None
@@ -259,6 +272,7 @@ def new_role(
     first_order: int,
     now: Instant,
     pauses: Pauses = (),
+    refusal: Refusal | None = None,
 ) -> Role:
     """Return the machine as the keeper finds it; `first_order` is greater than every order number before.
 
@@ -278,4 +292,5 @@ def new_role(
         ticked_at_s=now.monotonic_s,
         order=order,
         pauses=pauses,
+        refusal=refusal,
     )

@@ -29,6 +29,21 @@ def holder(role: Role) -> str:
     return role.record.leader
 
 
+def fenced_by(role: Role) -> str:
+    """Return who fenced this node in the recorded term or a later one; empty if nobody did."""
+    refusal = role.refusal
+    return refusal.by if refusal is not None and role.record.term <= refusal.term else ""
+
+
+def right_stands(role: Role) -> bool:
+    """Tell whether what this node recorded of its right to lead is beyond doubt: nobody can have fenced it.
+
+    Invariant: a node that was fenced leads nothing under a term up to the fenced one, also after a restart
+    of its keeper under the same boot. Whoever asks whether this node's own right still counts asks here.
+    """
+    return role.record.boot_id == role.boot_id and not fenced_by(role)
+
+
 def planned(role: Role) -> bool:
     """Tell whether the term was handed over to this node by name: what it leads to was decided there."""
     return role.record.mark == "yielded" and role.record.heir == role.me
@@ -45,13 +60,18 @@ def contender(role: Role, now: Instant) -> str:
     """Return the node that has to be off before this one may lead; empty if none has to.
 
     The holder's own right is beyond doubt under the boot in which it was recorded. After another boot,
-    others may have been told that this node is off; the one that yielded has to repeat it.
+    others may have been told that this node is off; the one that yielded has to repeat it. After a fence
+    by SSH, who fenced is known, and may lead. If it is the one that yielded, it too has to repeat that, once
+    this keeper has listened for long enough not to take an old word for a new one.
     """
     owner = holder(role)
     if owner != role.me:
         return owner
-    if role.record.boot_id == role.boot_id:
+    if right_stands(role):
         return ""
+    fencer, listened_s = fenced_by(role), now.monotonic_s - role.listening_since_s
+    if fencer and (fencer != role.record.leader or listened_s < role.timing.listen_s):
+        return fencer
     leader = role.record.leader
     view = role.peers.get(leader, _UNHEARD)
     says_so = view.claim == "yielded" and view.term == role.record.term
@@ -371,7 +391,7 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
             return _refused("peers were not heard yet", "ask again")
         return _unaccounted(role, event, "", now)  # this node may have lost its state, and a peer may lead
     owner = holder(role)
-    if owner == me and record.boot_id == role.boot_id:
+    if owner == me and right_stands(role):
         return None
     if owner != me and successor(spec, owner) != me:
         return _refused(

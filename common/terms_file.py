@@ -2,12 +2,15 @@
 
     STATE_DIR/terms/WORKLOAD/term.json      the newest term known: who leads it, how far it is
                              spec.json      the workload's declaration
+                             fenced.json    the newest fence by SSH of this node
                              pauses.json    pauses of automatic takeover, lifted ones too
                              history.json   the last 50 terms with their timelines
     STATE_DIR/terms/starts                  how often this keeper was started
 
-In: records. Out: the same, after any crash. Invariant: a term on disk is never lowered, and its leader
-changes only from nobody, or from this node to another (when it gives way). Blocking: call it in a thread.
+In: records. Out: the same, after any crash. Invariants: a term on disk is never lowered, and its leader
+changes only from nobody, or from this node to another (when it gives way); a fence on disk is never lowered
+either, and no right to a term up to it is recorded any more. A fence stands in a file of its own, so that a
+keeper that hangs while the node is fenced cannot write over it. Blocking: call it in a thread.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from common.durable import Disk, atomic_write
 from common.errors import StaleTermError, StoreError
 from common.model import NAME_PATTERN, WorkloadSpec
 from common.pauses import Pauses, joined
-from common.roles import TermRecord
+from common.roles import Refusal, TermRecord
 
 HISTORY_TERMS = 50
 """Terms that history keeps for each workload."""
@@ -33,7 +36,7 @@ _T = TypeVar("_T")
 
 
 class TermFiles:
-    """All term files of one node. One keeper at a time: it holds the control socket.
+    """All term files of one node. One keeper at a time: it holds the control socket. Fences need no keeper.
 
     Every method raises StoreError or NoSpaceError, with operation, path and cause.
     """
@@ -71,8 +74,24 @@ class TermFiles:
         same_leader = known.leader in ("", record.leader) or known.leader == self._node != record.leader
         if record.term == known.term and known.term > 0 and not same_leader:
             raise StaleTermError(f"term {record.term} of {workload} is led by {known.leader}")
+        refusal = self.load_refusal(workload)
+        if refusal is not None and record.leader == self._node and known.term < record.term <= refusal.term:
+            raise StaleTermError(f"{refusal.by} fenced this node: it leads no term up to {refusal.term}")
         self._make(self._path(workload))
         self._write(self._path(workload) / "term.json", record, "term.record")
+
+    def load_refusal(self, workload: str) -> Refusal | None:
+        """Return the newest fence of this node. A damaged file is an error: it is never taken for none."""
+        hint = "move it away once you know that no other node runs the workload"
+        return _read(self._path(workload) / "fenced.json", Refusal, hint=hint)
+
+    def record_refusal(self, workload: str, refusal: Refusal) -> None:
+        """Make a fence durable before returning; one of a later term that is on disk stays."""
+        known = self.load_refusal(workload)
+        if known is not None and known.term > refusal.term:
+            return
+        self._make(self._path(workload))
+        self._write(self._path(workload) / "fenced.json", refusal, "term.fenced")
 
     def load_pauses(self, workload: str) -> Pauses:
         """Return the pauses recorded. A damaged file is an error: a forgotten pause could be a takeover."""
@@ -150,6 +169,7 @@ def look_up(config: NodeConfig, files: TermFiles) -> Known:
             kept = files.load_spec(name)
             leader = files.load(name).leader
             files.load_pauses(name)
+            files.load_refusal(name)
         except StoreError as error:
             known.damaged[name] = error
             continue

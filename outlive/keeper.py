@@ -203,6 +203,7 @@ class Keeper:
         """Begin to keep a workload. Raises StoreError if a file about it cannot be read."""
         record = await in_thread(self._files.load, spec.name)
         pauses = await in_thread(self._files.load_pauses, spec.name)
+        refusal = await in_thread(self._files.load_refusal, spec.name)
         if (kept := self._workloads.get(spec.name)) is not None:
             return kept
         assert self._tasks is not None  # noqa: S101 - run() has begun
@@ -214,6 +215,7 @@ class Keeper:
             fenceable=fenceable(self._config),
             record=record,
             pauses=pauses,
+            refusal=refusal,
             first_order=self._last_order + 1,
             hands=self._hands,
             files=self._files,

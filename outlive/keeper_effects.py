@@ -15,7 +15,8 @@ from common.addresses import Vip, add_vip, announce, drop_vip, hold, lift
 from common.config import NodeConfig
 from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
 from common.errors import OutliveError
-from common.fencing import Verdict, fence_node
+from common.fence_request import FenceRequest
+from common.fencing import Verdict, fence_node, prepare
 from common.health import health_address, wait_healthy
 from common.model import WorkloadSpec
 from common.role_events import (
@@ -79,8 +80,8 @@ class Hands(Protocol):
         """Let the workload run that stands still to be handed over. Harmless if it does not."""
         ...
 
-    async def fence(self, node: str) -> Verdict:
-        """Ask the fence methods of a node."""
+    async def fence(self, asked: RunFence, workload: str) -> Verdict:
+        """Ask the fence methods of a node, which is to lead that workload no more."""
         ...
 
     async def health(self, spec: WorkloadSpec) -> str:
@@ -105,6 +106,7 @@ class RealHands:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
+        prepare(config.fences)
 
     async def hold(self, spec: WorkloadSpec) -> None:
         """See `Hands`."""
@@ -134,9 +136,15 @@ class RealHands:
         """See `Hands`."""
         thaw_cgroup(self._config, spec.name)
 
-    async def fence(self, node: str) -> Verdict:
+    async def fence(self, asked: RunFence, workload: str) -> Verdict:
         """See `Hands`."""
-        return await fence_node(node, self._config.fences)
+        request = FenceRequest(
+            node=asked.node,
+            by=self._config.node.name,
+            terms={workload: asked.term},
+            up_to=asked.up_to,
+        )
+        return await fence_node(request, self._config.fences)
 
     async def health(self, spec: WorkloadSpec) -> str:
         """See `Hands`."""
@@ -193,8 +201,8 @@ class Effects:
                 self._host.put_nowait((_HOST[type(effect)], spec))
             case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
-            case RunFence(node, attempt):
-                self._begin(self._fence(node, attempt))
+            case RunFence():
+                self._begin(self._fence(effect, spec))
             case CheckHealth():
                 self._begin(self._check_health(spec))
             case _:
@@ -254,9 +262,13 @@ class Effects:
             case ForgetFiles():
                 self._files.forget_spec(spec.name)
 
-    async def _fence(self, node: str, attempt: int) -> None:
-        verdict = await self._hands.fence(node)
-        self._feed(FenceResult(node=node, attempt=attempt, outcome=verdict.outcome, reason=verdict.reason))
+    async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
+        verdict = await self._hands.fence(asked, spec.name)
+        self._feed(
+            FenceResult(
+                node=asked.node, attempt=asked.attempt, outcome=verdict.outcome, reason=verdict.reason
+            )
+        )
 
     async def _check_health(self, spec: WorkloadSpec) -> None:
         wrong = await self._hands.health(spec)

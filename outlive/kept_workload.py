@@ -48,7 +48,18 @@ from common.role_explain import explain, takeovers
 from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
-from common.roles import Instant, Role, Silence, Takeover, TermRecord, Timing, claim_of, heir_of, new_role
+from common.roles import (
+    Instant,
+    Refusal,
+    Role,
+    Silence,
+    Takeover,
+    TermRecord,
+    Timing,
+    claim_of,
+    heir_of,
+    new_role,
+)
 from common.succession import has_listened
 from common.terms_file import TermFiles
 from outlive.keeper_effects import Effects, Hands
@@ -78,6 +89,7 @@ class KeptWorkload:
         fenceable: frozenset[str],
         record: TermRecord,
         pauses: Pauses,
+        refusal: Refusal | None,
         first_order: int,
         hands: Hands,
         files: TermFiles,
@@ -107,6 +119,7 @@ class KeptWorkload:
             first_order=first_order,
             now=_now(),
             pauses=pauses,
+            refusal=refusal,
         )
 
     def begin(self) -> None:

@@ -14,6 +14,7 @@ from outlive import __version__
 from outlive.cli import DEBUG_VARIABLE
 from outlive.cli.call import Call, Verbs, examples, group_config_option, output_option
 from outlive.cli.explain import explain
+from outlive.cli.fence import accept_fence, fence
 from outlive.cli.handover import drain, switchover
 from outlive.cli.node import agent, config, doctor, keeper, keys
 from outlive.cli.output import Answer, error_answer, print_answer
@@ -83,6 +84,8 @@ for _verb in (
     switchover,
     drain,
     failover,
+    fence,
+    accept_fence,
     pause,
     resume,
     resync,

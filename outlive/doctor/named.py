@@ -1,7 +1,7 @@
 """Judges what the node's file names: key, address, interface, fences, peers, our own processes.
 
 In: the node's configuration. Out: checks of area `node`. Nothing is changed: peers are only connected to, and
-no fence is run.
+no fence is run (one by SSH is asked whether it would do it).
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import socket
 from pathlib import Path
 
 from common import keys
-from common.config import Fence, NodeConfig
+from common.config import Fence, NodeConfig, SshFence
 from common.control import AskStatus, NodeStatus
 from common.control_channel import ask
-from common.errors import OutliveError
+from common.errors import OutliveError, UnreachableError
+from common.fence_request import FenceRequest
 from outlive.doctor.report import Check, node_check
 
 _PEER_DEADLINE_S = 1.0
 _KEEPER_DEADLINE_S = 1.0
+_FENCE_DEADLINE_S = 5.0
 
 
 async def check_named(config: NodeConfig) -> list[Check]:
@@ -28,7 +30,7 @@ async def check_named(config: NodeConfig) -> list[Check]:
     found = [_check_key(config), _check_address(config.node.address)]
     if config.node.vip_interface:
         found.append(_check_interface(config.node.vip_interface))
-    found += [_check_fence(fence) for fence in config.fences]
+    found += await asyncio.gather(*(_check_fence(config, fence) for fence in config.fences))
     found += await asyncio.gather(*(_check_peer(p.name, p.address, p.agent_port) for p in config.peers))
     found.append(await _check_keeper(config))
     return found
@@ -65,10 +67,35 @@ def _check_interface(name: str) -> Check:
     return node_check("vip_interface", "ok", f"{name} is an interface of this machine")
 
 
-def _check_fence(fence: Fence) -> Check:
+async def _check_fence(config: NodeConfig, fence: Fence) -> Check:
+    name = f"fence {fence.label} of {fence.node}"
+    if fence.ssh is None:
+        return _check_command(name, fence)
+    return await _check_ssh(name, fence, fence.ssh, config.node.name)
+
+
+async def _check_ssh(name: str, fence: Fence, ssh: SshFence, here: str) -> Check:
+    """Ask the node whether it would be fenced: all that a fence takes, and nothing is done there."""
+    from common.ssh_fence import ask_by_ssh
+
+    request = FenceRequest(node=fence.node, by=here)
+    deadline_s = min(fence.timeout_ms / 1000, _FENCE_DEADLINE_S)
+    try:
+        answer = await ask_by_ssh(ssh, request, deadline_s, dry_run=True)
+    except UnreachableError as error:
+        hint = "is sshd running there, and does a firewall let us through? A node that is off cannot answer"
+        return node_check(name, "warn", f"it cannot confirm now: {error.message}", hint)
+    except OutliveError as error:
+        return node_check(name, "fail", f"it can never confirm: {error.message}", error.hint)
+    if answer.outcome != "ready":
+        hint = "docs/concepts/fencing.md says how to set it up"
+        return node_check(name, "fail", f"it can never confirm: {answer.reason}", hint)
+    return node_check(name, "ok", f"{fence.node} answers at {ssh.host} with the pinned key: {answer.reason}")
+
+
+def _check_command(name: str, fence: Fence) -> Check:
     """Look for the program as the keeper will; it is not run, for it would turn the node off."""
     program = fence.command[0]
-    name = f"fence {fence.name or Path(program).name} of {fence.node}"
     found = shutil.which(program)
     if found is not None:
         return node_check(name, "ok", f"{found} is there; whether it works, only a trial tells")

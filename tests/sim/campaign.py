@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.model import WorkloadSpec
 from tests.sim.world import Host, Violation, Weather, World
@@ -88,7 +88,9 @@ def weather_of(rng: random.Random) -> Weather:
 def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 20.0) -> Result:
     """Run one cluster through trouble and let it come to rest. Raises Violation."""
     rng = random.Random(f"plan-{seed}")
-    world = World(seed, spec_of(rng, seed), weather_of(rng), bugs)
+    spec, weather = spec_of(rng, seed), weather_of(rng)
+    by_ssh = random.Random(f"by-ssh-{seed}").choice([0.0, 0.5, 1.0])
+    world = World(seed, spec, replace(weather, fence_by_ssh=by_ssh), bugs)
     world.run(2.5)
     world.start("a")
     world.run(3.0)

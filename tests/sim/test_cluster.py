@@ -284,6 +284,10 @@ def forget_terms(monkeypatch: pytest.MonkeyPatch) -> str:
     return "forget-terms"
 
 
+def forget_refusals(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "forget-refusals"
+
+
 def one_boot_id(monkeypatch: pytest.MonkeyPatch) -> str:
     return "one-boot-id"
 
@@ -439,6 +443,7 @@ def taken_back_from_an_heir_that_is_only_silent(monkeypatch: pytest.MonkeyPatch)
         unknown_is_confirmed,
         act_before_persist,
         forget_terms,
+        forget_refusals,
         one_boot_id,
         ignore_newer_terms,
         start_without_asking_peers,

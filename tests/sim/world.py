@@ -51,7 +51,19 @@ from common.role_events import (
 )
 from common.role_explain import takeovers
 from common.role_table import step
-from common.roles import RUNS, SILENCES, Instant, Role, TermRecord, Timing, claim_of, heir_of, new_role
+from common.roles import (
+    LEADING,
+    RUNS,
+    SILENCES,
+    Instant,
+    Refusal,
+    Role,
+    TermRecord,
+    Timing,
+    claim_of,
+    heir_of,
+    new_role,
+)
 from common.succession import is_silent, keeps_frozen, planned
 
 TICK_S = 0.05
@@ -87,6 +99,8 @@ class Weather:
     delay_s: float = 0.02
     fence_unknown: float = 0.0
     fence_refused: float = 0.0
+    fence_by_ssh: float = 0.0
+    """How many of the fences that work kill processes and leave a refusal, instead of cutting the power."""
     effect_fails: float = 0.0
     faults: tuple[str, ...] = ()
     fault_every_s: float = 4.0
@@ -100,6 +114,9 @@ class Host:
     on: bool = True
     boot: int = 1
     record: TermRecord = field(default_factory=TermRecord)
+    refusal: Refusal | None = None
+    fences: int = 0
+    """How often it was fenced by SSH: what a keeper was writing then is on the disk, or never will be."""
     starts: int = 0
     stored: EpochId | None = None
     role: Role | None = None
@@ -159,6 +176,7 @@ class World:
         self.weather = weather
         self.bugs = bugs
         self.now = 0.0
+        self.by_ssh = random.Random(f"ssh-{seed}")
         clocks = random.Random(f"clocks-{seed}")
         self.hosts = {name: Host(name, clock_s=clocks.uniform(-3600, 3600)) for name in spec.nodes}
         self.blocked: set[tuple[str, str]] = set()
@@ -236,6 +254,7 @@ class World:
             first_order=host.starts * 1000,
             now=self.instant(host),
             pauses=pauses,
+            refusal=None if "forget-refusals" in self.bugs else host.refusal,
         )
         self.tell(f"{host.name}: keeper starts with {record.term}/{record.leader}/{record.mark}")
         self.feed(host, KeeperStarted(host.container is not None, host.frozen))
@@ -299,8 +318,8 @@ class World:
                 self._persist(host, record)
             case PersistPauses(pauses):
                 self._persist_pauses(host, pauses)
-            case RunFence(node, attempt):
-                self._fence(host, node, attempt)
+            case RunFence():
+                self._fence(host, effect)
             case HoldVip():
                 self._on_host(host, "hold", lambda: setattr(host, "held", True))
             case LiftHold():
@@ -335,7 +354,7 @@ class World:
 
     def _persist(self, host: Host, record: TermRecord) -> None:
         """One after the other; what was begun before a crash may be on the disk or not."""
-        boot = host.boot
+        boot, fences = host.boot, host.fences
         if "act-before-persist" in self.bugs:
             self._after(host, 0.0, TermPersisted(record))
         life = host.keeper_life
@@ -347,7 +366,7 @@ class World:
 
         def write() -> None:
             same = host.keeper_life == life and host.role is not None
-            if host.boot != boot or not host.on or (not same and self.chance(0.5)):
+            if host.boot != boot or host.fences != fences or not host.on or (not same and self.chance(0.5)):
                 return  # the crash came first
             if same and self.chance(self.weather.effect_fails):
                 self.feed(host, StepFailed(step="persist", reason="the disk is full"))
@@ -417,7 +436,8 @@ class World:
 
         self.later(host.host_free_at - self.now, act)
 
-    def _fence(self, host: Host, node: str, attempt: int) -> None:
+    def _fence(self, host: Host, asked_for: RunFence) -> None:
+        node, attempt = asked_for.node, asked_for.attempt
         target, heard = self.hosts[node], host.spoke_at.get(node)
         asked = host.role is not None and host.role.by_operator
         if (
@@ -439,12 +459,42 @@ class World:
         elif self.chance(self.weather.fence_refused):
             outcome = "refused"
         works = outcome == "confirmed" or (outcome == "unknown" and self.chance(0.5))
+        acts_s, answers_s = self.random.uniform(0.01, 0.5), self.random.uniform(0.51, 1.5)
+        if works and self.by_ssh.random() < self.weather.fence_by_ssh:
+            self.later(acts_s, lambda: self._fence_by_ssh(host, asked_for, outcome, answers_s))
+            return
         if works:
-            self.later(self.random.uniform(0.01, 0.5), lambda: self.power_off(target))
+            self.later(acts_s, lambda: self.power_off(target))
         if outcome == "unknown" and "unknown-is-confirmed" in self.bugs:
             outcome = "confirmed"
         verdict = FenceResult(node=node, attempt=attempt, outcome=outcome, reason="as the seed has it")  # type: ignore[arg-type]
-        self._after(host, self.random.uniform(0.51, 1.5), verdict)
+        self._after(host, answers_s, verdict)
+
+    def _fence_by_ssh(self, host: Host, asked: RunFence, outcome: str, answers_s: float) -> None:
+        """What `outlive accept-fence` does, at one moment; systemd starts keeper and agent again."""
+        target = self.hosts[asked.node]
+        if not target.on:
+            outcome = "unknown"
+        elif target.record.term > asked.up_to:
+            outcome = "refused"
+        else:
+            term = max(asked.term, target.record.term)
+            self.tell(f"{target.name}: is fenced by {host.name} in term {term}")
+            if target.refusal is None or target.refusal.term <= term:
+                target.refusal = Refusal(term=term, by=host.name)
+            target.fences += 1
+            target.role = None
+            target.agent_on, target.vip = False, False
+            target.agent_life += 1
+            self._remove(target)
+            back = self.by_ssh.uniform
+            self.later(back(0.1, 2.0), lambda: self.boot_keeper(target))
+            self.later(
+                back(0.1, 2.0),
+                lambda: self.boot_agent(target) if target.on and not target.agent_on else None,
+            )
+        verdict = FenceResult(node=target.name, attempt=asked.attempt, outcome=outcome, reason="by SSH")  # type: ignore[arg-type]
+        self._after(host, answers_s, verdict)
 
     # --- heartbeats -------------------------------------------------------------------------------
 
@@ -767,7 +817,16 @@ class World:
         for name in running:
             self._check_right(self.hosts[name])
         for host in self.hosts.values():
+            self._check_refusal(host)
             self._check_thawed(host)
+
+    def _check_refusal(self, host: Host) -> None:
+        """A node that was fenced leads nothing under a term up to the fenced one, whatever starts again."""
+        role, refusal = host.role, host.refusal
+        if role is None or refusal is None or role.name not in LEADING:
+            return
+        if role.record.term <= refusal.term:
+            raise self.broken(f"{host.name} is {role.name} in term {role.record.term}, fenced: {refusal}")
 
     def _check_thawed(self, host: Host) -> None:
         """Who leads does not leave its workload frozen."""

@@ -20,6 +20,9 @@ OTHER = PEER.replace('"b"', '"c"').replace("10.0.0.2", "10.0.0.3").replace("rq:"
 NODE_PATHS = ("key_file", "state_dir", "run_dir", "image_dir", "cgroup_parent", "boot_id_file")
 NODE_PATHS += ("criu", "runc", "conmon")
 FENCE = '[[fences]]\nnode = "a"\ncommand = {}\n'
+HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGk3b1+Yz0aMX1FzPpNf2qZb1Hn2bCqVpTtWQnq0Z3wL"
+SSH = f'[fences.ssh]\nhost = "127.0.0.1"\nkey_file = "/k"\nhost_key = "{HOST_KEY}"\n'
+SSH_FENCE = '[[fences]]\nnode = "a"\n' + SSH
 VIP = 'vip_interface = "eth0"\n'
 WORKLOAD = '[[workloads]]\nname = "w"\nnodes = ["a"]\ncommand = ["true"]\n'
 
@@ -30,6 +33,18 @@ def test_two_lines_are_a_node() -> None:
     assert config.agent_endpoint == "ipc:///run/outlive/agent.sock"
     assert config.keeper_endpoint == "ipc:///run/outlive/keeper.sock"
     assert config.runc_root == Path("/run/outlive/runc")
+
+
+def test_a_fence_by_ssh_covers_what_leaves_the_host_alive_and_a_command_covers_all() -> None:
+    (by_ssh,) = parse_config(NODE + SSH_FENCE, origin="x").fences
+    assert by_ssh.covered == ("process failure",)
+    assert by_ssh.label == "ssh to 127.0.0.1"
+    (command,) = parse_config(NODE + FENCE.format('["/usr/sbin/off"]'), origin="x").fences
+    assert command.covered == ("process failure", "host loss", "partition")
+    assert command.label == "off"
+    wider = SSH_FENCE.replace("\n[", '\ncovers = ["process failure", "partition"]\n[')
+    (chosen,) = parse_config(NODE + wider, origin="x").fences
+    assert chosen.covered == ("process failure", "partition")
 
 
 def test_peers_are_found_by_name() -> None:
@@ -86,6 +101,22 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + FENCE.format("""["off 'b c'"]"""), r'split it, \["off", "b c"\]'),
         (NODE + FENCE.format("""["off 'b c"]"""), "split it"),
         (NODE + FENCE.format('["off"]') + "timeout_ms = 0\n", "timeout_ms: at least 1"),
+        (NODE + '[[fences]]\nnode = "a"\n', "command is empty"),
+        (NODE + FENCE.format('["off"]') + SSH, "give command or ssh, not both"),
+        (NODE + SSH_FENCE.replace("127.0.0.1", "host-a"), "ssh.host 'host-a' is not an IP address"),
+        (NODE + SSH_FENCE + "port = 0\n", "ssh.port 0 is not a TCP port"),
+        (NODE + SSH_FENCE.replace("/k", "k"), "ssh.key_file 'k' must be an absolute path"),
+        (NODE + SSH_FENCE.replace(f'host_key = "{HOST_KEY}"\n', ""), "host_key"),
+        (NODE + SSH_FENCE.replace(HOST_KEY, ""), "ssh.host_key is not a public key"),
+        (NODE + SSH_FENCE.replace("ed25519", "dss"), "ssh.host_key is not a public key"),
+        (NODE + SSH_FENCE.replace("ssh-ed25519", "ssh-rsa"), "ssh.host_key is cut off or altered"),
+        (NODE + SSH_FENCE.replace(HOST_KEY, HOST_KEY[:30]), "ssh.host_key is cut off or altered"),
+        (NODE + SSH_FENCE + "command = []\n", "ssh.command is empty"),
+        (NODE + SSH_FENCE + "strict = false\n", "strict"),
+        (
+            NODE + SSH_FENCE.replace("\n[", '\ncovers = ["host loss"]\n['),
+            "a host that is lost answers no ssh",
+        ),
         (
             NODE + PEER.replace(".2", ".1"),
             "peer 'b': agent_port is 10.0.0.1 port 7701, which node: agent_port",

@@ -28,6 +28,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "[heartbeat]": config.Heartbeat,
     "[[peers]]": config.Peer,
     "[[fences]]": config.Fence,
+    "[fences.ssh]": config.SshFence,
     "[[workloads]]": model.WorkloadSpec,
     "[[workloads.files]]": model.FilePath,
     "[workloads.health]": model.HealthCheck,

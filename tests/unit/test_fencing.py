@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from common.config import Fence, Node, NodeConfig, Peer
+from common.fence_request import FenceRequest
 from common.fencing import coverage, fence_node, fenceable
 from common.model import WorkloadSpec
+
+REQUEST = FenceRequest(node="a", by="b", terms={"w": 1})
 
 
 def fence(script: str, *, timeout_ms: int = 5000, node: str = "a") -> Fence:
@@ -27,13 +30,13 @@ def fence(script: str, *, timeout_ms: int = 5000, node: str = "a") -> Fence:
     ],
 )
 async def test_the_exit_status_is_the_answer(script: str, outcome: str) -> None:
-    assert (await fence_node("a", [fence(script)])).outcome == outcome
+    assert (await fence_node(REQUEST, [fence(script)])).outcome == outcome
 
 
 async def test_what_does_not_answer_in_time_is_unknown_and_killed_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "late"
     began_s = time.monotonic()
-    verdict = await fence_node("a", [fence(f"(sleep 0.6; touch {mark}) & wait", timeout_ms=200)])
+    verdict = await fence_node(REQUEST, [fence(f"(sleep 0.6; touch {mark}) & wait", timeout_ms=200)])
     assert verdict.outcome == "unknown"
     assert time.monotonic() - began_s < 0.5
     time.sleep(0.7)  # noqa: ASYNC251 - nothing else runs
@@ -41,7 +44,7 @@ async def test_what_does_not_answer_in_time_is_unknown_and_killed_with_its_child
 
 
 async def test_a_program_that_is_missing_is_unknown() -> None:
-    verdict = await fence_node("a", [Fence(node="a", command=("/no/such/fence",))])
+    verdict = await fence_node(REQUEST, [Fence(node="a", command=("/no/such/fence",))])
     assert (verdict.outcome, "could not be run" in verdict.reason) == ("unknown", True)
 
 
@@ -53,19 +56,19 @@ async def test_methods_are_asked_in_order_until_one_confirms(tmp_path: Path) -> 
         fence(f"echo 2 >> {log}; exit 0"),
         fence(f"echo 3 >> {log}; exit 0"),
     ]
-    assert (await fence_node("a", methods)).outcome == "confirmed"
+    assert (await fence_node(REQUEST, methods)).outcome == "confirmed"
     assert log.read_text().split() == ["1", "2"]
 
 
 async def test_if_none_confirms_a_refusal_is_told_with_every_reason() -> None:
-    verdict = await fence_node("a", [fence("echo dunno; exit 3"), fence("echo no; exit 1")])
+    verdict = await fence_node(REQUEST, [fence("echo dunno; exit 3"), fence("echo no; exit 1")])
     assert verdict.outcome == "refused"
     assert "dunno" in verdict.reason
     assert "no" in verdict.reason
 
 
 async def test_without_a_method_nothing_is_confirmed() -> None:
-    assert (await fence_node("a", [fence("exit 0", node="b")])).outcome == "unknown"
+    assert (await fence_node(REQUEST, [fence("exit 0", node="b")])).outcome == "unknown"
 
 
 def config(*fences: Fence) -> NodeConfig:

@@ -44,7 +44,19 @@ from common.role_events import (
 )
 from common.role_table import TABLE, step
 from common.role_view import workload_status
-from common.roles import LEADING, MEANING, Claim, Instant, Mark, Role, TermRecord, Timing, claim_of, new_role
+from common.roles import (
+    LEADING,
+    MEANING,
+    Claim,
+    Instant,
+    Mark,
+    Refusal,
+    Role,
+    TermRecord,
+    Timing,
+    claim_of,
+    new_role,
+)
 
 SPEC = WorkloadSpec(
     name="w",
@@ -66,9 +78,11 @@ class Driver:
         *,
         spec: WorkloadSpec = SPEC,
         running: bool = False,
+        frozen: bool = False,
         fenceable: frozenset[str] = frozenset({"a", "b"}),
         boot: str = "boot-1",
         pauses: Pauses = (),
+        refusal: Refusal | None = None,
     ) -> None:
         self.now_s = 100.0
         self.role: Role = new_role(
@@ -81,9 +95,10 @@ class Driver:
             first_order=1000,
             now=self.instant(),
             pauses=pauses,
+            refusal=refusal,
         )
         self.effects: list[Effect] = []
-        self.feed(KeeperStarted(running))
+        self.feed(KeeperStarted(running, frozen))
 
     def instant(self) -> Instant:
         return Instant(self.now_s, 1e9 + self.now_s)
@@ -151,7 +166,7 @@ def ready_replica() -> ReplicaProgress:
 def test_silence_of_both_leads_by_a_fence_to_a_durable_term_before_anything_is_done() -> None:
     driver = follower()
     asked = driver.after(0.4)
-    assert [effect for effect in asked if isinstance(effect, RunFence)] == [RunFence("a", 1)]
+    assert [effect for effect in asked if isinstance(effect, RunFence)] == [RunFence("a", 1, 1, 1)]
     assert driver.state == "acquiring"
     confirmed = driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
     assert [type(effect) for effect in confirmed if not isinstance(effect, type(confirmed[-1]))] == [
@@ -207,7 +222,7 @@ def test_a_fence_that_does_not_confirm_gives_no_right_and_is_asked_again(outcome
     assert outcome in driver.role.reason
     assert driver.role.wanted is None
     driver.report(stored=EpochId(1, 9), restorable=True)
-    assert RunFence("a", 2) in driver.after(1.1)
+    assert RunFence("a", 2, 1, 1) in driver.after(1.1)
     asked = [entry.reason for entry in driver.role.timeline if entry.event == "fence asked"]
     assert [reason.split(":")[0] for reason in asked] == ["attempt 1", "attempt 2"]
 

@@ -1,0 +1,190 @@
+"""The fenced node's side of a fence by SSH: refuse durably, end what could undo that, kill, read back.
+
+In: a `FenceRequest` of a peer. Out: a `FenceAnswer`; *confirmed* only if all of it was read back.
+
+    refusal on disk ─▶ keeper, agent ended ─▶ still no newer term ─▶ VIP dropped ─▶ workload killed ─▶ read
+
+Invariant: from a confirmed answer on, this node neither runs the workload nor has its address under a term
+up to the named one, whatever is started here again and in whatever boot. What keeps it:
+
+- The refusal is on disk before anything is ended. Whatever keeper starts from then on finds it there.
+- Every keeper that could have started before is ended, also one that hangs or was stopped: it holds the
+  control socket, and reads the term files only after it has got that. With it goes what it has started (`ip`
+  may be about to add the address).
+- Then the agent is ended, which may be half-way through an order of that keeper; then runc and conmon, which
+  may be half-way through bringing the workload up; then what is in its cgroup. An agent that starts again
+  acts on the orders of a keeper only.
+
+The price: what else this node leads is unprotected until its service manager has started both again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.addresses import Vip, drop_vip, holds_vip
+from common.bundle import WorkloadPaths
+from common.config import NodeConfig
+from common.container import kill_workload, workload_pids
+from common.errors import OutliveError, WorkloadError
+from common.events import Event, EventLog, event_file
+from common.fence_request import FenceAnswer, FenceRequest
+from common.model import WorkloadSpec
+from common.roles import Refusal
+from common.terms_file import TermFiles
+from common.threads import in_thread
+from outlive.processes import end, holders, matching
+
+_END_S = 5.0
+"""How long a killed process may take to be gone."""
+_LOOKS, _LOOK_PAUSE_S = 2, 0.02
+"""Nothing brings the workload up any more if that many looks in a row find nobody who does: a process that is
+just becoming another program shows no command line."""
+
+
+async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bool = False) -> FenceAnswer:
+    """Carry a fence out, or (`dry_run`) only say whether it would be. Never raises an OutliveError.
+
+    What was begun is carried to its end whoever hangs up: SIGHUP and SIGTERM are ignored from here on.
+    """
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    files = TermFiles(Path(config.node.state_dir), config.node.name)
+
+    def answer(outcome: str, reason: str) -> FenceAnswer:
+        return FenceAnswer(
+            node=config.node.name,
+            by=request.by,
+            terms=request.terms,
+            outcome=outcome,  # type: ignore[arg-type]
+            reason=reason,
+        )
+
+    try:
+        # Read once: what a keeper records from here on is beyond what is fenced.
+        fenced = {name: max(term, files.load(name).term) for name, term in request.terms.items()}
+        if objection := _stranger(config, request) or _of_the_past(files, request, fenced):
+            return answer("refused", objection)
+        if os.geteuid():
+            return answer("unknown", "only root can end what runs here, and this is not root")
+        if dry_run:
+            return answer("ready", f"a fence by {request.by} would be carried out")
+        if not request.terms:
+            return answer("unknown", "no workload was named, and only workloads can be fenced by SSH")
+        return answer(*await _carry_out(config, files, request.by, fenced))
+    except (OutliveError, OSError) as error:
+        return answer("unknown", f"not carried to its end: {error}")
+
+
+def _stranger(config: NodeConfig, request: FenceRequest) -> str:
+    """Return why the request is not for this node, or not from one of its peers."""
+    if request.node != config.node.name:
+        return f"this is {config.node.name}, not {request.node}: the fence has the wrong address"
+    if config.peer(request.by) is None:
+        return f"{request.by} is no peer of {config.node.name}"
+    return ""
+
+
+def _of_the_past(files: TermFiles, request: FenceRequest, fenced: dict[str, int]) -> str:
+    """Return why the request is of the past: a workload's newest term here is beyond what it allows."""
+    for name, term in request.terms.items():
+        if fenced[name] > (most := max(term, request.up_to)):
+            leader = files.load(name).leader or "another node"
+            return f"{leader} leads {name} in term {fenced[name]}, and {request.by} knows of {most} only"
+    return ""
+
+
+def _begun_since(files: TermFiles, fenced: dict[str, int]) -> str:
+    """Return which newer term was recorded since the terms to be fenced were read."""
+    for name, term in fenced.items():
+        if (known := files.load(name)).term > term:
+            return f"term {known.term} of {name} has begun meanwhile, led by {known.leader or 'another node'}"
+    return ""
+
+
+async def _carry_out(
+    config: NodeConfig, files: TermFiles, by: str, fenced: dict[str, int]
+) -> tuple[str, str]:
+    """Return outcome and reason. `fenced`: for each workload the term up to which it is led here no more."""
+    for name, term in fenced.items():
+        refusal = Refusal(term=term, by=by, at_wall_s=time.time())
+        await in_thread(files.record_refusal, name, refusal)
+    for endpoint in (config.keeper_endpoint, config.agent_endpoint):
+        await in_thread(_end_holders, endpoint.removeprefix("ipc://"), endpoint == config.keeper_endpoint)
+    if newer := _begun_since(files, fenced):  # that one is not ours to end
+        return "refused", newer
+    for name in fenced:
+        for vip in _vips(config, files, name):
+            await drop_vip(vip)
+        await _end_bringing_up(config, name)
+        await kill_workload(config, name)
+    for name, term in fenced.items():
+        if problem := await _still_there(config, files, name, term):
+            return "unknown", problem
+    if newer := _begun_since(files, fenced):
+        return "unknown", newer
+    _tell(config, by, fenced)
+    what = ", ".join(f"{name} in no term up to {term}" for name, term in fenced.items())
+    return "confirmed", f"{config.node.name} leads {what}; nothing of it is left there"
+
+
+def _end_holders(path: str, with_children: bool) -> None:
+    for pid in holders(path):
+        end(pid, _END_S, with_children)
+
+
+async def _end_bringing_up(config: NodeConfig, name: str) -> None:
+    """End conmon and runc of the workload, whose parent is gone. Raises WorkloadError if they stay."""
+    until_s = time.monotonic() + _END_S
+    looks = 0
+    while looks < _LOOKS:
+        pids = await in_thread(_bringing_up, config, name)
+        looks = 0 if pids else looks + 1
+        for pid in pids:
+            await in_thread(end, pid, _END_S)
+        if time.monotonic() > until_s:
+            raise WorkloadError(f"something keeps bringing {name} up: processes {pids}")
+        await asyncio.sleep(_LOOK_PAUSE_S)
+
+
+def _bringing_up(config: NodeConfig, name: str) -> list[int]:
+    bundle, root = str(WorkloadPaths(config, name).bundle), str(config.runc_root)
+
+    def is_its(words: Sequence[str]) -> bool:
+        return bundle in words or (root in words and name in words)
+
+    return matching(is_its)
+
+
+async def _still_there(config: NodeConfig, files: TermFiles, name: str, term: int) -> str:
+    """Read back: return what is not as it should be, or nothing."""
+    refusal = await in_thread(files.load_refusal, name)
+    if refusal is None or refusal.term < term:
+        return f"the refusal of {name} in term {term} is not on disk"
+    if pids := workload_pids(config, name) or _bringing_up(config, name):
+        return f"processes of {name} are still there: {pids}"
+    for vip in _vips(config, files, name):
+        if await holds_vip(vip):
+            return f"the address {vip} is still here"
+    return ""
+
+
+def _vips(config: NodeConfig, files: TermFiles, name: str) -> Iterator[Vip]:
+    """Yield every address that this node may have for the workload: by its file, or by a peer's."""
+    declared: list[WorkloadSpec | None] = [spec for spec in config.workloads if spec.name == name]
+    addresses = {spec.vip for spec in (*declared, files.load_spec(name)) if spec is not None and spec.vip}
+    if config.node.vip_interface:  # else no keeper here could add any
+        yield from (Vip.parse(address, config.node.vip_interface) for address in sorted(addresses))
+
+
+def _tell(config: NodeConfig, by: str, fenced: dict[str, int]) -> None:
+    events = EventLog(event_file(config), "fence")
+    for name, term in fenced.items():
+        reason = f"{by} fenced this node: it leads {name} in no term up to {term}"
+        events.append(Event.WORKLOAD_FENCED, workload=name, reason=reason, peer=by)
+    events.close()
