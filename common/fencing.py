@@ -22,6 +22,7 @@ from common.errors import OutliveError
 from common.fence_request import FenceRequest, Outcome
 from common.model import WorkloadSpec
 from common.roles import SILENCES
+from common.ssh_child import ask_in_child
 
 _SAYS: dict[Outcome, str] = {
     "confirmed": "{node} is confirmed off",
@@ -80,15 +81,13 @@ async def _ask_method(method: Fence, request: FenceRequest) -> Verdict:
 
 
 async def _ask_by_ssh(method: Fence, request: FenceRequest) -> Verdict:
-    from common.ssh_fence import ask_by_ssh  # heavy: only for those who have such a method
-
     assert method.ssh is not None  # noqa: S101 - asked before
     if not request.terms:
         reason = f"{method.label}: it fences workloads, and none of them was named"
         return Verdict(outcome="unknown", reason=reason)
     began_s = time.monotonic()
     try:
-        answer = await ask_by_ssh(method.ssh, request, method.timeout_ms / 1000)
+        answer = await ask_in_child(method.ssh, request, method.timeout_ms / 1000)
     except OutliveError as error:
         return Verdict(outcome="unknown", reason=f"{method.label}: {error.message}")
     took_ms = (time.monotonic() - began_s) * 1000
@@ -141,12 +140,6 @@ async def _run_command(method: Fence) -> Verdict:
         outcome=outcome,
         reason=f"{name}: {_says(method, outcome)} (exit {process.returncode}, {took_ms:.0f} ms){quoted}",
     )
-
-
-def prepare(methods: Sequence[Fence]) -> None:
-    """Load now what a fence by SSH needs, if there is one: a takeover should not wait for it."""
-    if any(method.ssh is not None for method in methods):
-        import common.ssh_fence  # noqa: F401 - what counts is that it is loaded
 
 
 def fenceable(config: NodeConfig) -> frozenset[str]:

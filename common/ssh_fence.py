@@ -6,7 +6,7 @@ which nothing is known of the node. It decides nothing: `common.fencing` says wh
 - Only the pinned host key is accepted. There is no known_hosts, no agent, no password.
 - paramiko blocks, so it has a thread of its own for each call; the event loop only waits, and at the deadline
   cuts the connection and waits no longer. The thread ends by itself then: its waits are bounded too.
-- paramiko takes about 20 MiB: only a process with such a fence imports this module.
+- paramiko takes about 20 MiB: a keeper leaves this to a child (`common.ssh_child`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from common.config import NodeConfig
 from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
 from common.errors import OutliveError
 from common.fence_request import FenceRequest
-from common.fencing import Verdict, fence_node, prepare
+from common.fencing import Verdict, fence_node
 from common.health import health_address, wait_healthy
 from common.model import WorkloadSpec
 from common.role_events import (
@@ -106,7 +106,6 @@ class RealHands:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
-        prepare(config.fences)
 
     async def hold(self, spec: WorkloadSpec) -> None:
         """See `Hands`."""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from common import ssh_child
 from common.config import Fence, Node, NodeConfig, SshFence
 from common.errors import ProtocolError
 from common.fence_request import FenceAnswer, FenceRequest, read_words, words_of
@@ -141,7 +142,7 @@ async def test_a_host_that_hangs_is_unknown_in_time_and_the_loop_runs_on(tmp_pat
         took_s = time.monotonic() - began_s
     ticking.cancel()
     assert found.outcome == "unknown"
-    assert took_s < 1.2
+    assert took_s < 2.5
     assert ticks > 15
 
 
@@ -249,3 +250,32 @@ GOOD = list(words_of(REQUEST))
 def test_other_words_are_refused(words: list[str]) -> None:
     with pytest.raises(ProtocolError):
         read_words(words)
+
+
+class TestTheChild:
+    async def test_that_ends_without_an_answer_is_unknown(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ssh_child, "_CHILD", ("sh", "-c", "cat >/dev/null; kill -9 $$"))
+        with ssh_server(tmp_path, Answers(encoded())) as ssh:
+            found = await verdict(ssh)
+        assert found.outcome == "unknown"
+        assert "without an answer" in found.reason
+
+    async def test_that_does_not_end_is_killed_in_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ssh_child, "_CHILD", ("sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 1000"))
+        monkeypatch.setattr(ssh_child, "_CHILD_GRACE_S", 0.1)
+        with ssh_server(tmp_path, Answers(encoded())) as ssh:
+            found = await verdict(ssh, timeout_ms=200)
+        assert found.outcome == "unknown"
+        assert "no answer within 200 ms" in found.reason
+        assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+    async def test_that_cannot_be_run_is_unknown(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ssh_child, "_CHILD", ("/no/such/python",))
+        with ssh_server(tmp_path, Answers(encoded())) as ssh:
+            assert "could not be run" in (await verdict(ssh)).reason
