@@ -48,8 +48,8 @@ _PACKAGES = (
     "nftables",
 )
 _INITRAMFS_MODULES = ("virtio_pci", "virtio_blk")
-_IMAGE_MIB = 12_288
-"""Most of it is a hole. With huge pages, a store that folds epochs was seen to take 6 GiB."""
+_IMAGE_MIB = 32_768
+"""Most of it is a hole. With huge pages, a store of epochs that are dirty as a whole takes more than 12 GiB."""
 _MEMORY_MIB = 6144
 """With huge pages, what is captured and compared, all in memory, takes more than 3 GiB."""
 _LAUNCHER = """\
