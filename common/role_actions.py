@@ -193,7 +193,7 @@ def give_way(role: Role, event: Heard, now: Instant) -> Acted:
 
 def record_mark(role: Role, event: Heard, now: Instant) -> Acted:
     """Record how far the leader is now."""
-    return remark(role, mark_of(event), heir=event.heir)
+    return remark(replace(role, launched_at_s=now.monotonic_s), mark_of(event), heir=event.heir)
 
 
 def mark_of(event: Heard) -> Mark:

@@ -24,6 +24,7 @@ from common.role_events import (
 from common.role_steps import following_step, how_it_ended, unanswered
 from common.roles import RUNS, Instant, Role
 from common.succession import (
+    agent_alive,
     contender,
     disowned,
     fenced_by,
@@ -32,8 +33,10 @@ from common.succession import (
     holder,
     is_silent,
     keeper_speaks,
+    keeps_frozen,
     obstacle,
     paused,
+    planned,
     right_stands,
     silence_s,
     successor,
@@ -128,7 +131,8 @@ def leader_moved_on(role: Role, event: Heard, now: Instant) -> str:
 
 def runs_without_right(role: Role, event: Event, now: Instant) -> str:
     """The workload runs here, and another node leads."""
-    return f"it runs here, but {_leader(role)} leads term {role.record.term}" if role.alive else ""
+    wrong = role.alive and not keeps_frozen(role)
+    return f"it runs here, but {_leader(role)} leads term {role.record.term}" if wrong else ""
 
 
 def runs_though_it_must_not(role: Role, event: Event, now: Instant) -> str:
@@ -209,7 +213,8 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
 
 def paused_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
     """The leader is off, but nobody asked for this takeover, and automatic ones were paused meanwhile."""
-    confirmed = "" if role.by_operator else right_confirmed(role, event, now)
+    decided = role.by_operator or planned(role) or keeps_frozen(role)
+    confirmed = "" if decided else right_confirmed(role, event, now)
     return f"{confirmed}; but {pause}" if confirmed and (pause := paused(role)) else ""
 
 
@@ -305,6 +310,21 @@ def _leads(role: Role) -> str:
     return role.unhealthy or role.vip_problem or f"leads term {role.record.term}: {role.record.cause}"
 
 
+def _runs_unreported(role: Role, now: Instant) -> bool:
+    """It was kept here, and runs again; the agent that would report that is dead."""
+    return role.step == "order" and role.alive and not agent_alive(role, now)
+
+
+def unreported_more_steps(role: Role, event: Event, now: Instant) -> str:
+    """It runs, though nobody reports it, and there is another step."""
+    return role.reason if _runs_unreported(role, now) and following_step(role) else ""
+
+
+def unreported_last_step(role: Role, event: Event, now: Instant) -> str:
+    """It runs, though nobody reports it, and that was all."""
+    return _leads(role) if _runs_unreported(role, now) and not following_step(role) else ""
+
+
 def order_failed(role: Role, event: AgentReport, now: Instant) -> str:
     """The agent could not carry its order out."""
     report = event.report
@@ -319,6 +339,8 @@ def order_overdue(role: Role, event: Event, now: Instant) -> str:
     What runs is left to an agent that is started again: a silent agent never costs a workload its life.
     """
     late = now.monotonic_s - role.launched_at_s > role.timing.order_s
+    if role.record.handed_by and not agent_alive(role, now):  # somebody else has it
+        late = late or now.monotonic_s - role.launched_at_s > role.timing.agent_silent_after_s
     if role.step != "order" or role.alive or role.wanted is not None or not late:
         return ""
     again = "start" if role.name == "launching" else "failover"

@@ -19,7 +19,18 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from common.control import Done, Refused
-from common.role_actions import Acted, adopt, answered, both, history, noted, persist, remark, undo
+from common.role_actions import (
+    Acted,
+    adopt,
+    answered,
+    both,
+    history,
+    next_term,
+    noted,
+    persist,
+    remark,
+    undo,
+)
 from common.role_events import (
     AddVip,
     AgentReport,
@@ -42,6 +53,8 @@ from common.succession import (
     is_silent,
     keeper_speaks,
     keeps_frozen,
+    obstacle,
+    planned,
     ready,
     right_stands,
     successor,
@@ -64,6 +77,12 @@ def switchover_refusal(role: Role, event: OperatorSwitchover, now: Instant) -> R
         return _refused(f"{other or 'nobody known here'} leads it", where)
     if to == role.me:
         return _refused(f"{to} leads it already")
+    if successor(role.spec, to) != role.me:
+        # Either would fence what is silent there: the one that keeps the workload, and the successor.
+        return _refused(
+            f"{successor(role.spec, to)} is the successor of {to}, not {role.me}: both could replace it",
+            f"put {role.me} first or second in the `nodes` of {name}",
+        )
     if (heir := successor(role.spec, role.me)) != to:
         # It may take over from this node at any time; it need not have heard that the right is another's.
         return _refused(
@@ -237,7 +256,7 @@ def may_take_back(role: Role, event: Event, now: Instant) -> str:
 def waits_for_heir(role: Role, event: Event, now: Instant) -> str:
     """Nothing has come of it yet, and that is not shown."""
     rival = holder(role)
-    if role.wanted is not None or rival == role.me or role.retries:
+    if role.wanted is not None or rival == role.me or (role.retries and is_silent(role, rival, now)):
         return ""
     reason = f"handed over to {rival}; it is kept here, frozen, until it runs there"
     if is_silent(role, rival, now):
@@ -266,6 +285,14 @@ def kept_undecided(role: Role, event: Heard, now: Instant) -> str:
     return f"{event.node} says {event.claim} in term {event.term}"
 
 
+def wait_again(role: Role, event: Heard, now: Instant) -> Acted:
+    """Forget the attempt, and whatever an operator said for it."""
+    message = f"{event.node} is not off: it says {event.claim} in term {event.term}"
+    refusal = Refused(error="NoRightToLeadError", message=message, hint="outlive status")
+    attempt = role.fence_attempt + 1
+    return answered(replace(role, by_operator=False, vouched="", retries=0, fence_attempt=attempt), refusal)
+
+
 def kept_hearsay(role: Role, event: Heard, now: Instant) -> str:
     """A newer term is known, and whether it runs there is not."""
     undecided = keeps_frozen(role) and supersedes(role, event) and not runs_there(role, event, now)
@@ -274,10 +301,32 @@ def kept_hearsay(role: Role, event: Heard, now: Instant) -> str:
 
 def kept_ended(role: Role, event: Event, now: Instant) -> str:
     """What was kept is gone."""
-    return "" if role.alive else f"what was kept here has ended; the right to lead is {holder(role)}'s"
+    if role.alive or role.record.leader != role.me:
+        return ""
+    return f"what was kept here has ended; the right to lead is {holder(role)}'s"
+
+
+def given_back_ended(role: Role, event: Event, now: Instant) -> str:
+    """What was kept is gone, and the right to lead had been given back."""
+    if role.alive or role.record.leader == role.me or role.wanted is not None:
+        return ""
+    return "what was kept here has ended"
 
 
 # --- the heir's side --------------------------------------------------------------------------------
+
+
+def heir_cannot(role: Role, event: Event, now: Instant) -> str:
+    """The right is this node's, it could not use it for long, and who handed it over may still have it."""
+    waited_s = now.monotonic_s - role.launched_at_s
+    if not planned(role) or role.wanted is not None or waited_s < role.timing.handover_s:
+        return ""
+    return obstacle(role, now)
+
+
+def record_failure(role: Role, event: Event, now: Instant) -> Acted:
+    """Begin the term in which the workload does not come up here, so that it can be given back."""
+    return next_term(role, "failed", f"switchover: not possible here: {role.reason}", now)
 
 
 def kept_no_more(role: Role, event: Heard, now: Instant) -> str:
@@ -300,9 +349,16 @@ def gives_back(role: Role, event: Event, now: Instant) -> str:
         return ""
     view = role.peers.get(record.handed_by, PeerView())
     keeps = view.claim in ("yielded", "acquiring") and view.alive and view.term < record.term
-    if not keeps or not keeper_speaks(role, record.handed_by, now):
+    if not keeps or not keeper_speaks(role, record.handed_by, now) or not _agent_at_rest(role, now):
         return ""
     return f"{record.handed_by} keeps it, and can let it run on: {role.reason}"
+
+
+def _agent_at_rest(role: Role, now: Instant) -> bool:
+    """Tell whether the agent has said that nothing runs here: it may have been half-way through a restore."""
+    report = role.report
+    rests = report is not None and not report.running and report.order_done >= role.order.number
+    return rests and agent_alive(role, now)
 
 
 def give_back(role: Role, event: Event, now: Instant) -> Acted:

@@ -101,6 +101,8 @@ from common.role_guards import (
     runs_without_right,
     stop_recorded,
     undone,
+    unreported_last_step,
+    unreported_more_steps,
     up_last_step,
     up_more_steps,
 )
@@ -114,8 +116,10 @@ from common.role_handover import (
     found_handed_over,
     give_back,
     given_back,
+    given_back_ended,
     gives_back,
     hand_over,
+    heir_cannot,
     hindered,
     kept_ended,
     kept_hearsay,
@@ -124,10 +128,12 @@ from common.role_handover import (
     kept_undecided,
     may_take_back,
     need_no_keeper,
+    record_failure,
     runs_there,
     switchover_refusal,
     take_back,
     tell_handed_over,
+    wait_again,
     waits_for_heir,
 )
 from common.role_handover import (
@@ -371,8 +377,10 @@ def _reorder(role: Role) -> Acted:
 
 
 def _order_role(role: Role) -> Any:
-    if role.name in ("launching", "leading", "taking_over", "handing_over"):
+    if role.name in ("launching", "leading", "taking_over"):
         return "lead"
+    if role.name == "handing_over":
+        return "lead" if role.step == "order" else "keep"
     if keeps_frozen(role) and role.name in ("handed_over", "acquiring"):
         return "keep"
     return "follow" if role.name in (*PURSUING, "deposed") and role.record.leader != role.me else "idle"
@@ -405,7 +413,7 @@ TABLE: tuple[Row, ...] = (
     Row(("starting",), KeeperStarted, "never started", never_started, "stopped", stopped),
     # A newer term is known: whatever this node did, it follows.
     Row((*_LEADING, "handing_over", "deposed"), Heard, "newer term", newer, "deposed", depose),
-    Row(("acquiring",), Heard, "newer term, not there yet", kept_undecided, "handed_over", nothing),
+    Row(("acquiring",), Heard, "newer term, not there yet", kept_undecided, "handed_over", wait_again),
     Row(("acquiring",), Heard, "newer term, hearsay", kept_hearsay, None, nothing),
     Row((*_AT_REST, *_WATCHING, "acquiring"), Heard, "newer term", newer_while_alive, "deposed", depose),
     Row((*_AT_REST, *_WATCHING, "acquiring"), Heard, "newer term", newer, "following", give_way),
@@ -424,10 +432,13 @@ TABLE: tuple[Row, ...] = (
     Row(("handed_over",), Heard, "runs there", runs_there, "deposed", depose),
     Row(("handed_over",), Heard, "given back", given_back, None, accept_back),
     Row(("handed_over",), Tick, "ended", kept_ended, "yielded", nothing),
+    Row(("handed_over",), Tick, "ended, given back", given_back_ended, "following", nothing),
     Row(("handed_over",), Tick, "may take back", may_take_back, "acquiring", pursue),
     Row(("handed_over",), Tick, "waits", waits_for_heir, None, nothing),
     Row(("handed_over",), OperatorFailover, "failover", asked, "acquiring", ask_failover),
     Row(("leading",), Heard, "kept no more", kept_no_more, None, need_no_keeper),
+    Row(("waiting",), Tick, "cannot take over", heir_cannot, None, record_failure),
+    Row(("waiting",), TermPersisted, "failure recorded", recorded("failed"), "failed", kill),
     Row(("failed",), Tick, "given back", gives_back, "yielding", give_back),
     Row(("starting",), Tick, "given back", gives_back, None, give_back),
     # From silence to the right to lead.
@@ -462,6 +473,8 @@ TABLE: tuple[Row, ...] = (
     Row(_BRINGING_UP, Tick, "order unanswered", order_overdue, "failed", fail),
     Row(_BRINGING_UP, AgentReport, "runs, last step", up_last_step, "leading", lead),
     Row(_BRINGING_UP, AgentReport, "runs", up_more_steps, None, advance),
+    Row(("taking_over",), Tick, "runs unreported, last step", unreported_last_step, "leading", lead),
+    Row(("taking_over",), Tick, "runs unreported", unreported_more_steps, None, advance),
     Row(("launching",), AgentReport, "ended: failover", briefly(ended_yield), "yielding", clean_up),
     Row(("launching",), AgentReport, "ended: restart", briefly(ended_restart), None, restart),
     Row(("launching",), AgentReport, "ended: stop", briefly(ended_stop), None, stop),

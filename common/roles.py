@@ -248,7 +248,7 @@ def claim_of(role: Role) -> Claim:
     if name in LEADING:
         return "leading"
     if name == "handed_over":
-        return "yielded"
+        return "yielded" if role.record.leader == role.me else "acquiring"  # given back, and about to lead
     if name in ("stopped", "failed"):
         return "stopped"
     if name in ("starting", "yielded", "acquiring"):

@@ -373,6 +373,13 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
         return refusal
     if role.request is not None or role.wanted is not None or role.name in ("acquiring", "deposed"):
         return _refused("another change of role is under way", "ask again in a moment")
+    if keeps_frozen(role):
+        hint = f"outlive failover {spec.name} --accept-data-loss"
+        return _refused(f"it is kept here, frozen, until it runs on {record.heir}", hint)
+    for node, view in role.peers.items():
+        kept = view.claim in ("yielded", "acquiring") and view.alive
+        if kept and keeper_speaks(role, node, now):
+            return _refused(f"{node} keeps it, frozen, until it runs here", "outlive status on both nodes")
     if role.alive or "kill" in role.undo:
         return _refused("what ran here before is still being ended", "ask again in a moment")
     for node, view in role.peers.items():

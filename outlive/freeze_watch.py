@@ -110,6 +110,15 @@ class FreezeWatch:
             watch.cancel()
             self._records.drop(criu_pid)
 
+    def forget(self, workload: str) -> None:
+        """Watch no freeze of that workload any more: whoever had it frozen is done with it."""
+        for name, criu_pid in [key for key in self._watches if key[0] == workload]:
+            self.end(name, criu_pid)
+
+    def watches(self, workload: str) -> bool:
+        """Tell whether a freeze of it is announced."""
+        return any(name == workload for name, _ in self._watches)
+
     @property
     def watched(self) -> int:
         """How many freezes are announced now."""

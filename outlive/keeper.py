@@ -66,6 +66,7 @@ from common.role_events import (
 )
 from common.roles import Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
+from common.succession import keeps_frozen
 from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
 from common.transport import Server
@@ -82,6 +83,7 @@ log = logging.getLogger(__name__)
 
 _AGENT_SILENT_S = 2.0
 _LISTEN_POLL_S = 0.05
+_FORGOTTEN_S = 0.5
 
 
 async def run_keeper(
@@ -133,7 +135,7 @@ class Keeper:
         self._events = EventLog(event_file(config), "keeper")
         self._peers = PeersHeard(config.peers, self._timing, self._events)
         self._freezes = FreezeWatch(
-            thaw=lambda name: thaw_cgroup(config, name),
+            thaw=self._thaw,
             released=self._released,
             records=FreezeRecords(Path(config.node.run_dir), self._boot_id),
         )
@@ -158,7 +160,6 @@ class Keeper:
             self._warnings = (refused,)
             log.warning("keeper.memory reason=%r", refused)
         try:
-            self._freezes.resume()
             self._last_order = 1_000_000 * await in_thread(self._files.count_start)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -167,7 +168,9 @@ class Keeper:
                     self._set_aside(name, error)
                 for name in known.specs.keys() - known.damaged.keys():
                     await self._take_up(known.specs[name])
+                self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [
+                    tasks.create_task(self._thaw_forgotten()),
                     tasks.create_task(self._control.serve()),
                     tasks.create_task(self._server.serve()),
                     tasks.create_task(self._listen()),
@@ -313,6 +316,36 @@ class Keeper:
             notify("WATCHDOG=1")
             await asyncio.sleep(interval_s)
 
+    def _thaw(self, workload: str) -> None:
+        """Lift a freeze of its cgroup, unless it stands still because it was handed over."""
+        kept = self._workloads.get(workload)
+        if kept is not None and keeps_frozen(kept.role):
+            log.error("freeze.kept workload=%s reason=%r", workload, kept.role.reason)
+            return
+        thaw_cgroup(self._config, workload)
+
+    async def _thaw_forgotten(self) -> None:
+        """Let what is led here run if it stands still and nobody has announced a freeze, for a second.
+
+        A criu that was cut off, or an agent that died, may leave a cgroup frozen.
+        """
+        frozen: frozenset[str] = frozenset()
+        while True:
+            await asyncio.sleep(_FORGOTTEN_S)
+            now_frozen = frozenset(
+                name
+                for name, kept in self._workloads.items()
+                if kept.role.name == "leading"
+                and not self._freezes.watches(name)
+                and self._hands.frozen(name)
+            )
+            for name in now_frozen & frozen:
+                self._thaw(name)
+                self._released(
+                    name, "its cgroup was thawed: it stood still, and nobody had announced a freeze"
+                )
+            frozen = now_frozen
+
     def _released(self, workload: str, reason: str) -> None:
         log.error("freeze.released workload=%s reason=%r", workload, reason)
         self._events.append(LogEvent.FREEZE_RELEASED_BY_FORCE, workload=workload, reason=reason)
@@ -373,6 +406,8 @@ class Keeper:
                     self._set_aside(each.name, error)
                     continue
                 await in_thread(self._files.save_spec, each.spec)
+            if each.handed_over is not None:
+                self._freezes.forget(each.name)  # its last dump is over, whether that was said or not
             kept.take_report(each)
         return Orders(orders=tuple(kept.role.order for kept in self._workloads.values()))
 

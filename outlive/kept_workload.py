@@ -200,6 +200,13 @@ class KeptWorkload:
         new = report.running and report.init_pid not in (0, self._pid)
         if new and self._hands.init_pid(report.name) == report.init_pid:
             self._hold(report.init_pid)
+        if report.handed_over is not None and not self._hands.frozen(report.name):
+            report = msgspec.structs.replace(
+                report,
+                handed_over=None,
+                order_failed=report.order_done,
+                order_detail="it was thawed after its last epoch was taken",
+            )
         self.feed(AgentReport(msgspec.structs.replace(report, running=self._pidfd is not None)))
 
     # --- what it shows ----------------------------------------------------------------------------

@@ -82,6 +82,8 @@ class Leading:
         self.incarnation = incarnation
         self.captured: EpochId | None = None
         self.failures = 0
+        self.handed_over = False
+        """Its last epoch is taken: nothing is captured any more, and it stands still."""
         self._config = config
         self._backend = backend
         self._numbers = numbers
@@ -114,6 +116,7 @@ class Leading:
                 group.create_task(self._capture_for_ever())
                 group.create_task(self._tell_connections())
         finally:
+            self._freezer.leave()
             await self._backend.close()
 
     async def hand_over(self, heir: str) -> EpochId:
@@ -126,6 +129,8 @@ class Leading:
         try:
             if (stream := self._streams.get(heir)) is None:
                 raise CaptureError(f"{heir} is no replica of {self.spec.name}")
+            # Nothing is copied ahead of the last one, while it stands still: so that there is little to copy.
+            await self._committed_by(stream, await self._capture_one())
             try:
                 await in_thread(self._freezer.keep, _KEEP_WITHIN_S)
                 epoch = await self._capture_one()
@@ -138,6 +143,7 @@ class Leading:
         except BaseException:
             self._turn.release()
             raise
+        self.handed_over = True
         return epoch
 
     async def _committed_by(self, stream: ReplicaStream, epoch: EpochId) -> None:

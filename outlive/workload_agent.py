@@ -19,6 +19,7 @@ import structlog
 
 from common.config import NodeConfig, workload_problems
 from common.container import (
+    cgroup_frozen,
     exit_code,
     incarnation,
     kill_workload,
@@ -27,6 +28,7 @@ from common.container import (
     running_init_pid,
     start_workload,
     stop_workload,
+    thaw_cgroup,
 )
 from common.control import Order, VerificationProgress, WorkloadMetrics, WorkloadReport
 from common.errors import CaptureError, OutliveError, ProtocolError, RestoreError, StaleTermError
@@ -78,6 +80,8 @@ class WorkloadAgent:
         self._failed = 0
         self._detail = ""
         self._handed_over: EpochId | None = None
+        self._given_up: asyncio.Task[None] | None = None
+        """A handing over that was cancelled."""
         self._restorable = False
         self._reasons: tuple[str, ...] = ("no epoch is stored here yet",)
         self._refused: tuple[EpochId | None, str] = (None, "")
@@ -102,8 +106,10 @@ class WorkloadAgent:
         if order.spec is not None and (newly or order.role == "lead"):
             self.spec = order.spec  # a follower's spec comes with the stream, and may be newer
         if self._carrying is not None and not self._carrying.done():
-            if newly and self._order is not None and self._order.action == "hand_over":
-                self._carrying.cancel()  # it runs on then
+            handing = self._order is not None and self._order.action == "hand_over"
+            if newly and handing and self._carrying is not self._given_up:
+                self._given_up = self._carrying  # once: it has to clean up undisturbed
+                self._carrying.cancel()
             return  # one at a time; the next report brings the newest order again
         if newly:
             self._order = order
@@ -290,6 +296,10 @@ class WorkloadAgent:
                 self._tell_up(Event.WORKLOAD_FOUND, f"PID {pid}, led in term {order.term}")
             if order.action == "hand_over":
                 return await self._hand_over(order.heir)
+            if self._leading is not None and self._leading.handed_over:  # and it was taken back
+                await self._stop_leading()
+            if cgroup_frozen(self._config, name):  # by an agent that died while it handed it over
+                thaw_cgroup(self._config, name)
             return f"{name} runs (PID {pid})"
         self._end_session(name, f"{self._config.node.name} leads {name} itself, in term {order.term}")
         if order.action == "none" or (ours and not interrupted):

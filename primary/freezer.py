@@ -101,6 +101,12 @@ class Freezer:
         """Whether it stands still since `keep`. Not noticed: that it was thawed and frozen again."""
         return self._kept is not None and frozen_by(self._kept.file)
 
+    def leave(self) -> None:
+        """Let go of what `keep` began, and leave it frozen: thawing it is for others from now on."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            os.close(kept.switch)
+
     def thaw(self) -> None:
         """End what `keep` began. Idempotent."""
         kept, self._kept = self._kept, None

@@ -82,9 +82,7 @@ def switchover(call: Call, name: str, to: str, at: str | None, timeout_s: float)
 
 
 @click.command(cls=Verb, epilog=examples("outlive drain", "outlive drain --to b"))
-@click.option(
-    "--to", metavar="NODE", help="Where all are to run. Default: for each, the first node that could."
-)
+@click.option("--to", metavar="NODE", help="Where all are to run. Default: for each, its successor.")
 @_TIMEOUT
 @click.pass_context
 def drain(context: click.Context, to: str | None, timeout_s: float) -> None:
@@ -102,7 +100,7 @@ def drain(context: click.Context, to: str | None, timeout_s: float) -> None:
     failed: list[OutliveError] = []
     for workload in led:
         try:
-            moved.append(_move(call, config, workload.name, to or _first_able(workload), timeout_s))
+            moved.append(_move(call, config, workload.name, to or _successor(workload), timeout_s))
         except OutliveError as error:
             call.talk(f"outlive: {workload.name}: {error}")
             stayed[workload.name] = str(error)
@@ -113,14 +111,11 @@ def drain(context: click.Context, to: str | None, timeout_s: float) -> None:
         context.exit(failed[0].exit_code)
 
 
-def _first_able(workload: WorkloadStatus) -> str:
-    for replica in workload.replicas:
-        if replica.connected and replica.restorable:
-            return replica.node
-    raise HandoverError(
-        f"no other node could restore {workload.name} now: {'; '.join(workload.reasons)}",
-        hint="outlive status",
-    )
+def _successor(workload: WorkloadStatus) -> str:
+    """Return the first of its other nodes: only that one can be handed the right to lead."""
+    if not workload.replicas:
+        raise HandoverError(f"no other node may run {workload.name}", hint="outlive status")
+    return workload.replicas[0].node
 
 
 def _move(call: Call, config: NodeConfig, name: str, to: str, timeout_s: float) -> Moved:

@@ -49,7 +49,7 @@ _PACKAGES = (
 )
 _INITRAMFS_MODULES = ("virtio_pci", "virtio_blk")
 _IMAGE_MIB = 32_768
-"""Most of it is a hole. With huge pages, a store of epochs that are dirty as a whole takes more than 12 GiB."""
+"""Most of it is a hole. With huge pages, a store of epochs, each dirty as a whole, takes more than 12 GiB."""
 _MEMORY_MIB = 6144
 """With huge pages, what is captured and compared, all in memory, takes more than 3 GiB."""
 _LAUNCHER = """\

@@ -241,14 +241,68 @@ def test_what_the_heir_cannot_bring_up_runs_on_where_it_was(seed: int) -> None:
     world.switchover("a", "b")
     while state(world, "b") != "taking_over":
         world.run(0.01)
-    world.hosts["b"].agent_on = False
-    world.hosts["b"].agent_life += 1
-    world.run(TIMING.order_s + 2.0)
+    world.hosts["b"].stored = None
+    world.run(4.0)
     assert (state(world, "a"), state(world, "b")) == ("leading", "following"), "\n".join(world.story)
     assert world.hosts["a"].container == container
     assert not world.hosts["a"].frozen
     assert world.hosts["a"].vip
     assert role_of(world, "a").record.term == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_heir_cannot_even_begin_with_is_given_back(seed: int) -> None:
+    world = protected_pair(seed)
+    container = world.hosts["a"].container
+    world.switchover("a", "b")
+    while state(world, "a") != "handed_over":
+        world.run(0.001)
+    world.hosts["b"].stored = None
+    world.run(TIMING.handover_s + 3.0)
+    assert (state(world, "a"), state(world, "b")) == ("leading", "following"), "\n".join(world.story)
+    assert world.hosts["a"].container == container
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pause_does_not_cost_what_was_handed_to_a_host_that_is_lost(seed: int) -> None:
+    world = protected_pair(seed)
+    container = world.hosts["a"].container
+    world.pause("a")
+    world.run(0.5)
+    world.switchover("a", "b")
+    while state(world, "a") != "handed_over":
+        world.run(0.001)
+    world.power_off(world.hosts["b"])
+    world.run(6.0)
+    assert state(world, "a") == "leading", "\n".join(world.story)
+    assert world.hosts["a"].container == container
+    assert not world.hosts["a"].frozen
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_taken_back_is_served_though_the_own_agent_is_dead(seed: int) -> None:
+    world = protected_pair(seed)
+    world.switchover("a", "b")
+    while state(world, "a") != "handed_over":
+        world.run(0.001)
+    world.hosts["a"].agent_on = False
+    world.hosts["a"].agent_life += 1
+    world.power_off(world.hosts["b"])
+    world.run(8.0)
+    a = world.hosts["a"]
+    assert (state(world, "a"), a.frozen, a.vip, a.held) == ("leading", False, True, False)
+
+
+def test_a_word_that_was_refuted_is_not_used_later() -> None:
+    world = protected_pair(1)
+    world.switchover("a", "b")
+    while state(world, "b") != "taking_over":
+        world.run(0.001)
+    request = world.failover("a", "b")
+    world.run(0.3)
+    assert world.refused(request) or state(world, "a") != "acquiring"
+    assert role_of(world, "a").vouched == ""
+    assert role_of(world, "a").request is None
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -136,6 +136,10 @@ class Host:
     handing: int = 0
     """Number of the order to hand it over that the agent is carrying out; 0: none."""
     handed: EpochId | None = None
+    handed_term: int = 0
+    """The last term that it handed over."""
+    served: int = 0
+    """The newest term in which a container of it ran."""
     order_of_run: int = 0
     exit_code: int | None = None
     restored: EpochId | None = None
@@ -486,7 +490,7 @@ class World:
             target.role = None
             target.agent_on, target.vip = False, False
             target.agent_life += 1
-            self._remove(target)
+            self._remove(target, by_fence=True)
             back = self.by_ssh.uniform
             self.later(back(0.1, 2.0), lambda: self.boot_keeper(target))
             self.later(
@@ -649,6 +653,7 @@ class World:
                 self.lives += 1
                 host.container, host.exit_code = self.lives, None
                 host.order_of_run = order.number
+                host.served = order.term
                 host.restored = host.stored if order.action == "restore" else None
                 host.acked.clear()
                 host.epoch = max(host.epoch, host.stored.epoch if host.stored else 0)
@@ -677,6 +682,7 @@ class World:
             if host.acked.get(heir) == epoch and host.frozen:
                 host.handed, host.done = epoch, order
                 self.finals[epoch.term] = epoch
+                host.handed_term = epoch.term
                 self.handovers += 1
             else:
                 host.frozen, host.failed = False, order
@@ -692,9 +698,11 @@ class World:
             self.taken_back += host.record.mark == "taking_over"
         host.frozen = False
 
-    def _remove(self, host: Host) -> None:
+    def _remove(self, host: Host, *, by_fence: bool = False) -> None:
         if host.container is not None:
             self.tell(f"{host.name}: container {host.container} is removed")
+            if host.frozen and not by_fence:
+                self._check_not_the_last(host)
             life, host.container = host.container, None
             host.frozen = False
             del life
@@ -827,6 +835,16 @@ class World:
             return
         if role.record.term <= refusal.term:
             raise self.broken(f"{host.name} is {role.name} in term {role.record.term}, fenced: {refusal}")
+
+    def _check_not_the_last(self, host: Host) -> None:
+        """What is kept frozen is not ended before it runs elsewhere, or was stopped or started there."""
+        others = [other for other in self.hosts.values() if other is not host]
+        stopped = any(
+            other.record.mark == "stopped" for other in others if other.record.term > host.handed_term
+        )
+        ran = stopped or any(other.served > host.handed_term for other in others)
+        if not ran:
+            raise self.broken(f"{host.name} ends what it keeps, and it did not run elsewhere")
 
     def _check_thawed(self, host: Host) -> None:
         """Who leads does not leave its workload frozen."""

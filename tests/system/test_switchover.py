@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from common.bundle import WorkloadPaths
 from common.container import cgroup_frozen, running_init_pid
 from common.control import Done, Switchover, WorkloadStatus
 from common.control_channel import ask
 from outlive.cluster import Node, eventually
+from primary.freezer import Freezer, NotFrozenError
 from tests.campaigns.switchovers import lost_writes, run_rounds, writing_client
 from tests.system.clusters import NAME, PORT, Protected, protected_redis
 
@@ -37,6 +41,14 @@ def is_led(status: WorkloadStatus) -> bool:
 
 def send(node: Node, role: str, number: signal.Signals) -> None:
     os.kill(node.processes[role].pid, number)
+
+
+def wait_until_frozen(node: Node) -> None:
+    """Blocking: it may stand still for milliseconds only."""
+    deadline_s = time.monotonic() + 20
+    while not cgroup_frozen(node.config, NAME):
+        assert time.monotonic() < deadline_s, "it does not stand still"
+        time.sleep(0.0005)
 
 
 async def hand_over_to_a_deaf_node(cluster: Protected) -> int:
@@ -120,14 +132,10 @@ async def test_an_agent_that_dies_on_the_way_costs_nothing_but_the_move() -> Non
         await cluster.redis("set", "kept", "yes")
         await first.wait_for(NAME, lambda w: w.restorable, what="restorable elsewhere")
         pid = running_init_pid(first.config, NAME)
-        send(cluster.nodes["b"], "agent", signal.SIGSTOP)  # nothing is acknowledged
         answer = await ask(first.config.keeper_endpoint, Switchover(workload=NAME, to="b"), 5.0)
         assert isinstance(answer, Done), answer
-
-        async def stands_still() -> bool:
-            return cgroup_frozen(first.config, NAME)
-
-        await eventually(stands_still, what="it stands still")
+        await asyncio.to_thread(wait_until_frozen, first)
+        send(cluster.nodes["b"], "agent", signal.SIGSTOP)  # nothing is acknowledged any more
         await first.stop("agent", signal.SIGKILL)
         status = await first.wait_for(NAME, is_led, what="led here")
         send(cluster.nodes["b"], "agent", signal.SIGCONT)
@@ -175,3 +183,23 @@ async def test_a_drained_node_leads_nothing() -> None:
 
 async def _said(path: Path, word: str) -> bool:
     return path.exists() and word in path.read_text()
+
+
+async def test_what_stands_still_and_nobody_announced_is_thawed() -> None:
+    async with protected_redis(epoch_interval_ms=1000) as cluster:
+        first = cluster.nodes["a"]
+        freezer = Freezer(WorkloadPaths(first.config, NAME).cgroup)
+        for _ in range(100):  # unless an epoch has it stand still just now
+            with contextlib.suppress(NotFrozenError):
+                freezer.keep(1.0)
+                break
+            await asyncio.sleep(0.01)
+        freezer.leave()
+
+        async def runs() -> bool:
+            return not cgroup_frozen(first.config, NAME)
+
+        took_s = await eventually(runs, what="it runs")
+        assert took_s < 10
+        await eventually(cluster.answers, what="redis answers")
+        assert "nobody had announced" in (await first.cli("events", "--last", "0")).stdout

@@ -255,3 +255,19 @@ async def test_nothing_is_frozen_that_cannot_be_put_on_record(
         world.watch.announce("w", criu.pid, 5000)
     assert world.watch.watched == 0
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_a_watch_that_is_forgotten_does_nothing_and_is_on_record_no_more(
+    world: World, criu: subprocess.Popen[bytes]
+) -> None:
+    world.watch.announce("w", criu.pid, 1200)
+    assert world.watch.watches("w")
+    assert not world.watch.watches("other")
+    world.watch.forget("other")
+    assert world.watch.watches("w")
+    world.watch.forget("w")
+    assert not world.watch.watches("w")
+    assert world.on_record() == []
+    await asyncio.sleep(1.4)
+    assert world.thawed == []
+    assert criu.poll() is None

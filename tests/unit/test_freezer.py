@@ -174,3 +174,12 @@ def test_what_does_not_come_to_rest_is_not_kept(cgroup: Cgroup) -> None:
         freezer.keep(0.01)
     assert freezer.kept is None
     assert cgroup.words[-1] in ("THAWED", "0")
+
+
+def test_what_is_left_stays_frozen(cgroup: Cgroup) -> None:
+    freezer = Freezer("/w")
+    freezer.keep(1.0)
+    freezer.leave()
+    freezer.thaw()
+    assert cgroup.is_frozen
+    assert freezer.kept is None

@@ -122,9 +122,15 @@ class FreezerInMemory:
 
     def __init__(self) -> None:
         self.is_kept = False
+        self.left = False
+        self.at_keep: Callable[[], object] = lambda: None
 
     def keep(self, within_s: float) -> None:
         self.is_kept = True
+        self.at_keep()
+
+    def leave(self) -> None:
+        self.left = True
 
     def thaw(self) -> None:
         self.is_kept = False
@@ -473,11 +479,13 @@ class TestHandingOver:
             await until(lambda: scene.backend.calls >= 2)
             epoch = await scene.leading.hand_over("b")
             assert scene.freezer.is_kept
+            assert scene.leading.handed_over
             assert scene.streams["b"].held == epoch == scene.backend.epochs[-1].id
             calls = scene.backend.calls
             await asyncio.sleep(0.1)
             assert scene.backend.calls == calls
         assert scene.freezer.is_kept
+        assert scene.freezer.left
 
     @pytest.mark.parametrize(
         ("trouble", "says"), [("silent", "did not commit"), ("gone", "disconnected"), ("unready", "6379")]
@@ -492,8 +500,12 @@ class TestHandingOver:
             if trouble == "unready":
                 scene.streams["b"].restorable = False
             else:
-                scene.streams["b"].may_acknowledge.clear()
-                scene.streams["b"].connected = trouble != "gone"
+
+                def cut_off() -> None:
+                    scene.streams["b"].may_acknowledge.clear()
+                    scene.streams["b"].connected = trouble != "gone"
+
+                scene.freezer.at_keep = cut_off
             with pytest.raises(CaptureError, match=says):
                 await scene.leading.hand_over("b")
             assert not scene.freezer.is_kept
@@ -505,7 +517,7 @@ class TestHandingOver:
         scene = Scene(tmp_path)
         async with scene.running():
             await until(lambda: scene.backend.calls >= 2)
-            scene.streams["b"].may_acknowledge.clear()
+            scene.freezer.at_keep = scene.streams["b"].may_acknowledge.clear
             move = asyncio.create_task(scene.leading.hand_over("b"))
             await until(lambda: scene.freezer.is_kept)
             scene.freezer.thaw()
@@ -517,7 +529,7 @@ class TestHandingOver:
         scene = Scene(tmp_path)
         async with scene.running():
             await until(lambda: scene.backend.calls >= 2)
-            scene.streams["b"].may_acknowledge.clear()
+            scene.freezer.at_keep = scene.streams["b"].may_acknowledge.clear
             move = asyncio.create_task(scene.leading.hand_over("b"))
             await until(lambda: scene.freezer.is_kept)
             move.cancel()
