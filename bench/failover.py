@@ -3,9 +3,9 @@
     python -m bench.failover [--runs 20] [--sizes 64,256,1024] [--interval-ms 200] [--suspect-after-ms 300]
                              [--output json|table]
 
-For each size a pair protects a redis filled with so much; then, in turns, the host that leads loses its
-power, the other one takes over by itself (the lab's power switch confirms), and the lost one comes back and is
-protected against again, all of it unattended. Several clients that write and reconnect look on, a few ms
+For each size a pair protects a redis filled with so much. Then, in turns, the host that leads loses its
+power, the other one takes over by itself (the lab's power switch confirms), and the lost one comes back and
+is protected against again, all of it unattended. Several clients that write and reconnect look on, a few ms
 apart from each other, so that what one of them waits for a time-out does not count. Prints one JSON object;
 `docs/reference/benchmarks.md` defines its fields. Progress goes to stderr.
 """
