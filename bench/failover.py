@@ -205,7 +205,19 @@ def _leads(status: WorkloadStatus) -> bool:
 
 
 async def _wait_protected(leader: Node, heir: Node) -> None:
-    await leader.wait_for(_NAME, lambda w: _leads(w) and w.restorable, what="protected", timeout_s=180.0)
+    """Wait until the heir could restore what was in memory when this was called."""
+    called_wall_s = time.time()
+
+    def is_protected(status: WorkloadStatus) -> bool:
+        risk_s = status.data_at_risk_s
+        return (
+            _leads(status)
+            and status.restorable
+            and risk_s is not None
+            and time.time() - risk_s > called_wall_s
+        )
+
+    await leader.wait_for(_NAME, is_protected, what="protected", timeout_s=180.0)
     await heir.wait_for(_NAME, lambda w: w.role == "replica" and w.restorable, what="restorable")
 
 
