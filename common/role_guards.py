@@ -430,9 +430,9 @@ def repair_due(role: Role, event: Event, now: Instant) -> str:
 
 
 def cleaned_up(role: Role, event: Event, now: Instant) -> str:
-    """Nothing of the workload is left here, and that the term is given up is not on its way to disk yet."""
-    yielding = role.wanted is not None and role.wanted.mark == "yielded"
-    return "" if role.undo or role.alive or yielding else role.reason
+    """Nothing of the workload is left here; that it is given up or stopped is not on its way to disk."""
+    decided = role.wanted is not None and role.wanted.mark in ("yielded", "stopped")
+    return "" if role.undo or role.alive or decided else role.reason
 
 
 def overdue(role: Role, event: Event, now: Instant) -> str:
