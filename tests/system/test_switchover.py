@@ -15,7 +15,7 @@ import pytest
 
 from common.bundle import WorkloadPaths
 from common.container import cgroup_frozen, running_init_pid
-from common.control import Done, Switchover, WorkloadStatus
+from common.control import AnnounceFreeze, Done, Switchover, WorkloadStatus
 from common.control_channel import ask
 from outlive.cluster import Node, eventually
 from primary.freezer import Freezer, NotFrozenError
@@ -124,6 +124,22 @@ async def test_a_keeper_that_dies_while_it_keeps_it_frozen_keeps_it_afterwards()
         await eventually(cluster.answers, what="redis answers")
         assert await cluster.redis("get", "kept") == "yes"
         assert running_init_pid(first.config, NAME) is None
+
+
+async def test_a_thaw_deadline_that_passes_does_not_wake_what_was_handed_over(tmp_path: Path) -> None:
+    async with protected_redis() as cluster:
+        first = cluster.nodes["a"]
+        await hand_over_to_a_deaf_node(cluster)
+        program = tmp_path / "criu"
+        program.symlink_to("/bin/sleep")
+        criu = await asyncio.create_subprocess_exec(program, "1000")
+        announced = AnnounceFreeze(workload=NAME, criu_pid=criu.pid, deadline_ms=300)
+        assert isinstance(await ask(first.config.keeper_endpoint, announced, 5.0), Done)
+        await criu.wait()  # the watch has come to its end
+        await asyncio.sleep(0.5)
+        assert cgroup_frozen(first.config, NAME)
+        send(cluster.nodes["b"], "keeper", signal.SIGCONT)
+        await cluster.wait_until_protected("b", "a")
 
 
 async def test_an_agent_that_dies_on_the_way_costs_nothing_but_the_move() -> None:
