@@ -332,19 +332,32 @@ class Keeper:
         frozen: frozenset[str] = frozenset()
         while True:
             await asyncio.sleep(_FORGOTTEN_S)
-            now_frozen = frozenset(
-                name
-                for name, kept in self._workloads.items()
-                if kept.role.name == "leading"
-                and not self._freezes.watches(name)
-                and self._hands.frozen(name)
-            )
+            now_frozen = frozenset(filter(self._frozen_by_nobody, self._workloads))
             for name in now_frozen & frozen:
                 self._thaw(name)
                 self._released(
                     name, "its cgroup was thawed: it stood still, and nobody had announced a freeze"
                 )
             frozen = now_frozen
+
+    def _frozen_by_nobody(self, name: str) -> bool:
+        """Tell whether it is led here and stands still, and no freeze of it is announced."""
+        kept = self._workloads.get(name)
+        led = kept is not None and kept.role.name == "leading"
+        return led and not self._freezes.watches(name) and self._hands.frozen(name)
+
+    def _announce(self, request: AnnounceFreeze) -> Done:
+        """Watch a freeze, unless it has begun: one that nobody announced must not hide behind the next.
+
+        Raises WorkloadError if it is not watched: nothing may be frozen then.
+        """
+        if self._frozen_by_nobody(request.workload):
+            raise WorkloadError(
+                f"{request.workload} stands still already, and nobody had announced a freeze",
+                hint="it is thawed within a second",
+            )
+        self._freezes.announce(request.workload, request.criu_pid, request.deadline_ms)
+        return Done()
 
     def _released(self, workload: str, reason: str) -> None:
         log.error("freeze.released workload=%s reason=%r", workload, reason)
@@ -356,9 +369,8 @@ class Keeper:
         match request:
             case Report():
                 return await self._take_report(request)
-            case AnnounceFreeze(workload=name, criu_pid=pid, deadline_ms=deadline_ms):
-                self._freezes.announce(name, pid, deadline_ms)
-                return Done()
+            case AnnounceFreeze():
+                return self._announce(request)
             case EndFreeze(workload=name, criu_pid=pid):
                 self._freezes.end(name, pid)
                 return Done()

@@ -15,7 +15,7 @@ import pytest
 
 from common.bundle import WorkloadPaths
 from common.container import cgroup_frozen, running_init_pid
-from common.control import AnnounceFreeze, Done, Switchover, WorkloadStatus
+from common.control import AnnounceFreeze, Done, Refused, Switchover, WorkloadStatus
 from common.control_channel import ask
 from outlive.cluster import Node, eventually
 from primary.freezer import Freezer, NotFrozenError
@@ -201,21 +201,41 @@ async def _said(path: Path, word: str) -> bool:
     return path.exists() and word in path.read_text()
 
 
+async def _freeze(first: Node) -> None:
+    """Freeze the workload and leave it so, unless an epoch has it stand still just now."""
+    freezer = Freezer(WorkloadPaths(first.config, NAME).cgroup)
+    for _ in range(100):
+        with contextlib.suppress(NotFrozenError):
+            freezer.keep(1.0)
+            break
+        await asyncio.sleep(0.01)
+    freezer.leave()
+
+
+async def _thawed_s(first: Node) -> float:
+    async def runs() -> bool:
+        return not cgroup_frozen(first.config, NAME)
+
+    return await eventually(runs, what="it runs")
+
+
 async def test_what_stands_still_and_nobody_announced_is_thawed() -> None:
-    async with protected_redis(epoch_interval_ms=1000) as cluster:
+    async with protected_redis(epoch_interval_ms=1000, freeze_deadline_ms=2000) as cluster:
         first = cluster.nodes["a"]
-        freezer = Freezer(WorkloadPaths(first.config, NAME).cgroup)
-        for _ in range(100):  # unless an epoch has it stand still just now
-            with contextlib.suppress(NotFrozenError):
-                freezer.keep(1.0)
-                break
-            await asyncio.sleep(0.01)
-        freezer.leave()
-
-        async def runs() -> bool:
-            return not cgroup_frozen(first.config, NAME)
-
-        took_s = await eventually(runs, what="it runs")
-        assert took_s < 10
+        await _freeze(first)
+        # A dump announced just before that has its deadline; no later one may be announced.
+        assert await _thawed_s(first) < 10
         await eventually(cluster.answers, what="redis answers")
         assert "nobody had announced" in (await first.cli("events", "--last", "0")).stdout
+
+
+async def test_a_freeze_that_nobody_announced_does_not_hide_behind_one_that_is() -> None:
+    async with protected_redis() as cluster:
+        first = cluster.nodes["a"]
+        await first.stop("agent", signal.SIGTERM)
+        await _freeze(first)
+        announcement = AnnounceFreeze(workload=NAME, criu_pid=os.getpid(), deadline_ms=60_000)
+        answer = await ask(first.config.keeper_endpoint, announcement, 5.0)
+        assert isinstance(answer, Refused)
+        assert "nobody had announced" in answer.message
+        assert await _thawed_s(first) < 10
