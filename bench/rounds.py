@@ -23,8 +23,8 @@ from outlive.cluster import Node, build_cluster, start_all
 from outlive.lab import Lab
 
 WORKLOAD = "bench"
-_SETTLE_EPOCHS = 4
-_QUIET_S = 1.0
+_SETTLE_EPOCHS = 10
+_QUIET_S = 3.0
 _DEADLINE_S = 120.0
 
 

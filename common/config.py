@@ -53,6 +53,8 @@ class Node(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     runc: str = "runc"
     conmon: str = "conmon"
     cgroup_parent: str = "/outlive"
+    agent_cpu: Literal["spare", "fair"] = "spare"
+    """`spare`: the agent leaves the processors to others, but for freezes and epochs that are overdue."""
     boot_id_file: str = "/proc/sys/kernel/random/boot_id"
 
 

@@ -27,6 +27,7 @@ from common.config import NodeConfig
 from common.errors import RestoreError, WorkloadError
 from common.model import EpochId, WorkloadSpec
 from common.program import missing_program, runc_misses_program, surely_missing
+from common.scheduling import cpu_home
 
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 300.0
@@ -303,8 +304,8 @@ async def _run_conmon(
     node, name = paths.config.node, paths.name
     command = [
         *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c"),
-        'mount --bind "$1" "$2" && shift 2 && exec "$@"',
-        *("sh", root, str(paths.rootfs)),
+        'echo 0 >"$1"; mount --bind "$2" "$3" && shift 3 && exec "$@"',
+        *("sh", str(cpu_home()), root, str(paths.rootfs)),
         *(_which(node.conmon), "--api-version", "1", "--full-attach", "--stdin"),
         *("--runtime", _which(node.runc), "--runtime-arg", "--root", "--runtime-arg"),
         *(str(paths.config.runc_root), "--cid", name, "--cuuid", name, "--name", name),

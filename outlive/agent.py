@@ -16,6 +16,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ from common.messages import Doubt, Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.private_directory import prepare_private_directory
+from common.scheduling import CpuShare
 from common.sd_notify import notify
 from common.terms import TermGuard
 from common.threads import in_thread
@@ -88,6 +90,8 @@ log = structlog.get_logger(__name__)
 _KEEPER_DEADLINE_S = 1.0
 _REFUSED_PAUSE_S = 1.0
 _FOLD_EVERY_S = 1.0
+_LOOK_EVERY_S, _LATE_S, _KEEP_UP_S = 0.1, 0.5, 1.0
+"""How often to look whether anything is overdue; when looking is; how long to make up for it at least."""
 _JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
 
@@ -100,7 +104,7 @@ async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> Non
     """
     keep_heap_small()
     raise_limit()
-    agent = Agent(config)
+    agent = Agent(config, CpuShare.take(config.node.cgroup_parent, spare=config.node.agent_cpu == "spare"))
     agent.reload_keys_on_hangup(reread)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -150,9 +154,10 @@ class _KeeperGuard:
 class Agent:
     """Everything the agent holds: one `WorkloadAgent` a workload, one receiver, one line to the keeper."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, share: CpuShare) -> None:
         """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
         self._config = config
+        self._share = share
         prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
         self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
         self._keys = read_keyring(config)
@@ -208,6 +213,7 @@ class Agent:
                 group.create_task(self._report_for_ever())
                 group.create_task(self._fold_for_ever())
                 group.create_task(self._judge_for_ever())
+                group.create_task(self._keep_up_for_ever())
                 notify("READY=1")
         finally:
             with contextlib.suppress(TimeoutError):
@@ -272,6 +278,7 @@ class Agent:
             store=store,
             readiness=self._readiness,
             make_leading=self._make_leading,
+            share=self._share,
             end_session=self._receiver.end_session,
             events=self._events,
         )
@@ -335,6 +342,7 @@ class Agent:
                 init_pid=init_pid,
                 criu=self._criu,
                 guard=_KeeperGuard(self._config, spec.name),
+                share=self._share,
                 attachments=self._attachments,
                 with_shim=with_shim,
                 freezer=freezer,
@@ -384,6 +392,19 @@ class Agent:
             on_acknowledged=on_acknowledged,
             verification=verifier.store_of(peer.name),
         )
+
+    async def _keep_up_for_ever(self) -> None:
+        """Ask for a fair share of the processors while an epoch is overdue, or everything here is late."""
+        until_s = 0.0
+        while True:
+            begun_s = time.monotonic()
+            await asyncio.sleep(_LOOK_EVERY_S)
+            now_s = time.monotonic()
+            receiving = self._receiver.receiving
+            late = now_s - begun_s > _LATE_S
+            if late or any(each.overdue(each.spec.name in receiving) for each in self._workloads.all()):
+                until_s = now_s + _KEEP_UP_S
+            self._share.set_overdue(now_s < until_s)
 
     async def _fold_for_ever(self) -> None:
         """Keep every store's chain short; in a thread, never on an epoch's path."""

@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from common.errors import LabError
+from common.scheduling import agent_group
 
 DISK_BASE = Path("/var/lib/outlive-lab")
 MEMORY_BASE = Path("/run/outlive-lab")
@@ -115,7 +116,8 @@ def host_names(lab: str) -> tuple[str, ...]:
 def cgroup_dirs(lab: str, host: str = "*") -> tuple[Path, ...]:
     """Return the existing top cgroup directories of a host, or of all of them, in every hierarchy."""
     roots = {mount.point for mount in mounts() if mount.filesystem in ("cgroup", "cgroup2")}
-    return tuple(found for root in roots for found in (root / CGROUP_BASE).glob(f"{lab}-{host}"))
+    patterns = (f"{CGROUP_BASE}/{lab}-{host}", agent_group(f"{CGROUP_BASE}/{lab}-{host}"))
+    return tuple(found for root in roots for each in patterns for found in root.glob(each))
 
 
 def read_state(lab: str) -> LabState | None:

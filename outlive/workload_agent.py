@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from common.errors import CaptureError, OutliveError, ProtocolError, RestoreErro
 from common.events import Event, EventLog
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from common.scheduling import CpuShare
 from outlive.leading import Leading
 from replica.readiness import Readiness, ReadinessVerdict
 from replica.store import EpochStore
@@ -63,6 +65,7 @@ class WorkloadAgent:
         store: EpochStore,
         readiness: Readiness,
         make_leading: MakeLeading,
+        share: CpuShare,
         end_session: Callable[[str, str], None],
         events: EventLog,
     ) -> None:
@@ -73,6 +76,7 @@ class WorkloadAgent:
         self._criu = criu
         self._readiness = readiness
         self._make_leading = make_leading
+        self._share = share
         self._end_session = end_session
         self._events = events
         self._order: Order | None = None
@@ -237,6 +241,20 @@ class WorkloadAgent:
             volatile=self.store.volatile,
         )
 
+    def overdue(self, receiving: bool) -> bool:
+        """Tell whether the newest epoch is older than half of what may be lost; `receiving`: a leader sends.
+
+        By the wall clocks: one that is wrong costs the workloads some time on the processors, no more.
+        """
+        if self._leading is not None:
+            connected = [each for each in self._leading.progress() if each.connected]
+            newest = max((each.acknowledged_wall_s or 0.0 for each in connected), default=None)
+        elif receiving:
+            newest = self.store.newest.frozen_wall_s if self.store.newest is not None else 0.0
+        else:
+            newest = None
+        return newest is not None and time.time() - newest > self.spec.objective_ms / 2000
+
     def resync(self, node: str, *, full: bool) -> bool:
         """See `Leading.resync`; False if this node does not lead."""
         return self._leading is not None and self._leading.resync(node, full=full)
@@ -253,7 +271,8 @@ class WorkloadAgent:
 
     async def _carry_out(self, order: Order) -> None:
         try:
-            detail = await self._achieve(order)
+            with self._share.claimed():
+                detail = await self._achieve(order)
         except OutliveError as error:
             self._fail(order, str(error))
             log.error("order.failed", workload=order.workload, order=order.number, error=str(error))

@@ -29,6 +29,7 @@ from common.container import standard_streams
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
 from common.errors import CaptureError, NoSpaceError, OutliveError
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from common.scheduling import CpuShare, leave
 from common.threads import in_thread
 from primary.capture import FreezeTimes, MetadataFile
 from primary.freezer import Freezer, NotFrozenError, Work
@@ -97,11 +98,14 @@ class Dumper:
         init_pid: int,
         criu: Path,
         guard: FreezeGuard,
+        share: CpuShare | None = None,
         attachments: Mapping[str, bytes] | None = None,
         with_shim: bool = False,
         freezer: Freezer | None = None,
     ) -> None:
         """Say what to dump. `attachments` are files that go with every epoch's metadata.
+
+        `share` comes first on the processors while anything stands still.
 
         What `freezer` (that of the workload's cgroup) keeps frozen is dumped as it is, and stays so.
         """
@@ -110,6 +114,7 @@ class Dumper:
         self._init_pid = init_pid
         self._criu = criu
         self._guard = guard
+        self._share = share or CpuShare(None)
         self._attachments = dict(attachments or {})
         self._with_shim = with_shim
         self._paths = WorkloadPaths(config, spec.name)
@@ -154,6 +159,7 @@ class Dumper:
                 if channel:
                     channel.close()
                 raise
+            leave(criu.pid)  # what it waits for, the workload waits for
             self._ahead = _Ahead(criu, channel)
             if self._with_shim and self._beside is None:
                 self._beside = _thread()
@@ -183,6 +189,7 @@ class Dumper:
             nonlocal frozen_wall_s, hook_ms, beside
             if script == "pre-dump":
                 frozen_wall_s = time.time()
+                first.enter_context(self._share.claimed())
             elif script == "query-ext-files" and meanwhile is not None:
                 beside = self._beside.submit(meanwhile) if self._beside is not None else None
             elif script == "post-dump" and at_post_dump is not None:
@@ -210,7 +217,8 @@ class Dumper:
             raise
         started_s = time.monotonic()
         try:
-            result = await ahead.criu.dump(options, on_notify)
+            with contextlib.ExitStack() as first:
+                result = await ahead.criu.dump(options, on_notify)
         finally:
             wall_ms = (time.monotonic() - started_s) * 1000
             try:
@@ -238,7 +246,8 @@ class Dumper:
         await self._guard.announce(criu_pid, min(_STILL_DEADLINE_MS, self._spec.thaw_deadline_ms))
         begun_s = time.monotonic()
         try:
-            await in_thread(self._still, work)
+            with self._share.claimed():
+                await in_thread(self._still, work)
         finally:
             stopped_ms = (time.monotonic() - begun_s) * 1000
             await self._guard.end(criu_pid)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from common.errors import CaptureError, OutliveError, UnsupportedError
+from common.scheduling import leave
 
 _PROGRAM: Final = Path(__file__).resolve().parent.parent / "native" / "build" / "outlive-inject"
 _DEADLINE_S: Final = 2.0
@@ -173,6 +174,7 @@ def inject(executable: Path, pid: int, deadline_s: float = _DEADLINE_S) -> Injec
                 raise UnsupportedError(
                     f"{executable} cannot be started: {error.strerror}", hint="run `make setup`"
                 ) from error
+        leave(child)  # a thread of the workload is stopped until it is done
         late = False
         packet, descriptors = b"", list[int]()
         try:

@@ -241,6 +241,11 @@ class Receiver:
         if session is not None:
             await self._tell(session, Readiness(restorable=restorable, reasons=reasons))
 
+    @property
+    def receiving(self) -> frozenset[str]:
+        """Workloads of which a leader is connected and sends epochs."""
+        return frozenset(self._active)
+
     def end_session(self, workload: str, why: str) -> None:
         """Receive no more of a workload in the session there is, e.g. because it is to be restored here.
 
