@@ -12,10 +12,17 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define REGIONS 512u /* of one ioctl */
+#define USER_MODE_ONLY 1             /* UFFD_USER_MODE_ONLY, since Linux 5.11 */
+#define FEATURES (1u << 13 | 1u << 15) /* UFFD_FEATURE_WP_UNPOPULATED and _WP_ASYNC, since Linux 6.4 and 6.7 */
 #define TABLE (512u * PAGE) /* what one page table maps */
+#define AT_ONCE (64u * TABLE) /* the kernel holds the address space's lock meanwhile, and CRIU needs it to map its parasite */
 
 int read_maps(struct space *space)
 {
@@ -182,16 +189,83 @@ static int scan_closely(struct space *space, int fd, int memory, const struct vm
 	return 0;
 }
 
+static bool tells_holes; /* the kernel reports what has no page table as unprotected */
+
+/* Whether it is reported that two page tables, in [start, start + 2 * TABLE), are gone. */
+static bool told_gone(int fd, uint64_t start)
+{
+	struct page_region regions[2];
+	struct pm_scan_arg ask = ask_unprotected(start, start + 2 * TABLE, regions, 2);
+	const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
+
+	return got == 1 && regions[0].start == start && regions[0].end == start + 2 * TABLE;
+}
+
+/* Try it in this process: one page table that never was beside one that is dropped, with protected pages. */
+static bool learn_holes(int pagemap, int userfault, uint64_t start)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = FEATURES };
+	struct uffdio_register part = {
+		.range = { start, 2 * TABLE },
+		.mode = UFFDIO_REGISTER_MODE_WP,
+	};
+	struct page_region region;
+	struct pm_scan_arg protect = {
+		.size = sizeof(protect),
+		.flags = PM_SCAN_WP_MATCHING,
+		.start = start,
+		.end = start + TABLE,
+		.vec = (uint64_t)(uintptr_t)&region,
+		.vec_len = 1,
+		.category_mask = PAGE_IS_WRITTEN,
+		.return_mask = PAGE_IS_WRITTEN,
+	};
+	char *const page = (char *)(uintptr_t)start;
+
+	if (ioctl(userfault, UFFDIO_API, &api) || ioctl(userfault, UFFDIO_REGISTER, &part))
+		return false;
+	memset(page, 1, TABLE);
+	if (ioctl(pagemap, PAGEMAP_SCAN, &protect) < 0)
+		return false;
+	return !told_gone(pagemap, start) && !madvise(page, TABLE, MADV_DONTNEED) && told_gone(pagemap, start);
+}
+
+/* To be called once, with nothing frozen: what scans may rely on in this kernel; with `trust` 0, as little as in any. */
+EXPORTED int outlive_learn(int trust)
+{
+	const uint64_t size = 4 * TABLE;
+	void *const room = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	const int userfault = (int)syscall(SYS_userfaultfd, O_CLOEXEC | USER_MODE_ONLY);
+
+	tells_holes = false;
+	if (trust && room != MAP_FAILED && pagemap >= 0 && userfault >= 0) {
+		const uint64_t start = ((uint64_t)(uintptr_t)room + TABLE - 1) / TABLE * TABLE;
+
+		madvise(room, size, MADV_NOHUGEPAGE);
+		tells_holes = learn_holes(pagemap, userfault, start);
+	}
+	if (userfault >= 0)
+		close(userfault);
+	if (pagemap >= 0)
+		close(pagemap);
+	if (room != MAP_FAILED)
+		munmap(room, size);
+	return tells_holes;
+}
+
 /* Append what stands in [start, end), of which nothing is unprotected. A page there is protected, so it is there;
  * unless its whole page table was dropped: kernels report that as unprotected only since the summer of 2026 (mm/uffd,
- * "PMD hole is reported written"; also in stable ones, 6.18.44 for one). One page tells for its table, and so does a
- * neighbour at either end that was reported. */
+ * "PMD hole is reported written"; also in stable ones, 6.18.44 for one), and whether this one does was learnt. Else one
+ * page tells for its table, and so does a neighbour at either end that was reported. */
 static int append_standing(struct space *space, int fd, const struct vma *vma, uint64_t start, uint64_t end,
 			   uint64_t *pair)
 {
 	const uint32_t base = vma->flags & VMA_READABLE ? 0 : RUN_UNREADABLE;
 	bool stands = start > vma->start && start % TABLE;
 
+	if (tells_holes)
+		return append_clean(space, pair, start, end, base);
 	while (start < end) {
 		const uint64_t table = start - start % TABLE;
 		const uint64_t stop = table + TABLE < end ? table + TABLE : end;
@@ -237,7 +311,8 @@ static int scan_fast(struct space *space, int fd, int memory, const struct vma *
 	uint64_t at = vma->start; /* everything before it is appended */
 
 	for (uint64_t scanned = vma->start; scanned < vma->end;) {
-		struct pm_scan_arg ask = ask_unprotected(scanned, vma->end, regions, REGIONS);
+		const uint64_t stop = vma->end - scanned > AT_ONCE ? scanned + AT_ONCE : vma->end;
+		struct pm_scan_arg ask = ask_unprotected(scanned, stop, regions, REGIONS);
 		const long got = ioctl(fd, PAGEMAP_SCAN, &ask);
 		if (got < 0)
 			return errno;

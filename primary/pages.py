@@ -107,12 +107,21 @@ def _library() -> ctypes.CDLL:
     library.outlive_read.restype = ctypes.c_int64
     library.outlive_settle.argtypes = [ctypes.c_int, ctypes.c_int, u64, u64]
     library.outlive_reads_directly.argtypes = [ctypes.c_int]
+    library.outlive_learn(1)
     return library
 
 
 def load() -> None:
     """Load the library now, not inside a freeze. Raises UnsupportedError if it was not built."""
     _library()
+
+
+def learn(*, trust: bool) -> bool:
+    """Find out again what scans may rely on in this kernel, or rely on as little as in any.
+
+    Returns whether it reports what has no page table. Loading the library finds out by itself.
+    """
+    return bool(_library().outlive_learn(trust))
 
 
 class Space:

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from primary.pages import (
     FrozenBuffer,
     FrozenCall,
     Space,
+    learn,
     pages_in,
     read_running,
     reads_directly,
@@ -642,6 +644,12 @@ class TestPageTablesThatWereDropped:
     """What the kernel says nothing about is there, unless its whole page table is gone (2 MiB)."""
 
     TABLE = 512
+
+    @pytest.fixture(params=[True, False], ids=["as this kernel tells", "as any kernel tells"], autouse=True)
+    def _told(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        learn(trust=request.param)
+        yield
+        learn(trust=True)
 
     @pytest.mark.parametrize("advice", [HUGE_PAGE, NO_HUGE_PAGE], ids=["huge", "small"])
     async def test_their_pages_are_gone_with_them(self, reader: Reader, advice: int) -> None:
