@@ -98,8 +98,13 @@ async def run_seed(
     check_every: int = 50,
     troubled: bool = False,
     talk: bool = False,
+    on_disk: bool = False,
 ) -> Run:
-    """Capture so many epochs of one program; `troubled`: with what can happen to a tracker and an agent."""
+    """Capture so many epochs of one program; `troubled`: with what can happen to a tracker and an agent.
+
+    The store is in memory, for what a disk makes of it is another campaign's subject; `on_disk` if there is
+    too little of that.
+    """
     if restores:
         options = (*options, "--no-file-changes")
     chance = random.Random(seed)
@@ -110,8 +115,8 @@ async def run_seed(
     troubles: Counter[str] = Counter()
     missing: list[str] = []
     async with running(seed, options, tracker) as (subject, port):
-        # In memory: what a disk makes of it is another campaign's subject.
-        store = Path(subject.config.node.image_dir) / "store"
+        node = subject.config.node
+        store = Path(node.state_dir if on_disk else node.image_dir) / "store"
         replica = Replica(store, subject.config, subject.spec)
         number = 0
         while number < epochs and refused < 5 * epochs and not wrong:

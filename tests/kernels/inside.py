@@ -142,6 +142,7 @@ def main() -> int:
                 tracker=choice.name,
                 check_every=plan.check_every,
                 talk=True,
+                on_disk=True,
             )
             runs.append(asyncio.run(run))
         if plan.bugs:
