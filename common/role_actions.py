@@ -302,7 +302,8 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     saved: Acted = (role, (SaveSpec(event.spec),))
     if same:
         return both(saved, remark(role, "launching"))
-    leap = bool(event.peers_are_off)
+    # Who lost the right by a boot or a fence is not the only one to create the next term.
+    leap = bool(event.peers_are_off) or (record.term > 0 and not right_stands(role))
     return both(saved, next_term(role, "launching", f"started by an operator{lost}", now, leap=leap))
 
 

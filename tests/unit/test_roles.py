@@ -598,6 +598,15 @@ def test_after_a_boot_a_leader_runs_nothing_until_it_has_heard_its_successor(mar
     assert driver.state == "yielded"
 
 
+def test_a_start_after_a_boot_does_not_take_the_number_that_a_successor_may_take() -> None:
+    driver = Driver("a", TermRecord(term=3, leader="a", mark="stopped", boot_id="another-boot"))
+    driver.hear("following", term=3, node="b")
+    driver.after(0.05)
+    driver.feed(OperatorStart(request=1, spec=SPEC))
+    driver.persisted()
+    assert (driver.state, driver.role.record.term) == ("launching", 100)
+
+
 def test_a_returning_leader_follows_the_newer_term() -> None:
     record = TermRecord(term=3, leader="a", mark="leads", boot_id="another-boot")
     driver = Driver("a", record)
