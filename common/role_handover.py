@@ -53,6 +53,7 @@ from common.succession import (
     is_silent,
     keeper_speaks,
     keeps_frozen,
+    let_go,
     obstacle,
     planned,
     ready,
@@ -276,6 +277,11 @@ def _not_by_itself(role: Role) -> str:
 def kept_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     """The fence of the heir did not confirm."""
     return not_confirmed(role, event, now) if keeps_frozen(role) else ""
+
+
+def let_go_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
+    """The fence of the one to which this node gave its term did not confirm."""
+    return not_confirmed(role, event, now) if let_go(role) else ""
 
 
 def kept_undecided(role: Role, event: Heard, now: Instant) -> str:

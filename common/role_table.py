@@ -126,6 +126,7 @@ from common.role_handover import (
     kept_no_more,
     kept_not_confirmed,
     kept_undecided,
+    let_go_not_confirmed,
     may_take_back,
     need_no_keeper,
     record_failure,
@@ -253,9 +254,9 @@ def _stop_refusal(role: Role) -> Done | Refused | None:
     if role.name in ("stopped", "yielded"):
         return Done(detail=f"it does not run here: {role.reason}")
     if role.name in ("handing_over", "handed_over"):
-        return Refused(
-            error="WorkloadError", message=f"it is being handed over: {role.reason}", hint="ask again"
-        )
+        back = f"outlive failover {role.spec.name} --accept-data-loss has it run here again"
+        hint = f"{back}; then stop it" if role.name == "handed_over" else "ask again"
+        return Refused(error="WorkloadError", message=f"it is being handed over: {role.reason}", hint=hint)
     if role.request is not None:
         return Refused(
             error="WorkloadError", message="another request is being carried out", hint="ask again"
@@ -450,6 +451,7 @@ TABLE: tuple[Row, ...] = (
     Row(("acquiring",), FenceResult, "leader is off, paused", paused_meanwhile, "waiting", halt),
     Row(("acquiring",), FenceResult, "leader is off", right_confirmed, None, fenced),
     Row(("acquiring",), FenceResult, "not confirmed, kept", kept_not_confirmed, "handed_over", unfenced),
+    Row(("acquiring",), FenceResult, "not confirmed, given up", let_go_not_confirmed, "yielded", unfenced),
     Row(
         ("acquiring",), FenceResult, "not confirmed, heard", not_confirmed_and_audible, "following", unfenced
     ),
@@ -458,7 +460,7 @@ TABLE: tuple[Row, ...] = (
     Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin),
     # Operators; what they may not do was refused before.
     Row((*_AT_REST, *_WATCHING), OperatorStart, "start", asked, "acquiring", ask_start),
-    Row((*_WATCHING, "failed"), OperatorFailover, "failover", asked, "acquiring", ask_failover),
+    Row((*_WATCHING, "failed", "yielded"), OperatorFailover, "failover", asked, "acquiring", ask_failover),
     Row((*_LEADING, "starting", "failed"), OperatorStop, "stop", asked, None, stop),
     Row((*_AT_REST, *_WATCHING, "deposed"), Forget, "forget", asked, None, forget),
     Row((*_LEADING, "acquiring"), StepFailed, "not recorded", asked_but_unrecorded, None, not_recorded),

@@ -56,6 +56,13 @@ def keeps_frozen(role: Role) -> bool:
     return record.mark == "yielded" and mine and role.alive
 
 
+def let_go(role: Role) -> bool:
+    """Tell whether this node gave its term to another by name, and keeps nothing but its epochs."""
+    record = role.record
+    by_name = record.mark == "yielded" and record.leader == role.me and record.heir not in ("", role.me)
+    return by_name and not keeps_frozen(role)
+
+
 def contender(role: Role, now: Instant) -> str:
     """Return the node that has to be off before this one may lead; empty if none has to.
 
@@ -290,7 +297,10 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return _refused("this node leads it already")
     if role.request is not None or role.wanted is not None or role.name == "acquiring":
         return _refused("another change of role is under way", "ask again in a moment")
-    if role.name not in (*PURSUING, "failed", "handed_over"):
+    if role.name == "yielded" and let_go(role):
+        if not is_silent(role, record.heir, now):
+            return _refused(f"{record.heir} has the right to lead it, and is heard", "outlive status there")
+    elif role.name not in (*PURSUING, "failed", "handed_over"):
         if record.term == 0:
             return _refused("it was never started anywhere", f"outlive start {spec.name} on {spec.nodes[0]}")
         return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")

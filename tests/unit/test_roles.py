@@ -598,6 +598,39 @@ def test_after_a_boot_a_leader_runs_nothing_until_it_has_heard_its_successor(mar
     assert driver.state == "yielded"
 
 
+def gave_back() -> Driver:
+    """The heir of a term that it could not use, and gave back to `a`, which has been silent since."""
+    driver = Driver("b", TermRecord(term=2, leader="b", mark="yielded", boot_id="boot-1", heir="a"))
+    driver.hear("yielded", term=1)
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    return driver
+
+
+def test_who_gave_a_term_back_restores_its_epoch_if_the_one_that_kept_the_workload_is_lost() -> None:
+    driver = gave_back()
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert "is heard" in _answer(driver, 1, Refused).message
+    driver.after(1.0)
+    assert driver.state == "yielded", "only an operator takes that right back"
+    driver.feed(OperatorFailover(request=2, accept_data_loss=True, old_primary_is_off=""))
+    (fence,) = (effect for effect in driver.effects if isinstance(effect, RunFence))
+    assert fence.node == "a"
+    driver.feed(FenceResult(node="a", attempt=fence.attempt, outcome="confirmed", reason="off"))
+    driver.persisted()
+    assert (driver.state, driver.role.record.leader) == ("taking_over", "b")
+    assert driver.role.record.term >= 100, "a's next term may have begun, unheard"
+
+
+def test_who_gave_a_term_back_leads_nothing_without_a_fence_that_confirms() -> None:
+    driver = gave_back()
+    driver.after(1.0)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    (fence,) = (effect for effect in driver.effects if isinstance(effect, RunFence))
+    driver.feed(FenceResult(node="a", attempt=fence.attempt, outcome="unknown", reason="no answer"))
+    assert (driver.state, driver.role.wanted) == ("yielded", None)
+    assert _answer(driver, 1, Refused)
+
+
 def test_a_start_after_a_boot_does_not_take_the_number_that_a_successor_may_take() -> None:
     driver = Driver("a", TermRecord(term=3, leader="a", mark="stopped", boot_id="another-boot"))
     driver.hear("following", term=3, node="b")
