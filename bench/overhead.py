@@ -83,6 +83,7 @@ class OpenLoop(msgspec.Struct, frozen=True, kw_only=True):
     p99_bound_ms: float
     within_bound: bool
     epochs: int
+    epochs_per_s: float
     frozen_ms: Summary
     cpu_s_per_epoch: CpuParts
 
@@ -94,6 +95,7 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
     protected_per_s: Summary
     ratio: float
     epochs: int
+    epochs_per_s: float
     frozen_ms: Summary
     cpu_s_per_epoch: CpuParts
 
@@ -124,6 +126,10 @@ class _Rounds:
     @property
     def epochs(self) -> int:
         return sum(window.epochs for window in self.windows)
+
+    @property
+    def epochs_per_s(self) -> float:
+        return round(self.epochs / sum(window.seconds for window in self.windows), 2)
 
     @property
     def frozen_ms(self) -> Summary:
@@ -260,6 +266,7 @@ def _open_loop(rate_per_s: float, both: _Both) -> OpenLoop:
         p99_bound_ms=round(bound_ms, 3),
         within_bound=protected.p99_ms <= bound_ms,
         epochs=both[True].epochs,
+        epochs_per_s=both[True].epochs_per_s,
         frozen_ms=frozen_ms,
         cpu_s_per_epoch=both[True].cpu_s_per_epoch,
     )
@@ -284,6 +291,7 @@ def _throughput(both: _Both) -> Throughput:
         protected_per_s=protected,
         ratio=round(protected.p50 / unprotected.p50, 4),
         epochs=both[True].epochs,
+        epochs_per_s=both[True].epochs_per_s,
         frozen_ms=both[True].frozen_ms,
         cpu_s_per_epoch=both[True].cpu_s_per_epoch,
     )

@@ -20,6 +20,12 @@ def cpu_parts_s(pid: int) -> tuple[float, float]:
     return sum(map(int, own)) / _TICKS, sum(map(int, children)) / _TICKS
 
 
+def kernel_s(pid: int) -> float:
+    """Return what the kernel took of `cpu_s`."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[12]) + int(fields[14])) / _TICKS
+
+
 def has_children(pid: int) -> bool:
     """Tell whether a process of one thread has children that it has not waited for."""
     return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().strip())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from bench.processes import cpu_parts_s, cpu_s
+from bench.processes import cpu_parts_s, cpu_s, kernel_s
 from common.container import running_init_pid
 from common.control import WorkloadMetrics
 from common.errors import LabError
@@ -33,6 +33,8 @@ class CpuParts(msgspec.Struct, frozen=True, kw_only=True):
 
     criu: float
     agent: float
+    kernel: float
+    """Of these two, within system calls and page faults."""
     workload: float
     keeper: float
     replica_agent: float
@@ -50,7 +52,7 @@ class CpuParts(msgspec.Struct, frozen=True, kw_only=True):
         return CpuParts(**{name: mine[name] + sign * theirs[name] for name in mine})
 
 
-NO_CPU = CpuParts(criu=0.0, agent=0.0, workload=0.0, keeper=0.0, replica_agent=0.0)
+NO_CPU = CpuParts(criu=0.0, agent=0.0, kernel=0.0, workload=0.0, keeper=0.0, replica_agent=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Switched:
         return CpuParts(
             criu=criu,
             agent=agent,
+            kernel=kernel_s(self.first.processes["agent"].pid),
             workload=cpu_parts_s(self.pid)[0],
             keeper=cpu_s(self.first.processes["keeper"].pid),
             replica_agent=cpu_s(replica.pid) if replica else 0.0,
