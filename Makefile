@@ -3,7 +3,7 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench sim kill-series switchovers injection-kills torture oracle test-kernels clean
+.PHONY: help setup demo check test bench sim kill-series switchovers scenarios injection-kills torture oracle test-kernels clean
 
 SEEDS := 5000
 ROUNDS := 120
@@ -44,6 +44,9 @@ kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120
 
 switchovers: setup  ## a redis that moves back and forth 20 times under a writing client; JSON on stdout
 	@$(BIN)/python -m tests.campaigns.switchovers --rounds 20
+
+scenarios: setup  ## what happens when something breaks, in the lab, one line for each; a table on stdout
+	@$(BIN)/python -m tests.campaigns.scenarios --output table
 
 injection-kills: setup  ## signals at random moments of an injection, ROUNDS of them (120); JSON on stdout
 	@$(BIN)/python -m tests.campaigns.injection_kills --rounds $(ROUNDS)

@@ -12,6 +12,7 @@ process, needs CAP_NET_ADMIN (`announce`: CAP_NET_RAW), and may be repeated: wha
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import re
 import socket
@@ -113,6 +114,20 @@ async def drop_vip(vip: Vip) -> None:
 async def holds_vip(vip: Vip) -> bool:
     """Tell whether this host has the address on that interface."""
     return bool(await _prefix_lengths(vip))
+
+
+def is_local(address: str) -> bool:
+    """Tell whether this host has an address, on any interface; cheap. True if that cannot be told.
+
+    It cannot where `net.ipv4.ip_nonlocal_bind` lets anybody bind to any address.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 async def hold(vip: Vip, owner: str) -> None:

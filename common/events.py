@@ -81,6 +81,7 @@ class Event(StrEnum):
     TAKEOVER_REFUSED = "takeover.refused"
     TAKEOVER_PAUSED = "takeover.paused"
     TAKEOVER_RESUMED = "takeover.resumed"
+    ADDRESS_MISPLACED = "address.misplaced"
     FENCE_ASKED = "fence.asked"
     FENCE_ANSWERED = "fence.answered"
 

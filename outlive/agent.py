@@ -66,6 +66,7 @@ from common.scheduling import CpuShare
 from common.sd_notify import notify
 from common.terms import TermGuard
 from common.threads import in_thread
+from outlive.agent_beats import AgentBeats
 from outlive.descriptors import raise_limit
 from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
@@ -96,15 +97,16 @@ _JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
 
 
-async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
+async def run_agent(config: NodeConfig, reread: Callable[[], NodeConfig], beats: AgentBeats) -> None:
     """Run the agent of this node until SIGTERM or SIGINT. Raises OutliveError if it cannot start.
 
-    `reread` returns the file as it is at SIGHUP, for its keys.
+    `reread` returns the file as it is at SIGHUP, for its keys; `beats` says meanwhile that it lives.
     Workloads are left running, whatever ends it.
     """
     keep_heap_small()
     raise_limit()
-    agent = Agent(config, CpuShare.take(config.node.cgroup_parent, spare=config.node.agent_cpu == "spare"))
+    share = CpuShare.take(config.node.cgroup_parent, spare=config.node.agent_cpu == "spare")
+    agent = Agent(config, share, beats)
     agent.reload_keys_on_hangup(reread)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -154,10 +156,11 @@ class _KeeperGuard:
 class Agent:
     """Everything the agent holds: one `WorkloadAgent` a workload, one receiver, one line to the keeper."""
 
-    def __init__(self, config: NodeConfig, share: CpuShare) -> None:
+    def __init__(self, config: NodeConfig, share: CpuShare, beats: AgentBeats) -> None:
         """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
         self._config = config
         self._share = share
+        self._beats = beats
         prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
         self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
         self._keys = read_keyring(config)
@@ -189,7 +192,7 @@ class Agent:
 
     def reload_keys_on_hangup(self, reread: Callable[[], NodeConfig]) -> None:
         """Have SIGHUP read the keys again. Call it in the agent's loop."""
-        reload_on_hangup(self._keys, reread, self._events)
+        reload_on_hangup(self._keys, reread, self._events, then=self._beats.reload_keys)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -209,13 +212,14 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 group.create_task(control.serve())
                 group.create_task(self._receiver.run())
-                group.create_task(AgentBeater(self._config, self._keys, self._context).run())
+                group.create_task(self._beat_for_ever())
                 group.create_task(self._report_for_ever())
                 group.create_task(self._fold_for_ever())
                 group.create_task(self._judge_for_ever())
                 group.create_task(self._keep_up_for_ever())
                 notify("READY=1")
         finally:
+            self._beats.end()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SHUTDOWN_S):
                     await self._workloads.close()
@@ -223,6 +227,12 @@ class Agent:
             self._events.close()
             control.close()
             self._context.destroy(linger=0)
+
+    async def _beat_for_ever(self) -> None:
+        """Beat in this process if the one that does it has ended: late is better than never."""
+        await self._beats.ended()
+        log.error("beats.lost", error="the process that sends this agent's heartbeats has ended")
+        await AgentBeater(self._config, self._keys, self._context).run()
 
     async def _report_for_ever(self) -> None:
         """Tell the keeper what is, take its orders; at its heartbeat's interval."""

@@ -70,6 +70,7 @@ from common.succession import keeps_frozen
 from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
 from common.transport import Server
+from outlive.address_watch import LOOK_EVERY_S
 from outlive.freeze_records import FreezeRecords
 from outlive.freeze_watch import FreezeWatch
 from outlive.keeper_effects import Hands, RealHands
@@ -171,6 +172,7 @@ class Keeper:
                 self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [
                     tasks.create_task(self._thaw_forgotten()),
+                    tasks.create_task(self._watch_addresses()),
                     tasks.create_task(self._control.serve()),
                     tasks.create_task(self._server.serve()),
                     tasks.create_task(self._listen()),
@@ -339,6 +341,12 @@ class Keeper:
                     name, "its cgroup was thawed: it stood still, and nobody had announced a freeze"
                 )
             frozen = now_frozen
+
+    async def _watch_addresses(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for kept in list(self._workloads.values()):
+                kept.look_at_address()
 
     def _frozen_by_nobody(self, name: str) -> bool:
         """Tell whether it is led here and stands still, and no freeze of it is announced."""

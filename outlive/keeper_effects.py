@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, Protocol
 
-from common.addresses import Vip, add_vip, announce, drop_vip, hold, lift
+from common.addresses import Vip, add_vip, announce, drop_vip, hold, is_local, lift
 from common.config import NodeConfig
 from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
 from common.errors import OutliveError
@@ -96,6 +96,10 @@ class Hands(Protocol):
         """Tell whether the whole workload stands still. Does not raise."""
         ...
 
+    def has_address(self, address: str) -> bool:
+        """Tell whether this host has an address. Does not raise."""
+        ...
+
     def exit_code(self, name: str) -> int | None:
         """Return how the workload ended; None while that isn't known. Does not raise."""
         ...
@@ -156,6 +160,10 @@ class RealHands:
     def frozen(self, name: str) -> bool:
         """See `Hands`."""
         return cgroup_frozen(self._config, name)
+
+    def has_address(self, address: str) -> bool:
+        """See `Hands`."""
+        return is_local(address)
 
     def exit_code(self, name: str) -> int | None:
         """See `Hands`."""

@@ -26,6 +26,7 @@ from common.role_actions import history
 from common.role_events import (
     AgentReport,
     Answer,
+    DropVip,
     Event,
     FenceResult,
     Forget,
@@ -41,6 +42,7 @@ from common.role_events import (
     OperatorSwitchover,
     OrderAgent,
     RunFence,
+    StepFailed,
     Tick,
     WorkloadEnded,
 )
@@ -62,6 +64,7 @@ from common.roles import (
 )
 from common.succession import has_listened
 from common.terms_file import TermFiles
+from outlive.address_watch import AddressWatch, address_of
 from outlive.keeper_effects import Effects, Hands
 
 log = logging.getLogger(__name__)
@@ -107,6 +110,7 @@ class KeptWorkload:
         self._pid = 0
         self._pidfd: int | None = None
         self._objective = Objective()
+        self._address = AddressWatch()
         self.forgotten = False
         """An operator asked to forget it; the keeper lets go of it at the next tick."""
         self.role: Role = new_role(
@@ -208,6 +212,20 @@ class KeptWorkload:
                 order_detail="it was thawed after its last epoch was taken",
             )
         self.feed(AgentReport(msgspec.structs.replace(report, running=self._pidfd is not None)))
+
+    def look_at_address(self) -> None:
+        """Bring the address back if it is led here without, and drop it if another node leads it."""
+        address = address_of(self.role)
+        if not address:
+            return
+        wrong = self._address.look(self.role, self._hands.has_address(address))
+        if wrong == "missing":
+            self._tell(LogEvent.ADDRESS_MISPLACED, f"{address} was gone from here, and is added again")
+            self.feed(StepFailed(step="add_vip", reason=f"{address} was gone from this host"))
+        elif wrong == "not ours":
+            reason = f"{address} is here, where nothing of it is led: dropped"
+            self._tell(LogEvent.ADDRESS_MISPLACED, reason)
+            self._effects.perform(DropVip(), self.role.spec)
 
     # --- what it shows ----------------------------------------------------------------------------
 

@@ -22,9 +22,20 @@ from common.keys import load
 log = logging.getLogger(__name__)
 
 
-def reload_on_hangup(keys: Keyring, reread: Callable[[], NodeConfig], events: EventLog) -> None:
-    """Have SIGHUP read the keys again, in the running loop, for as long as the process lives."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_keys, keys, reread, events)
+def reload_on_hangup(
+    keys: Keyring,
+    reread: Callable[[], NodeConfig],
+    events: EventLog,
+    *,
+    then: Callable[[], None] = lambda: None,
+) -> None:
+    """Have SIGHUP read the keys again, in the running loop, while the process lives; `then` follows."""
+
+    def reload() -> None:
+        reload_keys(keys, reread, events)
+        then()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def reload_keys(keys: Keyring, reread: Callable[[], NodeConfig], events: EventLog) -> None:

@@ -39,7 +39,7 @@ def run_keeper_process(config_path: Path) -> int:
 
 def run_agent(config_path: Path) -> None:
     """Run this node's agent until it is told to stop. Raises what stopped it."""
-    run_foreground(config_path, _agent)
+    run_foreground(config_path, _agent)  # which forks, before there is a loop
 
 
 def run_keeper(config_path: Path) -> None:
@@ -85,10 +85,11 @@ def print_error(error: OutliveError) -> None:
         print(f"   hint: {error.hint}", file=sys.stderr)
 
 
-async def _agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
+def _agent(config: NodeConfig, reread: Callable[[], NodeConfig]) -> Coroutine[None, None, None]:
     from outlive.agent import run_agent
+    from outlive.agent_beats import AgentBeats
 
-    await run_agent(config, reread)
+    return run_agent(config, reread, AgentBeats.fork(config, reread))
 
 
 async def _keeper(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:

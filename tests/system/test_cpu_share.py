@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from pathlib import Path
 
@@ -29,6 +30,30 @@ def cpu_group(pid: int) -> Path | None:
     return home.parent / name.lstrip("/")
 
 
+def beating_children(pid: int) -> list[int]:
+    """Return the children of an agent that are copies of it: those that beat."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    own = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == own]
+
+
+async def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+async def test_who_beats_for_the_agent_ends_with_it_and_is_replaced_by_it() -> None:
+    async with protected_redis() as cluster:
+        first, second = cluster.nodes["a"], cluster.nodes["b"]
+        (of_first,) = beating_children(first.processes["agent"].pid)
+        (of_second,) = beating_children(second.processes["agent"].pid)
+        os.kill(of_first, signal.SIGKILL)
+        await eventually(lambda: gone(of_first), what="reaped")
+        await first.wait_for(NAME, lambda w: w.state == "leading", what="led")
+        assert "beats.lost" in (first.host.log_dir / "agent.log").read_text()
+        await second.stop("agent", signal.SIGKILL)
+        await eventually(lambda: gone(of_second), what="ended with its agent")
+
+
 async def test_the_agent_waits_for_others_and_they_do_not_wait_with_it() -> None:
     async with protected_redis(rpo_ms=2000) as cluster:
         first, second = cluster.nodes["a"], cluster.nodes["b"]
@@ -39,7 +64,8 @@ async def test_the_agent_waits_for_others_and_they_do_not_wait_with_it() -> None
         init_pid = running_init_pid(first.config, NAME)
         assert init_pid is not None
         shim = int(WorkloadPaths(first.config, NAME).shim_pid_file.read_text())
-        for pid in (first.processes["keeper"].pid, init_pid, shim):
+        (beats,) = beating_children(first.processes["agent"].pid)
+        for pid in (first.processes["keeper"].pid, init_pid, shim, beats):
             assert cpu_group(pid) is None
 
         async def stays(idle: str) -> bool:

@@ -1,0 +1,105 @@
+"""The agent's heartbeats, from a process of their own: its child, which ends with it.
+
+In: the configuration, before the agent has threads, an event loop or a cgroup of its own. Out: beats to every
+peer for as long as the agent lives, whatever it has to do.
+
+Why not in the agent: it takes what others leave of the processors (`common.scheduling`), and a beat that
+waits for its turn is a beat that was not sent. When a keeper has died, its agent's beats are all that keeps a
+peer from having the host turned off, some 300 ms later. The child stays where it was born, on a par with
+workloads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import zmq.asyncio
+
+from common.config import NodeConfig
+from common.errors import OutliveError
+from common.heartbeat import AgentBeater
+from common.keyring import Keyring, read_keyring
+from common.keys import load
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+"""<sys/prctl.h>"""
+
+
+class AgentBeats:
+    """The child; made by `fork`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    @classmethod
+    def fork(cls, config: NodeConfig, reread: Callable[[], NodeConfig]) -> AgentBeats:
+        """Start to beat. `reread` returns the file as it is when keys are to be read again.
+
+        Raises OSError if there can be no child; what the keys lack is for the agent itself to say.
+        """
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _beat(config, reread, parent)
+        return cls(pid)
+
+    def reload_keys(self) -> None:
+        """Have it read the keys again."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGHUP)
+
+    async def ended(self) -> None:
+        """Return when it has ended, which it does not by itself while the agent lives."""
+        pidfd = os.pidfd_open(self.pid)
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(pidfd, over.set)
+        try:
+            await over.wait()
+            self.end()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+    def end(self) -> None:
+        """End it. Idempotent."""
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+def _beat(config: NodeConfig, reread: Callable[[], NodeConfig], parent: int) -> NoReturn:
+    """Be the child."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the agent, which ends this
+        if os.getppid() == parent:
+            gc.freeze()
+            asyncio.run(_run(config, reread))
+    except Exception as error:  # nobody else would say it
+        log.error("beats.ended reason=%r", str(error))
+    finally:
+        os._exit(1)
+
+
+async def _run(config: NodeConfig, reread: Callable[[], NodeConfig]) -> None:
+    keys = read_keyring(config)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, _reload, keys, reread)
+    await AgentBeater(config, keys, zmq.asyncio.Context()).run()
+
+
+def _reload(keys: Keyring, reread: Callable[[], NodeConfig]) -> None:
+    with contextlib.suppress(OutliveError):  # the agent reads the same, and says so
+        config = reread()
+        keys.replace(load(Path(config.node.key_file)), config.peers)
