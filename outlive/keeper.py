@@ -85,6 +85,8 @@ log = logging.getLogger(__name__)
 _AGENT_SILENT_S = 2.0
 _LISTEN_POLL_S = 0.05
 _FORGOTTEN_S = 0.5
+_THAWS_LOOKS, _THAWS_PAUSE_S = 5, 0.01
+"""How often to look whether a cgroup has come out of a freeze that is over, and the time between."""
 
 
 async def run_keeper(
@@ -354,12 +356,16 @@ class Keeper:
         led = kept is not None and kept.role.name == "leading"
         return led and not self._freezes.watches(name) and self._hands.frozen(name)
 
-    def _announce(self, request: AnnounceFreeze) -> Done:
+    async def _announce(self, request: AnnounceFreeze) -> Done:
         """Watch a freeze, unless it has begun: one that nobody announced must not hide behind the next.
 
         Raises WorkloadError if it is not watched: nothing may be frozen then.
         """
-        if self._frozen_by_nobody(request.workload):
+        for _ in range(_THAWS_LOOKS):  # what was thawed just now still looks frozen (cgroup version 2)
+            if not self._frozen_by_nobody(request.workload):
+                break
+            await asyncio.sleep(_THAWS_PAUSE_S)
+        else:
             raise WorkloadError(
                 f"{request.workload} stands still already, and nobody had announced a freeze",
                 hint="it is thawed within a second",
@@ -378,7 +384,7 @@ class Keeper:
             case Report():
                 return await self._take_report(request)
             case AnnounceFreeze():
-                return self._announce(request)
+                return await self._announce(request)
             case EndFreeze(workload=name, criu_pid=pid):
                 self._freezes.end(name, pid)
                 return Done()
