@@ -130,10 +130,10 @@ class Pair:
         self.broke, self.found, self.cause = broke, await self.states(), await self._newest_cause()
 
     async def states(self) -> dict[str, str]:
-        """Return the state of each node with its reason; `off` if nobody answers there."""
+        """Return the state of each node with its reason; whether its keeper answers."""
         states: dict[str, str] = {}
         for name, node in self.nodes.items():
-            states[name] = "off"
+            states[name] = "no answer"
             with contextlib.suppress(OutliveError):
                 status = await node.workload(_NAME)
                 states[name] = _told(status) if status is not None else "unknown there"
