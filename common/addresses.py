@@ -28,6 +28,7 @@ from ipaddress import (
     ip_address,
     ip_interface,
 )
+from pathlib import Path
 
 import structlog
 
@@ -116,18 +117,19 @@ async def holds_vip(vip: Vip) -> bool:
     return bool(await _prefix_lengths(vip))
 
 
-def is_local(address: str) -> bool:
-    """Tell whether this host has an address, on any interface; cheap. True if that cannot be told.
+def is_local(address: str) -> bool | None:
+    """Tell whether this host has an address, on any interface; cheap. None if that cannot be told.
 
-    It cannot where `net.ipv4.ip_nonlocal_bind` lets anybody bind to any address.
+    It cannot where `ip_nonlocal_bind` lets anybody bind to any address, nor without a socket to try with.
     """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
+    family, version = (socket.AF_INET6, "ipv6") if ":" in address else (socket.AF_INET, "ipv4")
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
-        except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
-    return True
+        nonlocal_bind = Path(f"/proc/sys/net/{version}/ip_nonlocal_bind").read_text().strip() != "0"
+    except OSError as error:
+        return False if error.errno == errno.EADDRNOTAVAIL else None
+    return None if nonlocal_bind else True
 
 
 async def hold(vip: Vip, owner: str) -> None:

@@ -290,6 +290,8 @@ def _problems(config: NodeConfig) -> list[str]:
         found += [f"fences, node {fence.node!r}: {text}" for text in _fence_problems(fence)]
     names = [workload.name for workload in config.workloads]
     found += [f"workload {name!r} is declared twice" for name in sorted(_repeated(names))]
+    vips = [workload.vip.partition("/")[0] for workload in config.workloads if workload.vip]
+    found += [f"vip {vip} belongs to two workloads: give each its own" for vip in sorted(_repeated(vips))]
     for workload in config.workloads:
         about = [*workload_problems(workload, known), *_vip_problems(config, workload)]
         found += [f"workload {workload.name!r}: {text}" for text in about]

@@ -283,7 +283,7 @@ def halt(role: Role, event: FenceResult, now: Instant) -> Acted:
 
 def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
     """Go for the lead on an operator's word."""
-    if role.name in ("following", "failed"):
+    if role.name in ("following", "failed", "yielded"):
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s, retries=0)
     role = replace(role, request=event.request, vouched=event.old_primary_is_off, by_operator=True)
     return pursue(noted(role, now, "failover", "asked for by an operator"), event, now)

@@ -80,6 +80,12 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class AddressLost(msgspec.Struct, frozen=True):
+    """The workload's address was on this host, and is not any more, whoever took it."""
+
+    reason: str
+
+
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     """An effect of this machine failed."""
 
@@ -155,6 +161,7 @@ Event = (
     | PausesPersisted
     | StepDone
     | StepFailed
+    | AddressLost
     | FenceResult
     | OperatorFailover
     | OperatorSwitchover

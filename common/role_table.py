@@ -34,6 +34,7 @@ from common.role_actions import (
     unfenced,
 )
 from common.role_events import (
+    AddressLost,
     AgentReport,
     Answer,
     Effect,
@@ -312,6 +313,8 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             "history",
         ):
             return replace(role, vip_problem=f"{failed}: {reason}"), ()
+        case AddressLost(reason=reason) if role.name == "leading":
+            return replace(role, vip_problem=reason, retry_at_s=now.monotonic_s), ()
         case StepFailed(step="persist") if role.wanted is not None:
             return replace(role, retry_at_s=now.monotonic_s + role.timing.retry_first_s), ()
         case Tick():

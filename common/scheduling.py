@@ -10,8 +10,8 @@ In: what the agent is about to do. Out: the weight of its cgroup. Three of them:
   criu is in the group as well: what it waits for, a stopped workload waits for.
 
 The group lies at the top of the hierarchy, `CGROUP_PARENT.agent` with dashes for slashes, for weights count
-among siblings only. Where the agent has been put into a group of its own (systemd, version 2), that one is
-used. Where neither can be, nothing is changed. Files and values: cgroup-v2.rst and sched-design-CFS.rst of
+among siblings only: from within a slice, the agent would give way to that slice alone. Where it cannot be
+made, nothing is changed. Files and values: cgroup-v2.rst and sched-design-CFS.rst of
 the kernel; `cpu.idle` since 5.15.
 """
 
@@ -130,10 +130,7 @@ def agent_group(cgroup_parent: str) -> str:
 
 
 def _own_group(cgroup_parent: str, mount: Path, own: Path) -> Path | None:
-    top, relative = _hierarchy(mount, own)
-    if relative != "/" and not _is_agents(relative):
-        group = top / relative.lstrip("/")
-        return group if (group / "cpu.idle").exists() and _alone_in(group) else None
+    top, _ = _hierarchy(mount, own)
     group = top / agent_group(cgroup_parent)
     with contextlib.suppress(OSError):  # version 2 only; it may be on already
         (top / "cgroup.subtree_control").write_text("+cpu")
@@ -143,11 +140,6 @@ def _own_group(cgroup_parent: str, mount: Path, own: Path) -> Path | None:
         return None
     (group / "cgroup.procs").write_text("0")
     return group
-
-
-def _alone_in(group: Path) -> bool:
-    """Tell whether nobody but this process is in a group: others would wait with it."""
-    return (group / "cgroup.procs").read_text().split() == [str(os.getpid())]
 
 
 def _is_agents(relative: str) -> bool:

@@ -25,7 +25,7 @@ class AddressWatch:
     def __init__(self) -> None:
         self._last: tuple[Misplaced, int] = ("", 0)
 
-    def look(self, role: Role, here: bool) -> Misplaced:
+    def look(self, role: Role, here: bool | None) -> Misplaced:
         """Say what is wrong, if it was at the last look, in the same term, as well; then forget it."""
         now = (misplaced(role, here), role.record.term)
         before, self._last = self._last, now
@@ -35,9 +35,12 @@ class AddressWatch:
         return now[0]
 
 
-def misplaced(role: Role, here: bool) -> Misplaced:
-    """Say what is wrong with an address that this host has or has not, by the role alone. Pure."""
-    if role.undo or role.wanted is not None or role.record.term == 0:
+def misplaced(role: Role, here: bool | None) -> Misplaced:
+    """Say what is wrong with an address that this host has or has not, by the role alone. Pure.
+
+    None: nobody knows whether it is here, and so nothing is wrong.
+    """
+    if here is None or role.undo or role.wanted is not None or role.record.term == 0:
         return ""
     if role.name == "leading":
         return "missing" if role.alive and not role.vip_problem and not here else ""

@@ -198,6 +198,7 @@ class Agent:
         """Serve until cancelled."""
         # First of all the socket: a second agent by mistake ends here, before it touches the images.
         control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
+        self._beats.begin()
         await asyncio.to_thread(prepare_store_room, self._config)
         images = Path(self._config.node.image_dir)
         prepare_private_directory(images, "node.image_dir")

@@ -39,51 +39,64 @@ _PR_SET_PDEATHSIG = 1
 class AgentBeats:
     """The child; made by `fork`."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, start: int) -> None:
+        """`start` is the end of a pipe; the child waits for a byte from it."""
         self.pid = pid
+        self._pidfd = os.pidfd_open(pid)  # its PID may be another's one day
+        self._start = start
 
     @classmethod
     def fork(cls, config: NodeConfig, reread: Callable[[], NodeConfig]) -> AgentBeats:
-        """Start to beat. `reread` returns the file as it is when keys are to be read again.
+        """Make the child, silent until `begin`. `reread` returns the file when keys are to be read again.
 
         Raises OSError if there can be no child; what the keys lack is for the agent itself to say.
         """
         parent = os.getpid()
+        wait, start = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _beat(config, reread, parent)
-        return cls(pid)
+            os.close(start)
+            _beat(config, reread, parent, wait)
+        os.close(wait)
+        return cls(pid, start)
+
+    def begin(self) -> None:
+        """Have it beat: this is the agent of this node, and not a second one by mistake.
+
+        The beats of a second one would be newer than those of the first, which nobody would believe any more.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._start, b"!")
 
     def reload_keys(self) -> None:
         """Have it read the keys again."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGHUP)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGHUP)
 
     async def ended(self) -> None:
         """Return when it has ended, which it does not by itself while the agent lives."""
-        pidfd = os.pidfd_open(self.pid)
         loop, over = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(pidfd, over.set)
+        loop.add_reader(self._pidfd, over.set)
         try:
             await over.wait()
             self.end()
         finally:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
+            loop.remove_reader(self._pidfd)
 
     def end(self) -> None:
         """End it. Idempotent."""
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
 
 
-def _beat(config: NodeConfig, reread: Callable[[], NodeConfig], parent: int) -> NoReturn:
+def _beat(config: NodeConfig, reread: Callable[[], NodeConfig], parent: int, wait: int) -> NoReturn:
     """Be the child."""
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can be heard
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the agent, which ends this
-        if os.getppid() == parent:
+        if os.getppid() == parent and os.read(wait, 1):
             gc.freeze()
             asyncio.run(_run(config, reread))
     except Exception as error:  # nobody else would say it

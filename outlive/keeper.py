@@ -64,13 +64,13 @@ from common.role_events import (
     OperatorSwitchover,
     Tick,
 )
-from common.roles import Instant, Timing
+from common.roles import LEADING, Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
 from common.succession import keeps_frozen
 from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
 from common.transport import Server
-from outlive.address_watch import LOOK_EVERY_S
+from outlive.address_watch import LOOK_EVERY_S, address_of
 from outlive.freeze_records import FreezeRecords
 from outlive.freeze_watch import FreezeWatch
 from outlive.keeper_effects import Hands, RealHands
@@ -84,6 +84,7 @@ log = logging.getLogger(__name__)
 
 _AGENT_SILENT_S = 2.0
 _LISTEN_POLL_S = 0.05
+_USES_ADDRESS = LEADING | {"acquiring"}
 _FORGOTTEN_S = 0.5
 _THAWS_LOOKS, _THAWS_PAUSE_S = 5, 0.01
 """How often to look whether a cgroup has come out of a freeze that is over, and the time between."""
@@ -347,8 +348,10 @@ class Keeper:
     async def _watch_addresses(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            for kept in list(self._workloads.values()):
-                kept.look_at_address()
+            all_kept = list(self._workloads.values())
+            for kept in all_kept:
+                led = (each for each in all_kept if each is not kept and each.role.name in _USES_ADDRESS)
+                kept.look_at_address({address_of(each.role) for each in led})
 
     def _frozen_by_nobody(self, name: str) -> bool:
         """Tell whether it is led here and stands still, and no freeze of it is announced."""

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, Protocol
 
-from common.addresses import Vip, add_vip, announce, drop_vip, hold, is_local, lift
+from common.addresses import Vip, add_vip, announce, drop_vip, hold, holds_vip, is_local, lift
 from common.config import NodeConfig
 from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
 from common.errors import OutliveError
@@ -96,8 +96,12 @@ class Hands(Protocol):
         """Tell whether the whole workload stands still. Does not raise."""
         ...
 
-    def has_address(self, address: str) -> bool:
-        """Tell whether this host has an address. Does not raise."""
+    def has_address(self, address: str) -> bool | None:
+        """Tell whether this host has an address; None if that cannot be told. Does not raise."""
+        ...
+
+    async def holds_vip(self, spec: WorkloadSpec) -> bool:
+        """Tell whether the workload's address is on its interface here."""
         ...
 
     def exit_code(self, name: str) -> int | None:
@@ -161,9 +165,13 @@ class RealHands:
         """See `Hands`."""
         return cgroup_frozen(self._config, name)
 
-    def has_address(self, address: str) -> bool:
+    def has_address(self, address: str) -> bool | None:
         """See `Hands`."""
         return is_local(address)
+
+    async def holds_vip(self, spec: WorkloadSpec) -> bool:
+        """See `Hands`."""
+        return await holds_vip(self._vip(spec))
 
     def exit_code(self, name: str) -> int | None:
         """See `Hands`."""

@@ -10,11 +10,13 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Collection
 
 import msgspec
 
 from common.config import NodeConfig
 from common.control import Done, Explanation, Refused, TermHistory, WorkloadReport, WorkloadStatus
+from common.errors import OutliveError
 from common.events import Event as LogEvent
 from common.events import EventLog
 from common.fencing import covers
@@ -24,6 +26,7 @@ from common.objective import Objective, judged
 from common.pauses import Pauses, in_force
 from common.role_actions import history
 from common.role_events import (
+    AddressLost,
     AgentReport,
     Answer,
     DropVip,
@@ -42,6 +45,7 @@ from common.role_events import (
     OperatorSwitchover,
     OrderAgent,
     RunFence,
+    StepDone,
     StepFailed,
     Tick,
     WorkloadEnded,
@@ -64,7 +68,7 @@ from common.roles import (
 )
 from common.succession import has_listened
 from common.terms_file import TermFiles
-from outlive.address_watch import AddressWatch, address_of
+from outlive.address_watch import AddressWatch, address_of, misplaced
 from outlive.keeper_effects import Effects, Hands
 
 log = logging.getLogger(__name__)
@@ -111,6 +115,8 @@ class KeptWorkload:
         self._pidfd: int | None = None
         self._objective = Objective()
         self._address = AddressWatch()
+        self._dropping = False
+        """An address that has no business here is being looked at, or dropped."""
         self.forgotten = False
         """An operator asked to forget it; the keeper lets go of it at the next tick."""
         self.role: Role = new_role(
@@ -143,6 +149,8 @@ class KeptWorkload:
 
     def feed(self, event: Event) -> None:
         """Let the machine take an event in, and begin what it wants done."""
+        if isinstance(event, StepDone | StepFailed) and event.step == "drop_vip":
+            self._dropping = False
         before, paused_before = self.role.name, in_force(self.role.pauses)
         self.role, effects = step(self.role, event, _now())
         if isinstance(event, FenceResult):
@@ -213,19 +221,33 @@ class KeptWorkload:
             )
         self.feed(AgentReport(msgspec.structs.replace(report, running=self._pidfd is not None)))
 
-    def look_at_address(self) -> None:
-        """Bring the address back if it is led here without, and drop it if another node leads it."""
+    def look_at_address(self, in_use: Collection[str]) -> None:
+        """Bring the address back if it is led here without, and drop it if another node leads it.
+
+        Those `in_use` belong to another workload that is led here as well, and are left alone.
+        """
         address = address_of(self.role)
         if not address:
             return
         wrong = self._address.look(self.role, self._hands.has_address(address))
         if wrong == "missing":
             self._tell(LogEvent.ADDRESS_MISPLACED, f"{address} was gone from here, and is added again")
-            self.feed(StepFailed(step="add_vip", reason=f"{address} was gone from this host"))
-        elif wrong == "not ours":
-            reason = f"{address} is here, where nothing of it is led: dropped"
-            self._tell(LogEvent.ADDRESS_MISPLACED, reason)
+            self.feed(AddressLost(reason=f"{address} was gone from this host"))
+        elif wrong == "not ours" and address not in in_use and not self._dropping:
+            self._dropping = True
+            self._tasks.create_task(self._drop_stray(address))
+
+    async def _drop_stray(self, address: str) -> None:
+        """Drop the address if it is on the interface of the workload; elsewhere it is somebody else's."""
+        try:
+            there = await self._hands.holds_vip(self.role.spec)
+        except (OutliveError, OSError, ValueError):
+            there = False  # the next look tries again
+        if there and misplaced(self.role, True) == "not ours":  # it may be on its way to the lead by now
+            self._tell(LogEvent.ADDRESS_MISPLACED, f"{address} is here, where it is not led: dropped")
             self._effects.perform(DropVip(), self.role.spec)
+        else:
+            self._dropping = False
 
     # --- what it shows ----------------------------------------------------------------------------
 

@@ -63,6 +63,11 @@ def test_it_counts_when_it_was_seen_twice_in_one_term_and_then_anew() -> None:
     assert watch.look(role(term=2), False) == "missing"
 
 
+def test_what_cannot_be_told_is_no_mistake() -> None:
+    assert misplaced(role(), None) == ""
+    assert misplaced(role("following"), None) == ""
+
+
 def test_the_address_is_the_one_without_its_length() -> None:
     assert address_of(role()) == "10.0.0.9"
     assert address_of(role(spec=replace(SPEC, vip=None))) == ""

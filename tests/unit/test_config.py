@@ -129,6 +129,15 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE.replace("10.0.0.1", "fd00::1") + PEER.replace("10.0.0.2", "fd00:0::1"), "port 7701, which"),
         (NODE + WORKLOAD + WORKLOAD, "'w' is declared twice"),
         (NODE + WORKLOAD + 'vip = "10.0.0.9/24"\n', "vip_interface"),
+        (
+            NODE
+            + VIP
+            + WORKLOAD
+            + 'vip = "10.0.0.9/24"\n'
+            + WORKLOAD.replace('"w"', '"v"')
+            + 'vip = "10.0.0.9/32"\n',
+            "10.0.0.9 belongs to two workloads",
+        ),
         (NODE + WORKLOAD.replace('["a"]', '["a", "q"]'), "'q' is neither this node nor a peer"),
         (NODE + WORKLOAD.replace('["a"]', '["a", "a"]'), "twice"),
         (NODE + WORKLOAD.replace('["a"]', "[]"), "nodes is empty"),

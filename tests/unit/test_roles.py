@@ -15,8 +15,10 @@ from common.model import EpochId, HealthCheck, WorkloadSpec
 from common.pauses import Pause, Pauses, in_force
 from common.role_diagram import edges, mermaid, table
 from common.role_events import (
+    AddressLost,
     AddVip,
     AgentReport,
+    Announce,
     Answer,
     CheckHealth,
     DropVip,
@@ -596,6 +598,21 @@ def test_after_a_boot_a_leader_runs_nothing_until_it_has_heard_its_successor(mar
     driver.after(0.05)
     driver.persisted()
     assert driver.state == "yielded"
+
+
+def test_an_address_that_is_lost_again_and_again_is_added_each_time() -> None:
+    driver = leader()
+    for _ in range(3):
+        driver.after(1.0)
+        driver.effects.clear()
+        driver.feed(AddressLost(reason="gone"))
+        assert "gone" in driver.role.vip_problem
+        driver.after(0.05)
+        assert [effect for effect in driver.effects if isinstance(effect, AddVip | Announce)] == [
+            AddVip(),
+            Announce(),
+        ]
+        assert driver.role.vip_problem == ""
 
 
 def gave_back() -> Driver:

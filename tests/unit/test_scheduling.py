@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -81,13 +80,12 @@ def test_that_of_an_earlier_agent_is_used_by_its_children(tmp_path: Path) -> Non
     assert cpu_home(mount, own) == mount / "cpu" / "cgroup.procs"
 
 
-def test_a_unit_of_its_own_is_used_and_one_that_is_shared_is_not(tmp_path: Path) -> None:
-    mount, own, group = tree(tmp_path, "0::/outlive-agent.service", ".", "/agent.service", "cpu.weight")
-    (group / "cgroup.procs").write_text(f"{os.getpid()}\n")
-    assert CpuShare.take("/outlive", mount=mount, own=own).group == group
-    assert cpu_home(mount, own) == Path("/dev/null")
-    (group / "cgroup.procs").write_text(f"{os.getpid()}\n1\n")
-    assert CpuShare.take("/outlive", mount=mount, own=own).group is None
+def test_one_is_made_at_the_top_from_within_a_unit_too(tmp_path: Path) -> None:
+    mount, own, unit = tree(tmp_path, "0::/system.slice/agent.service", ".", "/outlive.agent", "cpu.weight")
+    share = CpuShare.take("/outlive", mount=mount, own=own)
+    assert share.group == unit
+    assert (mount / "cgroup.subtree_control").read_text() == "+cpu"
+    assert cpu_home(mount, own) == Path("/dev/null"), "this one is not in it"
 
 
 def test_no_hierarchy_no_group_and_none_if_it_is_not_wanted(tmp_path: Path) -> None:
