@@ -19,9 +19,11 @@ from common.errors import ConfigError
 from common.keys import generate
 from common.messages import Nack
 from common.model import EpochId, WorkloadSpec
+from common.scheduling import CpuShare
 from common.terms import Leadership
 from outlive import workload_agent
 from outlive.agent import Agent
+from outlive.agent_beats import AgentBeats
 from outlive.heard_terms import HeardTerms
 from outlive.workload_agent import WorkloadAgent
 
@@ -66,8 +68,11 @@ async def agent(directory: Path) -> AsyncIterator[Agent]:
         image_dir=str(directory / "images"),
         criu="/bin/true",
     )
-    made = Agent(NodeConfig(node=node, store=Store(min_free_bytes=0)))
+    config = NodeConfig(node=node, store=Store(min_free_bytes=0))
+    beats = AgentBeats.fork(config, lambda: config)
+    made = Agent(config, CpuShare(None), beats)
     yield made
+    beats.end()
     await made._workloads.close()
     made._context.destroy(linger=0)
 

@@ -20,6 +20,7 @@ from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermErr
 from common.events import Event, EventLog, read_events
 from common.messages import PROTOCOL, Doubt, Hello, Nack
 from common.model import EpochId, WorkloadSpec
+from common.scheduling import CpuShare
 from outlive import workload_agent
 from outlive.workload_agent import WorkloadAgent
 from replica.readiness import ReadinessVerdict
@@ -210,6 +211,7 @@ class Scene:
             store=self.store,  # type: ignore[arg-type]
             readiness=self.readiness,  # type: ignore[arg-type]
             make_leading=self._make_leading,  # type: ignore[arg-type]
+            share=CpuShare(None),
             end_session=lambda workload, why: self.ended_sessions.append(why),
             events=self.log,
         )
