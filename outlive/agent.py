@@ -409,6 +409,7 @@ class Agent:
         until_s = 0.0
         while True:
             begun_s = time.monotonic()
+            self._beats.gets_on()
             await asyncio.sleep(_LOOK_EVERY_S)
             now_s = time.monotonic()
             receiving = self._receiver.receiving

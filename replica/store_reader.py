@@ -97,7 +97,8 @@ class StoreReader:
         disk = RealDisk()
         check_format(layout, disk)
         levels: dict[EpochId, Level] = {}
-        for view in sorted(layout.views.iterdir()):
+        # The directory may just be being made.
+        for view in sorted(layout.views.iterdir()) if layout.views.is_dir() else ():
             try:
                 level = read_level(view.resolve(strict=True), disk)
             except (OSError, StoreError):

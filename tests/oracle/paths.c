@@ -479,6 +479,20 @@ static bool op_mremap_shrink(struct worker *w, u64 v)
 	return finish(w, slot) && can;
 }
 
+/* Move a mapping onto pages of ours. NULL if the kernel cannot just now; what was at `to` may be gone then, and be
+ * another thread's by the time that anybody looks, so nobody does. All else is no way to treat a mapping that is one. */
+static void *move_onto(void *from, u64 size, int flags, void *to)
+{
+	void *at = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED | flags, to);
+
+	if (at != MAP_FAILED)
+		return at;
+	if (errno != ENOMEM && !(errno == EINVAL && flags)) /* a kernel that has no such flag */
+		fail("mremap to move %p, %llu bytes, to %p, flags %d: %s", from, (unsigned long long)size, to, flags,
+		     strerror(errno));
+	return NULL;
+}
+
 static bool op_mremap_move(struct worker *w, u64 v)
 {
 	int slot = take_anon(w, in_one_piece);
@@ -486,24 +500,24 @@ static bool op_mremap_move(struct worker *w, u64 v)
 		return false;
 	struct region r = *region_at(slot);
 	unmap_guards(&r);
-	void *from = (void *)r.addr, *to = (void *)map_pages(r.pages, false), *at = MAP_FAILED;
+	void *from = (void *)r.addr, *to = (void *)map_pages(r.pages, false), *at = NULL;
 	u64 size = r.pages * PAGE;
 	if (to != NULL && below(w, 3) == 0) {
-		at = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to);
-		if (at != MAP_FAILED)
+		at = move_onto(from, size, MREMAP_DONTUNMAP, to);
+		if (at != NULL)
 			munmap(from, size);
+		else
+			to = (void *)map_pages(r.pages, false);
 	}
-	if (to != NULL && at == MAP_FAILED)
-		at = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to);
-	if (at != MAP_FAILED)
+	if (to != NULL && at == NULL)
+		at = move_onto(from, size, 0, to);
+	if (at != NULL)
 		r.addr = (u64)at;
-	else if (to != NULL)
-		munmap(to, size);
 	r.version = v;
 	region_store(slot, &r);
 	w->slot = -1; /* no page has changed */
 	unlock(slot);
-	return at != MAP_FAILED;
+	return at != NULL;
 }
 
 /* `moved`: what is between its guard pages now may be anybody's. */
@@ -521,28 +535,28 @@ static bool op_mremap_beside(struct worker *w, u64 v)
 {
 	u64 *spare = &w->spare[w->spare_at++ % SPARES], size = SPARE_PAGES * PAGE;
 	int slot = *spare ? take_anon(w, in_one_piece) : -1;
-	void *at = MAP_FAILED;
+	void *at = NULL;
 	if (slot >= 0) {
 		struct region r = *region_at(slot);
 		unmap_guards(&r);
 		char *to = (char *)r.addr + r.pages * PAGE;
 		void *room = mmap(to, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 		if (room == to)
-			at = mremap((void *)*spare, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to);
-		if (room != MAP_FAILED && munmap(room, size))
+			at = move_onto((void *)*spare, size, 0, to);
+		if (room != MAP_FAILED && (room != to || at != NULL) && munmap(room, size))
 			fail("munmap: %s", strerror(errno));
-		if (at != MAP_FAILED && (mprotect((void *)r.addr, r.pages * PAGE, PROT_READ) ||
+		if (at != NULL && (mprotect((void *)r.addr, r.pages * PAGE, PROT_READ) ||
 					 mprotect((void *)r.addr, r.pages * PAGE, PROT_READ | PROT_WRITE)))
 			fail("mprotect: %s", strerror(errno));
 		r.version = v;
 		region_store(slot, &r);
 		unlock(slot);
 	}
-	if (!*spare || at != MAP_FAILED) {
+	if (!*spare || at != NULL) {
 		spare_unmap(*spare, true);
 		*spare = map_pages(SPARE_PAGES, true);
 	}
-	return at != MAP_FAILED;
+	return at != NULL;
 }
 
 static bool protect(struct worker *w, u64 v, int prot)

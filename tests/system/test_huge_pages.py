@@ -12,6 +12,7 @@ import pytest
 
 from common.bundle import WorkloadPaths
 from common.criu.images import MAP_HUGETLB, PE_PARENT, expand, page_images, read_memory_map, read_pagemap
+from common.errors import StoreError
 from common.model import PAGE_BYTES, WorkloadSpec
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.lab import Lab
@@ -85,7 +86,10 @@ async def protected() -> AsyncIterator[tuple[Lab, Node, Node]]:
         await first.cli("start", NAME)
 
         async def grown() -> bool:
-            newest = StoreReader.inspect(second.config.store_dir, NAME).newest
+            try:
+                newest = StoreReader.inspect(second.config.store_dir, NAME).newest
+            except StoreError:  # it is not made yet
+                return False
             return newest is not None and newest.levels >= 3
 
         await eventually(grown, what="an epoch stands on others")

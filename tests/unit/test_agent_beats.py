@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from common.config import Node, NodeConfig
 from outlive import agent_beats
-from outlive.agent_beats import AgentBeats
+from outlive.agent_beats import AgentBeats, hangs
 
 CONFIG = NodeConfig(node=Node(name="a", address="127.0.0.1"))
 
@@ -22,7 +23,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return the file that the child makes when it begins, in place of beating."""
     path = tmp_path / "told"
 
-    async def beat(config: NodeConfig, reread: object) -> None:
+    async def beat(config: NodeConfig, reread: object, sign: object) -> None:
         path.write_text(str(os.getpid()))
         await asyncio.sleep(60)
 
@@ -49,6 +50,14 @@ def test_it_is_silent_until_it_is_told(told: Path) -> None:
     beats.end()
     beats.reload_keys()
     beats.begin()
+
+
+def test_an_agent_that_gives_no_sign_hangs(told: Path) -> None:
+    sign = mmap.mmap(-1, mmap.PAGESIZE)
+    assert hangs(sign), "no sign yet"
+    beats = AgentBeats(os.getpid(), -1, sign)
+    beats.gets_on()
+    assert not hangs(sign)
 
 
 async def test_its_end_is_noticed(told: Path) -> None:
