@@ -479,15 +479,16 @@ static bool op_mremap_shrink(struct worker *w, u64 v)
 	return finish(w, slot) && can;
 }
 
-/* Move a mapping onto pages of ours. NULL if the kernel cannot just now; what was at `to` may be gone then, and be
- * another thread's by the time that anybody looks, so nobody does. All else is no way to treat a mapping that is one. */
+/* Move a mapping onto pages of ours. NULL if the kernel cannot: it has no memory for it, no such flag, or holds for
+ * several mappings what is one to us (EFAULT). What was at `to` may be gone then, and be another thread's by the time
+ * that anybody looks, so nobody does. */
 static void *move_onto(void *from, u64 size, int flags, void *to)
 {
 	void *at = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED | flags, to);
 
 	if (at != MAP_FAILED)
 		return at;
-	if (errno != ENOMEM && !(errno == EINVAL && flags)) /* a kernel that has no such flag */
+	if (errno != ENOMEM && errno != EFAULT && !(errno == EINVAL && flags))
 		fail("mremap to move %p, %llu bytes, to %p, flags %d: %s", from, (unsigned long long)size, to, flags,
 		     strerror(errno));
 	return NULL;
