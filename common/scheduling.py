@@ -7,7 +7,9 @@ In: what the agent is about to do. Out: the weight of its cgroup. Three of them:
 - *fair*: as much as any other group, while an epoch is overdue: on a machine that is never idle, protection
   must not starve.
 - *first*: before others, from before a freeze until after it, and while a workload is started or restored.
-  criu is in the group as well: what it waits for, a stopped workload waits for.
+
+criu, the injector and conmon leave the group as soon as they are started, and are on a par with workloads:
+what criu waits for, a stopped workload waits for.
 
 The group lies at the top of the hierarchy, `CGROUP_PARENT.agent` with dashes for slashes, for weights count
 among siblings only: from within a slice, the agent would give way to that slice alone. Where it cannot be

@@ -671,6 +671,30 @@ class TestPageTablesThatWereDropped:
         assert set(found.dirty) == set()
 
 
+class TestMappingsThatAreScannedInPieces:
+    """A scan lets go of the address space after every 128 MiB of a mapping; nothing may fall between."""
+
+    PIECE = 64 * 512
+
+    async def test_pages_at_either_side_of_each_bound_are_told(self, reader: Reader) -> None:
+        around = reader.child.map(3 * self.PIECE)
+        assert around.advise(0, around.pages, NO_HUGE_PAGE) == 0
+        at = sorted({bound + each for bound in (self.PIECE, 2 * self.PIECE) for each in (-2, -1, 0, 1)})
+        present = {0, *at, around.pages - 1}
+        for page in present:
+            reader.child.do(f"ctypes.memset({around.start + page * PAGE_BYTES}, 1, 1) and 0")
+        reader.cover()
+        reader.written(around)
+        reader.know(around)
+        assert set(reader.freeze(around).dirty) == set()
+        written = {*at[1::2], around.pages - 1}
+        for page in written:
+            reader.child.do(f"ctypes.memset({around.start + page * PAGE_BYTES}, 2, 1) and 0")
+        found = reader.freeze(around)
+        assert found.present == present
+        assert set(found.dirty) == written
+
+
 class TestReadsDirectly:
     def test_finds_a_file_that_is_open_so(self, child: Child, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(bytes(PAGE_BYTES))
