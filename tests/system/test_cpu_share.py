@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def beating_children(pid: int) -> list[int]:
     children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     own = Path(f"/proc/{pid}/cmdline").read_bytes()
     return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == own]
+
+
+def sees_first(group: Path) -> None:
+    """Look until the group comes first, as it does in each freeze, for milliseconds. Blocking."""
+    weights = [group / name for name in ("cpu.weight", "cpu.shares") if (group / name).exists()]
+    until_s = time.monotonic() + 20
+    while not any(weight.read_text().strip() in ("1000", "10240") for weight in weights):
+        assert time.monotonic() < until_s, "it does not come first while the workload stands still"
+        time.sleep(0.0005)
 
 
 async def gone(pid: int) -> bool:
@@ -76,6 +86,7 @@ async def test_the_agent_waits_for_others_and_they_do_not_wait_with_it() -> None
             return True
 
         await eventually(lambda: stays("1"), what="it takes what others leave")
+        await asyncio.to_thread(sees_first, group)
         second.processes["agent"].send_signal(signal.SIGSTOP)
         await eventually(lambda: stays("0"), what="epochs are overdue")
         second.processes["agent"].send_signal(signal.SIGCONT)
