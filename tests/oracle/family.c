@@ -374,6 +374,12 @@ static void inherit(int thread)
 			range_end(slot, 0, r->pages);
 			if (!check_pages(slot, 0, r->pages, error, sizeof error))
 				fail("a child after MADV_WIPEONFORK: %s", error);
+			written_to[slot] = false;
+		}
+		if (r->kind == R_ANON && r->prot_count) { /* each part got an anon_vma of its own */
+			struct region parts = *r;
+			parts.flags |= F_PARTS;
+			region_store(slot, &parts);
 		}
 	}
 	steps_before = atomic_load(&steps_begun);

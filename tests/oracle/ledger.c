@@ -25,6 +25,7 @@
 static struct region table[2][SLOTS] __attribute__((aligned(4096)));
 static struct entry *entries[2][SLOTS];
 static u32 used[SLOTS]; /* entries from here on were never begun */
+bool written_to[SLOTS];
 static _Atomic u64 anon_pages; /* mapped in anonymous regions, for `memory_pages` */
 static u64 file_versions[FILE_SLOTS + 1][DIRECT_PAGES] __attribute__((aligned(4096)));
 static _Atomic u32 locks[SLOTS] __attribute__((aligned(4096)));
@@ -149,6 +150,8 @@ static void put_region(int slot, const struct region *r)
 void region_store(int slot, const struct region *r)
 {
 	reg_sum += hash_region(slot, r) - hash_region(slot, &table[0][slot]);
+	if (r->uid != table[0][slot].uid)
+		written_to[slot] = false;
 	put_region(slot, r);
 }
 
@@ -178,6 +181,7 @@ void range_begin(int slot, u64 first, u64 count, enum kind kind, u64 version, u6
 	}
 	if (used[slot] < first + count)
 		used[slot] = (u32)(first + count);
+	written_to[slot] |= kind == DATA || kind == PATCH;
 	atomic_signal_fence(memory_order_seq_cst);
 }
 

@@ -92,7 +92,8 @@ struct entry {
 };
 
 enum region_kind { R_NONE, R_ANON, R_FILE, R_BRK, R_SPARSE, R_SHARED };
-enum { F_WIPE = 1, F_DONTFORK = 2, F_HUGE = 4, F_NOHUGE = 8, F_GUARD = 16 };
+/* F_PARTS: the kernel may hold it for several mappings, see `written_to`. */
+enum { F_WIPE = 1, F_DONTFORK = 2, F_HUGE = 4, F_NOHUGE = 8, F_GUARD = 16, F_PARTS = 32 };
 
 /* A mapping; in two copies as well. `version` is the step that last changed this record. */
 struct region {
@@ -250,6 +251,8 @@ static inline u64 *page_at(const struct region *r, u64 page)
 }
 
 /* ledger.c */
+extern bool written_to[SLOTS]; /* since it was mapped. Else what mprotect(2) makes of it stays several mappings: pages
+				* first written in two of them are of two anon_vmas, and the kernel joins no such two. */
 void ledger_make(void);
 const struct region *region_at(int slot);
 void region_store(int slot, const struct region *r);

@@ -76,7 +76,7 @@ static int take_anon(struct worker *w, fits *wanted)
 
 static bool in_one_piece(const struct region *r)
 {
-	return r->prot_count == 0 && r->splits == 0;
+	return r->prot_count == 0 && r->splits == 0 && !(r->flags & F_PARTS);
 }
 
 static bool no_prot(const struct region *r)
@@ -443,6 +443,9 @@ static bool op_mremap_grow(struct worker *w, u64 v)
 		unmap_guards(&r);
 		void *at = mremap((void *)r.addr, r.pages * PAGE, (r.pages + more) * PAGE, MREMAP_MAYMOVE);
 		can = at != MAP_FAILED;
+		if (!can && errno != ENOMEM)
+			fail("mremap to grow %p, %llu pages: %s", (void *)r.addr, (unsigned long long)r.pages,
+			     strerror(errno));
 		if (can) {
 			r.addr = (u64)at;
 			set_pages(slot, r.pages, more, ZERO, v);
@@ -479,16 +482,16 @@ static bool op_mremap_shrink(struct worker *w, u64 v)
 	return finish(w, slot) && can;
 }
 
-/* Move a mapping onto pages of ours. NULL if the kernel cannot: it has no memory for it, no such flag, or holds for
- * several mappings what is one to us (EFAULT). What was at `to` may be gone then, and be another thread's by the time
- * that anybody looks, so nobody does. */
+/* Move a mapping onto pages of ours. NULL if the kernel cannot: it has no memory for it, or no such flag. What was at
+ * `to` may be gone then, and be another thread's by the time that anybody looks, so nobody does. EFAULT would tell that
+ * the kernel holds for several mappings what we made one: somebody else has split it. */
 static void *move_onto(void *from, u64 size, int flags, void *to)
 {
 	void *at = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED | flags, to);
 
 	if (at != MAP_FAILED)
 		return at;
-	if (errno != ENOMEM && errno != EFAULT && !(errno == EINVAL && flags))
+	if (errno != ENOMEM && !(errno == EINVAL && flags))
 		fail("mremap to move %p, %llu bytes, to %p, flags %d: %s", from, (unsigned long long)size, to, flags,
 		     strerror(errno));
 	return NULL;
@@ -568,6 +571,8 @@ static bool protect(struct worker *w, u64 v, int prot)
 	struct region r = *region_at(slot);
 	pick(w, &r, 64, &r.prot_first, &r.prot_count);
 	r.prot = (u64)prot;
+	if (!written_to[slot])
+		r.flags |= F_PARTS;
 	r.version = v;
 	region_store(slot, &r);
 	if (mprotect(page_at(&r, r.prot_first), r.prot_count * PAGE, prot))
