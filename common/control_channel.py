@@ -95,6 +95,63 @@ class ControlServer:
             return Refused(error=OutliveError.__name__, message=f"a defect in Outlive: {error!r}")
 
 
+class ControlClient:
+    """Asks at one endpoint again and again, over one connection as long as that goes well; one at a time."""
+
+    def __init__(self, endpoint: str, context: zmq.asyncio.Context | None = None) -> None:
+        """Connect to nothing yet. Raises ConfigError for a path that is too long."""
+        self._endpoint = endpoint
+        self._path = _socket_path(endpoint)
+        self._context = context
+        self._socket: zmq.asyncio.Socket | None = None
+
+    async def ask(self, request: KeeperRequest, deadline_s: float) -> KeeperAnswer:
+        """Send a request and wait for its answer, at most `deadline_s`; `Refused` is an answer too.
+
+        Raises UnreachableError: at once if nobody listens (after a first answer: at the deadline), or if
+        nobody answers until then (the request may have been carried out); ProtocolError for an answer that
+        makes no sense. After any error the next request is sent over a new connection.
+        """
+        who = self._path.stem
+        hint = f"is the {who} running? systemctl status outlive-{who}"
+        answered = False
+        try:
+            async with asyncio.timeout(deadline_s):
+                socket = self._connected(hint)
+                await socket.send(_encoder.encode(request))
+                answer = _answers.decode(await socket.recv())
+            answered = True
+        except TimeoutError:
+            raise UnreachableError(
+                f"the {who} at {self._path} did not answer within {deadline_s:g} s", hint=hint
+            ) from None
+        except msgspec.DecodeError as error:
+            raise ProtocolError(
+                f"the {who} at {self._path} answered nonsense: {error}",
+                hint=f"it may run another version: systemctl restart outlive-{who}",
+            ) from error
+        finally:
+            if not answered:  # what comes late on this connection would pass for the next answer
+                self.close()
+        return answer
+
+    def close(self) -> None:
+        """Let go of the connection, if there is one. Harmless when repeated."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def _connected(self, hint: str) -> zmq.asyncio.Socket:
+        if self._socket is None:
+            if not _somebody_listens(self._path):
+                raise UnreachableError(f"no {self._path.stem} answers at {self._path}", hint=hint)
+            self._socket = (self._context or zmq.asyncio.Context.instance()).socket(zmq.REQ)
+            self._socket.linger = 0
+            self._socket.maxmsgsize = _MESSAGE_BYTES
+            self._socket.connect(self._endpoint)
+        return self._socket
+
+
 async def ask(
     endpoint: str,
     request: KeeperRequest,
@@ -102,35 +159,12 @@ async def ask(
     *,
     context: zmq.asyncio.Context | None = None,
 ) -> KeeperAnswer:
-    """Send a request and wait for its answer, at most `deadline_s`; `Refused` is an answer too.
-
-    Raises UnreachableError: at once if nobody listens, at the deadline if nobody answers (the request may
-    have been carried out then); ProtocolError for an answer that makes no sense.
-    """
-    path = _socket_path(endpoint)
-    who = path.stem
-    hint = f"is the {who} running? systemctl status outlive-{who}"
-    if not _somebody_listens(path):
-        raise UnreachableError(f"no {who} answers at {path}", hint=hint)
-    socket = (context or zmq.asyncio.Context.instance()).socket(zmq.REQ)
-    socket.linger = 0
-    socket.maxmsgsize = _MESSAGE_BYTES
+    """Ask once: see `ControlClient.ask`."""
+    client = ControlClient(endpoint, context)
     try:
-        async with asyncio.timeout(deadline_s):
-            socket.connect(endpoint)
-            await socket.send(_encoder.encode(request))
-            return _answers.decode(await socket.recv())
-    except TimeoutError:
-        raise UnreachableError(
-            f"the {who} at {path} did not answer within {deadline_s:g} s", hint=hint
-        ) from None
-    except msgspec.DecodeError as error:
-        raise ProtocolError(
-            f"the {who} at {path} answered nonsense: {error}",
-            hint=f"it may run another version: systemctl restart outlive-{who}",
-        ) from error
+        return await client.ask(request, deadline_s)
     finally:
-        socket.close(linger=0)
+        client.close()
 
 
 def _socket_path(endpoint: str) -> Path:

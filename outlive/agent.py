@@ -43,7 +43,7 @@ from common.control import (
     Verify,
     Verifying,
 )
-from common.control_channel import ControlServer, ask
+from common.control_channel import ControlClient, ControlServer, ask
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import (
@@ -64,7 +64,7 @@ from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.private_directory import prepare_private_directory
 from common.scheduling import CpuShare
 from common.sd_notify import notify
-from common.terms import TermGuard
+from common.terms import Leadership, TermGuard
 from common.threads import in_thread
 from outlive.agent_beats import AgentBeats
 from outlive.descriptors import raise_limit
@@ -238,13 +238,12 @@ class Agent:
     async def _report_for_ever(self) -> None:
         """Tell the keeper what is, take its orders; at its heartbeat's interval."""
         interval_s = self._config.heartbeat.interval_ms / 1000
+        keeper = ControlClient(self._config.keeper_endpoint, self._context)
         while True:
             reports = tuple(workload.report() for workload in self._workloads.all())
             try:
-                answer = await ask(
-                    self._config.keeper_endpoint,
-                    Report(agent_pid=os.getpid(), workloads=reports),
-                    _KEEPER_DEADLINE_S,
+                answer = await keeper.ask(
+                    Report(agent_pid=os.getpid(), workloads=reports), _KEEPER_DEADLINE_S
                 )
             except OutliveError as error:
                 if not self._keeper_lost:
@@ -273,7 +272,8 @@ class Agent:
                 if order.spec is None:
                     return
                 workload = await self._workloads.take_up(order.spec)
-            if order.term > 0 and order.leader:
+            heard = Leadership(order.term, order.leader)
+            if order.term > 0 and order.leader and self._guard.newest(order.workload) != heard:
                 await asyncio.to_thread(self._guard.advance, order.workload, order.term, order.leader)
         except (OutliveError, OSError) as error:
             log.error("order.not_taken", workload=order.workload, number=order.number, error=str(error))

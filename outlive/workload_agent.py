@@ -223,7 +223,7 @@ class WorkloadAgent:
             init_pid=pid or 0,
             incarnation=run.id if run is not None else "",
             restored=run.restored if run is not None else None,
-            exit_code=exit_code(self._config, name),
+            exit_code=exit_code(self._config, name) if pid is None else None,
             stored=stored,
             stored_wall_s=newest.frozen_wall_s if newest is not None else None,
             restorable=newest is not None and self._restorable,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,9 @@ class StoreReader:
         whole = {epoch: level for epoch, level in levels.items() if chain_of(levels, epoch)}
         return StoreReader(layout, whole, disk)
 
-    @property
+    @cached_property
     def volatile(self) -> bool:
-        """Whether the store lies in memory and survives crashes of processes only."""
+        """Whether the store lies in memory, and survives crashes of processes only. Looked up once."""
         return self._disk.is_volatile(self._layout.root)
 
     @property

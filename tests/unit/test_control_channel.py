@@ -12,7 +12,7 @@ import pytest
 import zmq.asyncio
 
 from common.control import AskHistory, AskStatus, Done, Failover, KeeperAnswer, KeeperRequest, Refused
-from common.control_channel import ControlServer, Handler, ask
+from common.control_channel import ControlClient, ControlServer, Handler, ask
 from common.errors import ConfigError, NoRightToLeadError, UnreachableError
 
 
@@ -113,6 +113,35 @@ async def test_no_answer_in_time_is_said_at_the_deadline(endpoint: str) -> None:
     async with answering(endpoint, handler):
         with pytest.raises(UnreachableError, match="within"):
             await ask(endpoint, AskStatus(), 0.1)
+
+
+async def test_a_late_answer_is_not_taken_for_the_next_one(endpoint: str) -> None:
+    async def handler(request: KeeperRequest) -> KeeperAnswer:
+        if isinstance(request, AskHistory):
+            await asyncio.sleep(0.2)
+        return Done(detail=repr(request))
+
+    client = ControlClient(endpoint)
+    async with answering(endpoint, handler):
+        assert await client.ask(AskStatus(), 5) == Done(detail=repr(AskStatus()))
+        with pytest.raises(UnreachableError, match="within"):
+            await client.ask(AskHistory(workload="x"), 0.05)
+        await asyncio.sleep(0.3)
+        assert await client.ask(AskStatus(), 5) == Done(detail=repr(AskStatus()))
+    client.close()
+
+
+async def test_a_client_outlives_who_answers_it(endpoint: str) -> None:
+    client = ControlClient(endpoint)
+    async with answering(endpoint, echo):
+        assert await client.ask(AskStatus(), 5) == Done(detail=repr(AskStatus()))
+    with pytest.raises(UnreachableError):
+        await client.ask(AskStatus(), 0.1)
+    with pytest.raises(UnreachableError, match="no keeper answers"):
+        await client.ask(AskStatus(), 30)
+    async with answering(endpoint, echo):
+        assert await client.ask(AskStatus(), 5) == Done(detail=repr(AskStatus()))
+    client.close()
 
 
 async def test_a_dead_processs_socket_is_replaced_and_a_living_ones_is_not(endpoint: str) -> None:
