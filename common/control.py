@@ -439,6 +439,21 @@ class TermHistory(msgspec.Struct, frozen=True, kw_only=True):
     began_wall_s: float
     restored: EpochId | None = None
     timeline: tuple[TimelineEntry, ...] = ()
+    """How it began, on the node that led it."""
+    handover: tuple[TimelineEntry, ...] = ()
+    """Of the newest attempt to hand it over."""
+
+    def after(self, older: TermHistory | None) -> TermHistory:
+        """Return this story of a term, completed by what an older one tells and this one does not."""
+        if older is None or older.term != self.term:
+            return self
+        began = self if self.timeline else older
+        return msgspec.structs.replace(
+            self,
+            restored=began.restored,
+            timeline=began.timeline,
+            handover=self.handover or older.handover,
+        )
 
 
 class History(msgspec.Struct, frozen=True, tag=True, kw_only=True):

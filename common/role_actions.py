@@ -40,6 +40,9 @@ _TERM_LINE = 10
 _TIMELINE_ENTRIES = 100
 """A workload that keeps ending and starting in one term writes no endless story."""
 
+HANDOVER = "switchover"
+"""With this entry begins a timeline that tells how a term was handed over, or not."""
+
 _VIP_STEPS = ("hold", "add_vip", "lift", "announce")
 
 
@@ -112,18 +115,23 @@ def _handed_by(role: Role) -> str:
 
 
 def history(role: Role) -> SaveHistory:
-    """Return this term's story as it is now."""
-    ours = role.record.leader == role.me
-    story = TermHistory(
+    """Return this term's story as it is now. Of what is not in it (any more), the one on disk stays."""
+    story = _heading(role, role.record)
+    if story.leader != role.me:
+        return SaveHistory(story)
+    handover = bool(role.timeline) and role.timeline[0].event == HANDOVER
+    story = replace(story, restored=role.report.restored if role.report is not None else None)
+    return SaveHistory(replace(story, **{"handover" if handover else "timeline": role.timeline}))
+
+
+def _heading(role: Role, record: TermRecord) -> TermHistory:
+    return TermHistory(
         workload=role.spec.name,
-        term=role.record.term,
-        leader=role.record.leader,
-        cause=role.record.cause,
-        began_wall_s=role.record.began_wall_s,
-        restored=role.report.restored if ours and role.report is not None else None,
-        timeline=role.timeline if ours else (),
+        term=record.term,
+        leader=record.leader,
+        cause=record.cause,
+        began_wall_s=record.began_wall_s,
     )
-    return SaveHistory(story)
 
 
 def undo(role: Role, *steps: Clean) -> Acted:
@@ -176,7 +184,9 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None, heir=""
     )
     told = answered(cleared, refusal)
-    return both(told, persist(told[0], record))
+    known = (SaveHistory(_heading(role, record)),) if record.leader else ()
+    followed, effects = both(told, persist(told[0], record))
+    return followed, (*effects, *known)
 
 
 def depose(role: Role, event: Heard, now: Instant) -> Acted:

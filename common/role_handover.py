@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from common.control import Done, Refused
 from common.role_actions import (
+    HANDOVER,
     Acted,
     adopt,
     answered,
@@ -124,7 +125,7 @@ def begin_handover(role: Role, event: OperatorSwitchover, now: Instant) -> Acted
         timeline=(),
         timeline_from_s=now.monotonic_s,
     )
-    role = noted(role, now, "switchover", f"to {event.to}, asked for by an operator")
+    role = noted(role, now, HANDOVER, f"to {event.to}, asked for by an operator")
     return answered(role, Done(detail=f"{role.spec.name} is being handed over to {event.to}"))
 
 

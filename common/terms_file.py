@@ -122,9 +122,10 @@ class TermFiles:
         return _read(self._path(workload) / "history.json", tuple[TermHistory, ...]) or ()
 
     def save_history(self, entry: TermHistory) -> None:
-        """Add a term's story, or replace what is kept of the same term by a longer one."""
-        kept = [each for each in self.history(entry.workload) if each.term != entry.term]
-        terms = sorted([*kept, entry], key=lambda each: each.term)[-HISTORY_TERMS:]
+        """Add a term's story, or complete what is kept of the same term."""
+        stories = {each.term: each for each in self.history(entry.workload)}
+        stories[entry.term] = entry.after(stories.get(entry.term))
+        terms = [stories[term] for term in sorted(stories)][-HISTORY_TERMS:]
         self._make(self._path(entry.workload))
         self._write(self._path(entry.workload) / "history.json", terms, "term.history")
 

@@ -467,9 +467,10 @@ class Keeper:
     async def _history(self, name: str) -> History:
         kept = self._known(name)
         stored = await in_thread(self._files.history, name)
-        current = kept.story()
-        others = [each for each in stored if current is None or each.term != current.term]
-        return History(terms=(*others, current) if current is not None else tuple(others))
+        stories = {each.term: each for each in stored}
+        if (current := kept.story()) is not None:
+            stories[current.term] = current.after(stories.get(current.term))
+        return History(terms=tuple(stories[term] for term in sorted(stories)))
 
 
 def timing_of(config: NodeConfig) -> Timing:

@@ -109,8 +109,8 @@ def _history_view(terms: tuple[TermHistory, ...]) -> list[Rows | str]:
         began = wall_time(term.began_wall_s)
         view.append(f"{term.workload}, term {term.term}: {term.leader} led from {began}{restored}")
         view.append(f"  {term.cause}")
-        if term.timeline:
-            rows = [(f"{step.at_ms:.1f}", step.event, step.reason) for step in term.timeline]
+        for timeline in filter(None, (term.timeline, term.handover)):
+            rows = [(f"{step.at_ms:.1f}", step.event, step.reason) for step in timeline]
             view.append(Rows(("AT MS", "EVENT", "REASON"), rows, right=frozenset({"AT MS"})))
         view.append("")
     return view[:-1]

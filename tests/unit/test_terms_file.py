@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from common.config import Node, NodeConfig
-from common.control import TermHistory
+from common.control import TermHistory, TimelineEntry
 from common.durable import RealDisk
 from common.errors import StaleTermError, StoreError
-from common.model import WorkloadSpec
+from common.model import EpochId, WorkloadSpec
 from common.pauses import with_pause, without_pauses
 from common.roles import TermRecord
 from common.terms_file import HISTORY_TERMS, TermFiles, known_workloads, look_up
@@ -136,6 +136,21 @@ def test_history_keeps_the_newest_terms_once_each(tmp_path: Path) -> None:
         files.save_history(TermHistory(workload="w", term=term, leader="a", cause=f"c{term}", began_wall_s=0))
     terms = [each.term for each in files.history("w")]
     assert terms == list(range(6, HISTORY_TERMS + 6))
+
+
+def test_how_a_term_began_is_kept_when_it_is_told_how_it_was_handed_over(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    begun, given = (
+        TimelineEntry(at_ms=1.0, wall_s=2.0, event=event, reason="") for event in ("led", "given")
+    )
+    story = TermHistory(workload="w", term=1, leader="a", cause="c", began_wall_s=0)
+    files.save_history(replace(story, timeline=(begun,), restored=EpochId(1, 2)))
+    files.save_history(replace(story, handover=(given,)))
+    (kept,) = files.history("w")
+    assert (kept.timeline, kept.handover, kept.restored) == ((begun,), (given,), EpochId(1, 2))
+    files.save_history(replace(story, timeline=(given,)))
+    (again,) = files.history("w")
+    assert (again.timeline, again.handover, again.restored) == ((given,), (given,), None)
 
 
 @pytest.mark.parametrize("file", ["term.json", "spec.json"])
