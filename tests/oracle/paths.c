@@ -79,6 +79,19 @@ static bool in_one_piece(const struct region *r)
 	return r->prot_count == 0 && r->splits == 0 && !(r->flags & F_PARTS);
 }
 
+/* What was never written becomes one mapping with whatever it is moved beside; and if that is a part of a region, held
+ * apart from the rest by mprotect(2), Linux ends the tracking of that part alone: until it is tracked again, the region
+ * would be several mappings. So such are not moved, and nothing is moved beside a region that may be one with others. */
+static bool may_move(const struct region *r)
+{
+	return in_one_piece(r) && written_to[r - region_at(0)];
+}
+
+static bool stands_alone(const struct region *r)
+{
+	return in_one_piece(r) && (r->flags & F_GUARD);
+}
+
 static bool no_prot(const struct region *r)
 {
 	return r->prot_count == 0;
@@ -433,7 +446,7 @@ static bool op_mmap_fixed(struct worker *w, u64 v)
 
 static bool op_mremap_grow(struct worker *w, u64 v)
 {
-	int slot = take_anon(w, in_one_piece);
+	int slot = take_anon(w, may_move);
 	if (slot < 0)
 		return false;
 	struct region r = *region_at(slot);
@@ -499,7 +512,7 @@ static void *move_onto(void *from, u64 size, int flags, void *to)
 
 static bool op_mremap_move(struct worker *w, u64 v)
 {
-	int slot = take_anon(w, in_one_piece);
+	int slot = take_anon(w, may_move);
 	if (slot < 0)
 		return false;
 	struct region r = *region_at(slot);
@@ -538,7 +551,7 @@ static void spare_unmap(u64 at, bool moved)
 static bool op_mremap_beside(struct worker *w, u64 v)
 {
 	u64 *spare = &w->spare[w->spare_at++ % SPARES], size = SPARE_PAGES * PAGE;
-	int slot = *spare ? take_anon(w, in_one_piece) : -1;
+	int slot = *spare ? take_anon(w, stands_alone) : -1;
 	void *at = NULL;
 	if (slot >= 0) {
 		struct region r = *region_at(slot);
