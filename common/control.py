@@ -113,6 +113,8 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """The epoch that the running incarnation came from; None for a fresh start."""
     volatile: bool = False
     """The store is on tmpfs: it survives process crashes, not power loss."""
+    aside: tuple[str, ...] = ()
+    """Directories with epochs that were captured here, acknowledged by nobody and superseded."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -371,6 +373,8 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     verification: tuple[VerificationProgress, ...] = ()
     exit_code: int | None = None
     volatile: bool = False
+    aside: tuple[str, ...] = ()
+    """Directories on this node with epochs that it captured and nobody acknowledged, for a human."""
     pauses: tuple[Pause, ...] = ()
     """Pauses of automatic takeover that are in force."""
     pauses_unconfirmed_by: tuple[str, ...] = ()

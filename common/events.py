@@ -58,6 +58,9 @@ class Event(StrEnum):
     CAPTURE_BACKEND = "capture.backend"
     FREEZE_RELEASED_BY_FORCE = "freeze.released-by-force"
 
+    EPOCH_SET_ASIDE = "epoch.set-aside"
+    EPOCH_NOT_SET_ASIDE = "epoch.not-set-aside"
+
     REPLICA_CONNECTED = "replica.connected"
     REPLICA_DISCONNECTED = "replica.disconnected"
     REPLICA_RESTORABLE = "replica.restorable"

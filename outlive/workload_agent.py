@@ -37,7 +37,9 @@ from common.events import Event, EventLog
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.scheduling import CpuShare
+from outlive.aside import Aside
 from outlive.leading import Leading
+from outlive.unacknowledged import UnacknowledgedEpochs
 from replica.readiness import Readiness, ReadinessVerdict
 from replica.store import EpochStore
 from replica.store_reader import EpochRecord
@@ -68,6 +70,7 @@ class WorkloadAgent:
         share: CpuShare,
         end_session: Callable[[str, str], None],
         events: EventLog,
+        aside: Aside,
     ) -> None:
         """`end_session` ends what a leader is sending of the workload, and says why."""
         self.spec = spec
@@ -79,6 +82,7 @@ class WorkloadAgent:
         self._share = share
         self._end_session = end_session
         self._events = events
+        self._unacknowledged = UnacknowledgedEpochs(aside, lambda: self.spec, events)
         self._order: Order | None = None
         self._done = 0
         self._failed = 0
@@ -127,6 +131,7 @@ class WorkloadAgent:
             # A start or restore that is cut off would be taken for a failed one: let it end.
             await asyncio.wait([self._carrying])
         await self._stop_leading()
+        await self._unacknowledged.close()
         self.store.close()
 
     # --- what the leader of another node says -----------------------------------------------------
@@ -239,7 +244,12 @@ class WorkloadAgent:
             handed_over=self._handed_over,
             order_detail=self._detail,
             volatile=self.store.volatile,
+            aside=self._unacknowledged.kept,
         )
+
+    async def look_aside(self) -> None:
+        """See again which epochs of it lie aside, for the reports. Raises StoreError."""
+        await self._unacknowledged.look()
 
     def overdue(self, receiving: bool) -> bool:
         """Tell whether the newest epoch is older than half of what may be lost; `receiving`: a leader sends.
@@ -297,15 +307,11 @@ class WorkloadAgent:
             return f"{name} is left as it is"
         if order.role != "lead":
             await self._stop_leading()
-            if running_init_pid(self._config, name) is None:
-                return f"{name} does not run here"
-            if order.role == "idle":
-                await stop_workload(self._config, name, _STOP_GRACE_S)
-            else:  # it runs without a right: no time to be gentle
-                await kill_workload(self._config, name)
-            reason = "it was to be stopped" if order.role == "idle" else f"{order.leader} leads it"
-            self._events.append(Event.WORKLOAD_KILLED, workload=name, reason=reason)
-            return f"{name} was ended here"
+            try:
+                return await self._end_here(order)
+            finally:
+                if order.role == "follow":
+                    self._unacknowledged.superseded(order.term, order.leader)
         pid, run = running_init_pid(self._config, name), incarnation(self._config, name)
         ours = run is not None and run.order == order.number
         interrupted = ours and run is not None and not run.came_up
@@ -330,6 +336,19 @@ class WorkloadAgent:
         pid = await start_workload(self._config, self.spec, order=order.number)
         self._tell_up(Event.WORKLOAD_STARTED, f"fresh, PID {pid}")
         return f"{name} was started (PID {pid})"
+
+    async def _end_here(self, order: Order) -> str:
+        """End what runs here and is not to."""
+        name = self.spec.name
+        if running_init_pid(self._config, name) is None:
+            return f"{name} does not run here"
+        if order.role == "idle":
+            await stop_workload(self._config, name, _STOP_GRACE_S)
+        else:  # it runs without a right: no time to be gentle
+            await kill_workload(self._config, name)
+        reason = "it was to be stopped" if order.role == "idle" else f"{order.leader} leads it"
+        self._events.append(Event.WORKLOAD_KILLED, workload=name, reason=reason)
+        return f"{name} was ended here"
 
     async def _hand_over(self, heir: str) -> str:
         """Have it stand still from its last epoch on, which the heir has committed."""
@@ -394,9 +413,13 @@ class WorkloadAgent:
 
     async def _lead(self, term: int, pid: int) -> None:
         """Capture until cancelled. Whatever breaks, ends here: an order to end the workload must not."""
+        self._unacknowledged.forget()
         try:
-            self._leading = self._make_leading(self, term, pid)
-            await self._leading.run()
+            leading = self._leading = self._make_leading(self, term, pid)
+            try:
+                await leading.run()
+            finally:
+                self._unacknowledged.hold(term, leading.take_unacknowledged())
         except Exception:
             log.exception("leading.failed", workload=self.spec.name)
             await asyncio.sleep(_AGAIN_S)  # begun again by the next report

@@ -74,6 +74,15 @@ class StreamCounters:
     """From the offer of an epoch to its acknowledgement; the newest `LATENCIES_KEPT`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unacknowledged:
+    """The newest epoch that a replica was to get and is not known to have. Whoever is given it holds it."""
+
+    shared: SharedEpoch
+    base: Held | None
+    """What the replica is known to have: its pages need not be kept. None: nothing that is known."""
+
+
 class ReplicaStream:
     """Streams one workload to one replica in one term. `run()` in a task group; cancel it to end.
 
@@ -93,6 +102,7 @@ class ReplicaStream:
         secret: int = 0,
         on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
         on_refused: Callable[[Refused], None] = lambda refusal: None,
+        on_left: Callable[[Unacknowledged], None] | None = None,
         verification: Verification | None = None,
         software: str = "outlive",
         timing: StreamTiming = DEFAULT_STREAM_TIMING,
@@ -102,7 +112,8 @@ class ReplicaStream:
         """`secret` is that under which the epochs' pages are identified.
 
         `verification` decides which pages of an acknowledged epoch are compared with what is stored of it
-        (None: none are). Callbacks must not block.
+        (None: none are). `on_left` gets what is not acknowledged when this ends; None: that is given back.
+        Callbacks must not block.
         """
         self._context = context
         self._node = node
@@ -120,6 +131,7 @@ class ReplicaStream:
         self._secret = secret
         self._on_acknowledged = on_acknowledged
         self._on_refused = on_refused
+        self._on_left = on_left
         self._verifier = StoreVerifier(peer.name, secret, verification or Verification(0))
         self._timing = timing
         self._link_timing = link_timing
@@ -200,7 +212,18 @@ class ReplicaStream:
                 await asyncio.sleep(self._pause_s())
         finally:
             self._connected = False
-            self._backlog.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Hand over what was not acknowledged."""
+        offer = self._backlog.close()
+        if offer is None:
+            return
+        acknowledged = self._acknowledged is not None and offer.epoch.id <= self._acknowledged
+        if acknowledged or self._on_left is None:
+            offer.shared.drop()
+        else:
+            self._on_left(Unacknowledged(offer.shared, self._held))
 
     async def _connect_once(self) -> None:
         failure: BaseException | None = None

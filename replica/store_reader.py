@@ -22,6 +22,7 @@ from replica.levels import (
     FileEntry,
     Layout,
     Level,
+    Manifest,
     SpaceEntry,
     chain_of,
     present_rows,
@@ -174,6 +175,24 @@ class StoreReader:
             folded=level.path.parent == self._layout.folds,
             path=self._layout.view(epoch),
         )
+
+
+def aside_level(root: Path, epoch: EpochId) -> tuple[Manifest | None, EpochId | None]:
+    """Return what a directory laid out as a store has of an epoch, and which one it lacks to restore that.
+
+    None: nothing that can be read; and nothing that it lacks.
+    """
+    layout, disk = Layout(root), RealDisk()
+    try:
+        newest = level = read_level(layout.view(epoch).resolve(strict=True), disk)
+    except (OSError, StoreError):
+        return None, epoch
+    while level.base is not None:
+        try:
+            level = read_level(layout.view(level.base).resolve(strict=True), disk)
+        except (OSError, StoreError):
+            return newest.manifest, level.base
+    return newest.manifest, None
 
 
 def stored_workloads(directory: Path) -> list[str]:

@@ -209,6 +209,7 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:
         lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
+    lines += [f"{name}: an epoch that nobody acknowledged is kept in {path}" for path in workload.aside]
     return lines
 
 

@@ -352,6 +352,14 @@ def test_what_captures_is_said_without_a_tracker_where_there_is_none(
     assert sentence in capsys.readouterr().out.splitlines()
 
 
+def test_what_lies_aside_is_named_until_somebody_removes_it(node: FakeNode, capsys: Captured) -> None:
+    kept = "/var/lib/outlive/store/_aside/redis-t3-e9-unacknowledged"
+    node.answers[AskStatus] = node_status(replace(LEADING, aside=(kept,)))
+    assert node.run("status") == 0
+    sentence = f"redis: an epoch that nobody acknowledged is kept in {kept}"
+    assert sentence in capsys.readouterr().out.splitlines()
+
+
 def test_a_missed_objective_is_said_in_a_sentence_and_in_json(node: FakeNode, capsys: Captured) -> None:
     node.answers[AskStatus] = node_status(replace(LEADING, rpo="missed", rpo_ms=5000))
     assert node.run("status") == 17
