@@ -20,6 +20,18 @@ Verdict = Literal["none", "met", "missed"]
 """On a recovery point objective. `none`: the workload is not led here, or no other node may run it."""
 
 
+class PlannedSwitchover(msgspec.Struct, frozen=True, kw_only=True):
+    """A switchover that an operator asked for ahead of time, as it is on the disk of the node that leads."""
+
+    to: str
+    at_wall_s: float
+    """When it is due, by this node's wall clock."""
+    by: str
+    """The user who asked."""
+    term: int
+    """Only while this node leads that term: with the next one it is forgotten."""
+
+
 class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far one replica is, as its primary's agent knows."""
 
@@ -189,6 +201,23 @@ class Switchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     to: str
 
 
+class PlanSwitchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: hand this workload over at a time. Done: that is on this node's disk."""
+
+    workload: str
+    to: str
+    at_wall_s: float
+    by: str
+    """Name of the user who asks."""
+
+
+class CancelSwitchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: forget the switchover that is planned. Done: it is not on this node's disk."""
+
+    workload: str
+    by: str
+
+
 class StartWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Operator to keeper: start the workload here (refused where it may run elsewhere)."""
 
@@ -266,6 +295,8 @@ KeeperRequest = (
     | EndFreeze
     | Failover
     | Switchover
+    | PlanSwitchover
+    | CancelSwitchover
     | StartWorkload
     | StopWorkload
     | ForgetWorkload
@@ -379,6 +410,8 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Pauses of automatic takeover that are in force."""
     pauses_unconfirmed_by: tuple[str, ...] = ()
     """Other nodes of it that were not heard to know what this one has recorded of pauses and resumes."""
+    planned: PlannedSwitchover | None = None
+    """The switchover that is planned on this node."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -431,6 +464,8 @@ class Explanation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     missing: tuple[str, ...]
     """Why it would not take over, one sentence each; empty if it would."""
     cases: tuple[Prospect, ...]
+    planned: PlannedSwitchover | None = None
+    """The switchover that is planned on this node."""
 
 
 class TermHistory(msgspec.Struct, frozen=True, kw_only=True):

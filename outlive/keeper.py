@@ -27,6 +27,7 @@ from common.control import (
     AskExplanation,
     AskHistory,
     AskStatus,
+    CancelSwitchover,
     Done,
     EndFreeze,
     Failover,
@@ -37,6 +38,8 @@ from common.control import (
     NodeStatus,
     Orders,
     PauseTakeover,
+    PlannedSwitchover,
+    PlanSwitchover,
     Refused,
     Report,
     ResumeTakeover,
@@ -212,6 +215,7 @@ class Keeper:
         record = await in_thread(self._files.load, spec.name)
         pauses = await in_thread(self._files.load_pauses, spec.name)
         refusal = await in_thread(self._files.load_refusal, spec.name)
+        plan = await self._load_plan(spec.name)
         if (kept := self._workloads.get(spec.name)) is not None:
             return kept
         assert self._tasks is not None  # noqa: S101 - run() has begun
@@ -224,7 +228,9 @@ class Keeper:
             record=record,
             pauses=pauses,
             refusal=refusal,
+            plan=plan,
             first_order=self._last_order + 1,
+            next_request=self._next_request,
             hands=self._hands,
             files=self._files,
             tasks=self._tasks,
@@ -235,6 +241,14 @@ class Keeper:
         for heard in self._peers.recent(spec.name, now()):
             kept.feed(heard)
         return kept
+
+    async def _load_plan(self, name: str) -> PlannedSwitchover | None:
+        """Return the switchover that is planned. One that cannot be read is told, and not carried out."""
+        try:
+            return await in_thread(self._files.load_plan, name)
+        except StoreError as error:
+            self._events.append(LogEvent.SWITCHOVER_DROPPED, workload=name, reason=str(error))
+            return None
 
     def _set_aside(self, name: str, error: StoreError) -> None:
         """Go on without a workload whose files are damaged: it must not cost the others their keeper."""
@@ -398,6 +412,12 @@ class Keeper:
                 return await self._known(name).ask(event)
             case Switchover(workload=name, to=to):
                 return await self._known(name).ask(OperatorSwitchover(request=self._next_request(), to=to))
+            case PlanSwitchover(workload=name):
+                return await self._known(name).plan(request)
+            case CancelSwitchover(workload=name, by=by):
+                if await self._known(name).planned.cancel(by):
+                    return Done()
+                return Refused(error="WorkloadError", message=f"no switchover of {name} is planned here")
             case StartWorkload():
                 return await self._start(request)
             case StopWorkload(workload=name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from common.control import (
     AskExplanation,
     AskHistory,
     AskStatus,
+    CancelSwitchover,
     CaptureStatus,
     Done,
     Explanation,
@@ -30,6 +32,8 @@ from common.control import (
     NodeStatus,
     PauseTakeover,
     PeerStatus,
+    PlannedSwitchover,
+    PlanSwitchover,
     Prospect,
     Refused,
     ReplicaProgress,
@@ -839,6 +843,60 @@ def test_status_says_who_paused_and_who_does_not_know(node: FakeNode, capsys: Ca
     node.answers[AskStatus] = node_status(replace(LEADING, pauses_unconfirmed_by=("b",)))
     assert node.run("status") == 0
     assert "redis: resumed here; b was not heard to know that" in capsys.readouterr().out
+
+
+# --- planned switchovers ----------------------------------------------------------------------------
+
+PLANNED = PlannedSwitchover(to="b", at_wall_s=1_764_000_000.0, by="eve", term=3)
+
+
+def test_a_switchover_is_planned_and_the_verb_ends(
+    node: FakeNode, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUDO_USER", "eve")
+    node.answers[PlanSwitchover] = Done(detail="it takes the place of the one that was planned")
+    node.answers[AskStatus] = node_status(replace(LEADING, planned=PLANNED))
+    assert node.run("switchover", "redis", "--to", "b", "--at", "2100-01-31T03:30", "--output", "json") == 0
+    (asked,) = [each for each in node.asked if isinstance(each, PlanSwitchover)]
+    expected = datetime.datetime(2100, 1, 31, 3, 30).astimezone().timestamp()
+    assert asked.at_wall_s == pytest.approx(expected, abs=1)
+    assert (asked.workload, asked.to, asked.by) == ("redis", "b", "eve")
+    assert read_json(capsys)["planned"]["to"] == "b"  # type: ignore[index]
+    assert node.run("switchover", "redis", "--to", "b", "--at", "23:59:59") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("redis: planned to move to b at 20")
+    assert shown[1] == "it takes the place of the one that was planned"
+
+
+def test_a_plan_that_is_refused_is_an_error(node: FakeNode, capsys: Captured) -> None:
+    node.answers[PlanSwitchover] = Refused(error="NoRightToLeadError", message="b leads it")
+    assert node.run("switchover", "redis", "--to", "b", "--at", "03:30") == 10
+    assert "b leads it" in capsys.readouterr().err
+
+
+def test_a_planned_switchover_is_cancelled(node: FakeNode, capsys: Captured) -> None:
+    node.answers[CancelSwitchover] = Done()
+    assert node.run("switchover", "redis", "--cancel") == 0
+    assert capsys.readouterr().out == "redis: nothing is planned any more\n"
+    node.answers[CancelSwitchover] = Refused(error="WorkloadError", message="no switchover is planned here")
+    assert node.run("switchover", "redis", "--cancel") == 5
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "b", "--cancel"), ("--cancel", "--at", "03:30")])
+def test_a_switchover_without_one_clear_order_is_a_wrong_command_line(
+    silent: FakeNode, words: tuple[str, ...]
+) -> None:
+    assert silent.run("switchover", "redis", *words) == 2
+
+
+def test_status_and_explain_show_what_is_planned(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(replace(LEADING, planned=PLANNED))
+    node.answers[AskExplanation] = replace(COVERED, planned=PLANNED)
+    for verb in ("status", "explain"):
+        assert node.run(verb) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "planned" in line]
+        assert line.startswith("redis: eve has planned its switchover to b at 20")
+        assert line.endswith(": outlive switchover redis --cancel")
 
 
 # --- explain ----------------------------------------------------------------------------------------
