@@ -64,6 +64,7 @@ from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.private_directory import prepare_private_directory
 from common.scheduling import CpuShare
 from common.sd_notify import notify
+from common.state_format import check_state_format
 from common.terms import TermGuard
 from common.threads import in_thread
 from outlive.agent_beats import AgentBeats
@@ -86,6 +87,7 @@ from primary.stream import ReplicaStream, Unacknowledged
 from replica.readiness import Readiness
 from replica.receive import Receiver
 from replica.store import EpochStore
+from replica.store_reader import check_stores
 
 log = structlog.get_logger(__name__)
 
@@ -158,11 +160,15 @@ class Agent:
     """Everything the agent holds: one `WorkloadAgent` a workload, one receiver, one line to the keeper."""
 
     def __init__(self, config: NodeConfig, share: CpuShare, beats: AgentBeats) -> None:
-        """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
+        """Find criu, load the keys, make the directories.
+
+        Raises UnsupportedError, AuthError, ConfigError; StoreError if what is on disk is of another version.
+        """
         self._config = config
         self._share = share
         self._beats = beats
         prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
+        check_state_format(Path(config.node.state_dir))
         self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
         self._keys = read_keyring(config)
         self._hasher = PageHasher()
@@ -206,6 +212,7 @@ class Agent:
         control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
         self._beats.begin()
         await asyncio.to_thread(prepare_store_room, self._config)
+        await asyncio.to_thread(check_stores, self._config.store_dir)
         await asyncio.to_thread(self._aside.clear_up)
         images = Path(self._config.node.image_dir)
         prepare_private_directory(images, "node.image_dir")

@@ -54,7 +54,7 @@ from common.events import EventLog, event_file
 from common.fencing import fenceable
 from common.heartbeat import BEAT_TIMING, Beater, BeatFilter, first_sequence, read_boot_id
 from common.keyring import read_keyring
-from common.messages import Beat
+from common.messages import Beat, VersionError
 from common.model import WorkloadSpec
 from common.private_directory import prepare_private_directory
 from common.role_events import (
@@ -69,6 +69,7 @@ from common.role_events import (
 )
 from common.roles import LEADING, Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
+from common.state_format import check_state_format
 from common.succession import keeps_frozen
 from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
@@ -120,6 +121,7 @@ class Keeper:
         self._config = config
         self._hands = hands
         prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
+        check_state_format(Path(config.node.state_dir))
         self._keys = read_keyring(config)
         self._boot_id = read_boot_id(config)
         self._timing = timing_of(config)
@@ -299,6 +301,9 @@ class Keeper:
             incoming = await self._server.receive()
             try:
                 beat = beats.read(incoming)
+            except VersionError as error:
+                self._peers.refuse(incoming.node, str(error), now())
+                continue
             except ProtocolError as error:
                 log.warning("peer.refused peer=%s reason=%r", incoming.node, error.message)
                 continue

@@ -177,6 +177,13 @@ class StoreReader:
         )
 
 
+def check_stores(directory: Path) -> None:
+    """Raise StoreError if a store below `directory` is of another version; none is touched."""
+    disk = RealDisk()
+    for name in stored_workloads(directory):
+        check_format(Layout(directory / name), disk)
+
+
 def aside_level(root: Path, epoch: EpochId) -> tuple[Manifest | None, EpochId | None]:
     """Return what a directory laid out as a store has of an epoch, and which one it lacks to restore that.
 

@@ -30,7 +30,7 @@ from outlive.cli.output import Answer, Rows, duration, wall_time, yes_no
 REFRESH_S = 1.0
 _NOTHING = "-"
 NEVER_HEARD = "never heard"
-REFUSED = "refused: wrong key"
+REFUSED = "refused"
 ALL = "all"
 
 COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "RPO", "REPLICAS")

@@ -607,6 +607,20 @@ async def test_a_planned_switchover_can_be_cancelled_and_ends_with_its_term() ->
         assert "term 1, which is over" in first.timeline[-1].reason
 
 
+async def test_a_keeper_that_finds_what_a_newer_version_wrote_ends_with_one_error() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        a.kill_keeper(signal.SIGTERM)
+        await a.agent.die()
+        state = Path(a.config.node.state_dir)
+        (state / "format").write_text("outlive state 2\n")
+        before = {path: path.read_bytes() for path in (state / "terms").rglob("*") if path.is_file()}
+        with pytest.raises(AssertionError, match="outlive state 2"):
+            await a.start_keeper()
+        assert {path: path.read_bytes() for path in (state / "terms").rglob("*") if path.is_file()} == before
+        assert a.agent.running, "the workload is left alone"
+
+
 async def test_the_keeper_fits_into_32_mib() -> None:
     async with pair() as (a, b):
         await protect(a, b)

@@ -403,7 +403,7 @@ def test_a_refused_key_and_a_warning_are_shown_though_nothing_runs(node: FakeNod
     node.answers[AskStatus] = node_status(peers=(peer,), warnings=("its memory is not locked",))
     assert node.run("status") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split("  ")[-2].strip() == "refused: wrong key"
+    assert lines[3].split("  ")[-2].strip() == "refused"
     assert lines[-2:] == ["the keeper: its memory is not locked", f"peer b: {reason}"]
 
 
