@@ -147,7 +147,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     term: int
     action: Literal["none", "start", "restore", "hand_over"] = "none"
     newest_only: bool = False
-    """No epoch but the newest may be restored: somebody keeps the workload and takes it back otherwise."""
+    """No epoch but the newest may be restored, and only if it is the one of the hand-over: somebody keeps the
+    workload, and takes it back otherwise."""
     heir: str = ""
     """To whom it is handed over."""
     leader: str = ""

@@ -206,6 +206,8 @@ class Begin(_Message, frozen=True):
     """Size of all present pages, whether they are sent or not."""
     spaces: Annotated[int, Meta(ge=0, le=1 << 20)]
     metadata_files: Annotated[int, Meta(ge=0, le=1 << 20)]
+    last: bool | None = None
+    """The workload stands still since then, to be handed over: nothing follows. Since version 6."""
 
 
 class Metadata(_Message, frozen=True):
@@ -371,8 +373,8 @@ _TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
 _WITH_BULK: Final = (HeldPages, Metadata, Space, Pages)
 
 
-_HELLO_SINCE: Final[dict[str, int]] = {"oldest": 6}
-"""Fields of `Hello` that are not said in a version before that one."""
+_SINCE: Final[dict[type[Message], dict[str, int]]] = {Hello: {"oldest": 6}, Begin: {"last": 6}}
+"""Fields that are not said in a version before that one."""
 _SPEC_SINCE: Final[dict[str, int]] = {}
 """Fields of `WorkloadSpec` that did not exist before that version: who sets one can only greet in a newer."""
 
@@ -398,27 +400,28 @@ def encode(message: Message, bulk: Sequence[Buffer] = (), *, version: int = PROT
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
     if isinstance(message, Beat):
         version = BEAT_VERSION
-    elif isinstance(message, Hello):
-        fields = _as_of(version, message, fields)
+    if isinstance(message, Hello):
+        fields["spec"] = _spec_as_of(version, message.spec, fields["spec"])
+    for name in [name for name, since in _SINCE.get(type(message), {}).items() if since > version]:
+        del fields[name]
     header: bytes = msgpack.packb([version, _TAGS[type(message)], fields, sizes])
     if len(header) > HEADER_BYTES:
         raise ProtocolError(f"the header of a {_TAGS[type(message)]} has {len(header)} bytes: too many")
     return [header, *bulk]
 
 
-def _as_of(version: int, hello: Hello, fields: dict[str, Any]) -> dict[str, Any]:
+def _spec_as_of(version: int, spec: WorkloadSpec, fields: dict[str, Any]) -> dict[str, Any]:
     """Leave out what a version does not know; raise ProtocolError if that would say something else."""
-    spec = dict(fields["spec"])
+    known = dict(fields)
     for name in [name for name, since in _SPEC_SINCE.items() if since > version]:
         default = next(each.default for each in msgspec.structs.fields(WorkloadSpec) if each.name == name)
-        if getattr(hello.spec, name) != default:
+        if getattr(spec, name) != default:
             raise ProtocolError(
-                f"`{name}` of {hello.workload} is not known to version {version} of the wire format",
+                f"`{name}` of {spec.name} is not known to version {version} of the wire format",
                 hint="upgrade the other nodes of the workload, or leave it at its default until then",
             )
-        del spec[name]
-    known = {name: value for name, value in fields.items() if _HELLO_SINCE.get(name, 0) <= version}
-    return {**known, "spec": spec}
+        del known[name]
+    return known
 
 
 def cost_bytes(frames: Sequence[Buffer]) -> int:

@@ -156,7 +156,7 @@ class Leading:
             await self._committed_by(stream, await self._capture_one())
             try:
                 await in_thread(self._freezer.keep, _KEEP_WITHIN_S)
-                epoch = await self._capture_one()
+                epoch = await self._capture_one(last=True)
                 await self._committed_by(stream, epoch)
                 if not self._freezer.is_kept:
                     raise CaptureError("it was thawed before its last epoch was committed")
@@ -301,10 +301,11 @@ class Leading:
             else:
                 self._note_success()
 
-    async def _capture_one(self) -> EpochId:
+    async def _capture_one(self, *, last: bool = False) -> EpochId:
         started_s = time.monotonic()
         number = await asyncio.to_thread(self._numbers.next)
         epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number), self._held_by_all())
+        epoch.last = last
         self._frozen_at[number] = started_s
         self.captured = epoch.id
         self._epochs_captured += 1

@@ -48,6 +48,8 @@ log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 10.0
 """From SIGTERM to SIGKILL; the keeper kills by itself after 15 s."""
+_FAILURE_TOLD_S = 60.0
+"""How long a leader is told that a restore failed here: who gave it back wants to know why."""
 _AGAIN_S = 1.0
 """How long to wait before capturing is begun again that broke or could not be begun."""
 
@@ -90,6 +92,8 @@ class WorkloadAgent:
         self._handed_over: EpochId | None = None
         self._given_up: asyncio.Task[None] | None = None
         """A handing over that was cancelled."""
+        self._restore_failed = ("", 0.0)
+        """Why the last restore failed, and until when (monotonic) that is told."""
         self._restorable = False
         self._reasons: tuple[str, ...] = ("no epoch is stored here yet",)
         self._refused: tuple[EpochId | None, str] = (None, "")
@@ -168,7 +172,7 @@ class WorkloadAgent:
         ) is None
 
     async def judge(self, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
-        """Say whether a committed epoch could be restored here now, and why not."""
+        """Say whether a committed epoch could be restored here now, and why not, or why one could not be."""
         verdict = await self._ask_readiness(record)
         if verdict.restorable != self._restorable or (verdict.reasons != self._reasons and verdict.reasons):
             self._events.append(
@@ -177,13 +181,15 @@ class WorkloadAgent:
                 reason=f"epoch {record.id}: " + ("; ".join(verdict.reasons) or "ready to be restored here"),
             )
         self._restorable, self._reasons = verdict.restorable, verdict.reasons
+        failure, until_s = self._restore_failed
+        reasons = (*verdict.reasons, failure) if time.monotonic() < until_s else verdict.reasons
         if doubt := self._doubt_about(record):
-            return False, (*verdict.reasons, doubt)
+            return False, (*reasons, doubt)
         if self._doubted:
             self._doubted = False
             reason = f"epoch {record.id} is here, and stands on nothing that was in doubt"
             self._events.append(Event.VERIFY_MENDED, workload=self.spec.name, reason=reason)
-        return verdict.restorable, verdict.reasons
+        return verdict.restorable, reasons
 
     def doubted(self, doubt: Doubt) -> None:
         """Tell that a leader found something else to be stored here than it captured."""
@@ -295,6 +301,8 @@ class WorkloadAgent:
 
     def _fail(self, order: Order, reason: str) -> None:
         self._failed, self._detail = order.number, reason
+        if order.action == "restore":
+            self._restore_failed = (f"a restore failed here: {reason}", time.monotonic() + _FAILURE_TOLD_S)
         if order.action in ("start", "restore"):
             self._events.append(Event.WORKLOAD_FAILED, workload=order.workload, reason=reason)
 
@@ -363,6 +371,12 @@ class WorkloadAgent:
         if newest is None:
             raise RestoreError(
                 f"no committed epoch of {self.spec.name} is stored here", hint="outlive store list"
+            )
+        if order.newest_only and newest.last is False:
+            raise RestoreError(
+                f"the epoch with which {self.spec.name} was handed over is not stored here any more:"
+                f" the newest is {newest.id}",
+                hint="outlive store list; the node that handed it over takes it back",
             )
         records = self.store.records()[::-1]
         candidates = [each for each in records if each.incarnation == newest.incarnation]

@@ -90,6 +90,7 @@ def _body(
             memory_bytes=epoch.memory_bytes,
             spaces=len(epoch.spaces),
             metadata_files=len(epoch.metadata),
+            last=epoch.last,
         )
     )
     for file in epoch.metadata:

@@ -54,6 +54,8 @@ class EpochRecord:
     folded: bool
     path: Path
     """The directory to restore from; stays valid when the epoch is folded."""
+    last: bool | None = None
+    """It was handed over with this epoch; None: that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class StoreReader:
             levels=len(chain or ()),
             folded=level.path.parent == self._layout.folds,
             path=self._layout.view(epoch),
+            last=header.last,
         )
 
 

@@ -32,6 +32,8 @@ from outlive.cli.status import ask_status
 _TIMEOUT = click.option(
     "--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to follow each workload."
 )
+_REASON_S = 5.0
+"""How long to wait for the other node's reason: its agent is greeted anew, and takes an epoch, first."""
 _DAY_S = 86_400
 
 
@@ -166,12 +168,28 @@ def _move(call: Call, config: NodeConfig, name: str, to: str, timeout_s: float) 
             took_s = round(time.monotonic() - began_s, 3)
             return Moved(workload=name, node=now.leader, term=now.term, took_s=took_s, timeline=told)
         if now.state == "leading":
-            raise HandoverError(f"{name} runs on here: {now.reason}", hint=f"outlive history {name}")
+            raise HandoverError(
+                f"{name} runs on here: {now.reason}{_said_by(call, config, name, to)}",
+                hint=f"outlive history {name}, here and on {to}",
+            )
         if time.monotonic() - began_s > timeout_s:
             raise UnsettledError(
                 f"{name} is {now.state} after {timeout_s:g} s: {now.reason}", hint="outlive status"
             )
         time.sleep(POLL_S)
+
+
+def _said_by(call: Call, config: NodeConfig, name: str, to: str) -> str:
+    """Return what the other node has against it, once its agent is connected; nothing if it does not say."""
+    until_s = time.monotonic() + _REASON_S
+    while time.monotonic() < until_s:
+        now = find_workload(call, config, name)
+        replicas = now.replicas if now is not None else ()
+        replica = next((each for each in replicas if each.node == to), None)
+        if replica is not None and replica.connected and replica.acknowledged is not None:
+            return f"; {to} says: {'; '.join(replica.reasons)}" if replica.reasons else ""
+        time.sleep(POLL_S)
+    return ""
 
 
 def _rows(moved: tuple[Moved, ...]) -> Rows:

@@ -40,6 +40,7 @@ from common.control import (
     ResumeTakeover,
     StartWorkload,
     StopWorkload,
+    Switchover,
     TermHistory,
     TimelineEntry,
     VerificationProgress,
@@ -843,6 +844,30 @@ def test_status_says_who_paused_and_who_does_not_know(node: FakeNode, capsys: Ca
     node.answers[AskStatus] = node_status(replace(LEADING, pauses_unconfirmed_by=("b",)))
     assert node.run("status") == 0
     assert "redis: resumed here; b was not heard to know that" in capsys.readouterr().out
+
+
+# --- switchover -------------------------------------------------------------------------------------
+
+
+def test_a_switchover_that_came_back_says_what_the_other_node_had_against_it(
+    node: FakeNode, capsys: Captured
+) -> None:
+    def replica(**fields: object) -> ReplicaProgress:
+        return ReplicaProgress(node="b", **{"connected": True, "acknowledged": EpochId(5, 7), **fields})  # type: ignore[arg-type]
+
+    back = replace(LEADING, term=5, reason="b gave term 4 back")
+    failure = "a restore failed here: port 6379 is taken"
+    node.answers[Switchover] = Done()
+    node.answers[AskStatus] = in_turn(
+        node_status(LEADING),
+        node_status(replace(back, replicas=(replica(connected=False, reasons=("not yet",)),))),
+        node_status(replace(back, replicas=(replica(acknowledged=None),))),
+        node_status(replace(back, replicas=(replica(restorable=True, reasons=(failure,)),))),
+    )
+    assert node.run("switchover", "redis", "--to", "b") == 21
+    told = capsys.readouterr().err
+    assert f"redis runs on here: b gave term 4 back; b says: {failure}" in told
+    assert "outlive history redis, here and on b" in told
 
 
 # --- planned switchovers ----------------------------------------------------------------------------

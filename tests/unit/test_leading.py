@@ -526,6 +526,7 @@ class TestHandingOver:
             assert scene.freezer.is_kept
             assert scene.leading.handed_over
             assert scene.streams["b"].held == epoch == scene.backend.epochs[-1].id
+            assert [each.id for each in scene.backend.epochs if each.last] == [epoch]
             calls = scene.backend.calls
             await asyncio.sleep(0.1)
             assert scene.backend.calls == calls

@@ -132,6 +132,7 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
             memory_bytes=3 * 4096,
             spaces=1,
             metadata_files=1,
+            last=False,
         ),
         (),
     ),
@@ -222,6 +223,8 @@ def as_before(message: Message) -> Message:
             return msgspec.structs.replace(message, protocol=OLDEST, oldest=0)
         case Welcome():
             return msgspec.structs.replace(message, protocol=OLDEST)
+        case Begin():
+            return msgspec.structs.replace(message, last=None)
     return message
 
 

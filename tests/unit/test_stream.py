@@ -799,6 +799,8 @@ async def test_a_replica_that_always_has_more_is_listened_to_for_a_while_only() 
     epoch = captured(1, memory_of(3))
 
     class Endless:
+        version = PROTOCOL
+
         asked = 0
 
         async def ask(self, frames):

@@ -68,9 +68,12 @@ async def test_neighbours_exchange_epochs_in_the_newest_version_that_both_speak(
     async with pair.receiving() as receiver:
         async with pair.streaming(versions=primary, verification=Verification(1)) as stream:
             await acknowledged(stream, offer(stream, captured(1, memory_of())))
-            two = offer(stream, captured(2, memory_of(p17=99)))
-            await acknowledged(stream, two)
+            two = captured(2, memory_of(p17=99))
+            two.last = True
+            await acknowledged(stream, offer(stream, two))
             assert stream.problem == ""
+            said = [each.last for each in pair.store.epochs.values()]
+            assert said == ([False, True] if spoken >= 6 else [None, None])
         async with pair.streaming(versions=primary, term=2) as stream:  # it has to ask what is held
             three = offer(stream, captured(1, memory_of(p18=98), term=2))
             await acknowledged(stream, three)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -451,6 +453,41 @@ async def test_if_the_newest_cannot_be_restored_the_one_before_is_and_that_is_sa
     assert "criu cannot restore t1-e3" in report.order_detail
     ((_, reason),) = scene.events()
     assert "older" in reason
+
+
+async def test_what_was_handed_over_is_restored_from_that_very_epoch_or_not_at_all(scene: Scene) -> None:
+    lost = replace(record(1), last=False)
+    scene.store.held = [replace(record(0), last=True), lost]
+    await scene.obeyed(order(1, "lead", "restore", newest_only=True))
+    assert scene.containers.done == []
+    assert "handed over is not stored here any more: the newest is t1-e1" in scene.agent.report().order_detail
+    scene.store.held = [lost, replace(record(2), last=True)]
+    await scene.obeyed(order(2, "lead", "restore", newest_only=True))
+    assert scene.containers.done == ["restore t1-e2 of /epochs/2"]
+
+
+@pytest.mark.parametrize("last", [None, False])
+async def test_an_older_leader_does_not_say_which_epoch_that_is_and_a_takeover_does_not_ask(
+    scene: Scene, last: bool | None
+) -> None:
+    scene.store.held = [replace(record(1), last=last)]
+    await scene.obeyed(order(1, "lead", "restore", newest_only=last is None))
+    assert scene.containers.done == ["restore t1-e1 of /epochs/1"]
+
+
+async def test_why_a_restore_failed_is_told_to_whoever_leads_then_for_a_while(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.store.held = [record(1)]
+    scene.containers.unrestorable = {EpochId(1, 1)}
+    await scene.obeyed(order(1, "lead", "restore", newest_only=True))
+    restorable, reasons = await scene.agent.judge(record(2))
+    assert restorable, "what failed once is no reason against another attempt"
+    assert reasons == ("a restore failed here: criu cannot restore t1-e1",)
+    assert scene.agent.report().reasons == ()
+    later_s = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later_s)
+    assert await scene.agent.judge(record(3)) == (True, ())
 
 
 async def test_if_neither_can_be_restored_the_order_has_failed_and_says_why(scene: Scene) -> None:

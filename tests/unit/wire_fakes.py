@@ -131,6 +131,7 @@ class StoredEpoch:
     """Pages whose content came."""
     committed_wall_s: float = 2000.0
     frozen_wall_s: float = 1000.0
+    last: bool | None = None
 
 
 class StoreInMemory:
@@ -220,7 +221,9 @@ class _IncomingInMemory:
         self._base = store.epochs[header.base].memory if header.base else {}
         self._pending: list[int] = []
         self._key = TASK
-        self.epoch = StoredEpoch(header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s)
+        self.epoch = StoredEpoch(
+            header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s, last=header.last
+        )
 
     def metadata(self, name: str, data: bytes, *, more: bool = False) -> None:
         self.epoch.metadata[name] = self.epoch.metadata.get(name, b"") + bytes(data)
