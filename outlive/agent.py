@@ -175,10 +175,7 @@ class Agent:
         self._events = EventLog(event_file(config), "agent")
         self._readiness = Readiness(config)
         self._workloads = HeldWorkloads(config, self._make_workload)
-        self._aside = Aside(
-            config,
-            restore_command=self._restore_command,
-        )
+        self._aside = Aside(config, restore_command=self._restore_command)
         self._heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
         self._guard = TermGuard(self._heard.record, self._heard.read_all())
         self._attachments: dict[str, bytes] = {}
@@ -472,11 +469,10 @@ class Agent:
             for workload in self._workloads.all():
                 newest = workload.store.newest
                 try:
+                    if newest is not None and workload.follows:
+                        restorable, reasons = await workload.judge(newest)
+                        await self._receiver.readiness_changed(workload.spec.name, restorable, reasons)
                     await workload.look_aside()
-                    if newest is None or not workload.follows:
-                        continue
-                    restorable, reasons = await workload.judge(newest)
-                    await self._receiver.readiness_changed(workload.spec.name, restorable, reasons)
                 except (OutliveError, OSError) as error:
                     log.error("judge.failed", workload=workload.spec.name, error=str(error))
 

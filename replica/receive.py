@@ -292,8 +292,7 @@ class Receiver:
     async def _refuse_version(self, to: Incoming, error: VersionError) -> None:
         """Say in which version this node can be spoken to: the newest one, as which a refusal is sent."""
         if error.theirs.oldest <= self._versions.newest < error.theirs.newest:
-            refused = Refused(code="version", reason=f"greet in version {self._versions.newest}")
-            await self._server.send(to.connection, encode(refused, version=self._versions.newest))
+            await self._say_no(to, Refused(code="version", reason=f"greet in {self._versions}"))
         else:
             await self._refuse(to, "version", f"{error.message}: {error.hint}")
 
@@ -467,13 +466,16 @@ class Receiver:
         self.refusals[code] += 1
         if self._to_be_logged(to.node, code):
             log.warning("receive.refused", node=to.node, code=code, reason=reason)
+        await self._say_no(to, Refused(code=code, reason=reason[:4096], term=term))
+
+    async def _say_no(self, to: _Session | Incoming, refused: Refused) -> None:
+        """Send it in the newest version spoken here, which says which that is; who goes on and on is cut."""
         if len(self._refused_of) >= _CONNECTIONS_KNOWN:
             self._refused_of.clear()
         self._refused_of[to.connection] += 1
         if self._refused_of[to.connection] > _MOST_REFUSALS:
             self._server.cut(to.connection)
             return
-        refused = Refused(code=code, reason=reason[:4096], term=term)
         await self._server.send(to.connection, encode(refused, version=self._versions.newest))
 
     def _to_be_logged(self, who: str, what: str) -> bool:
