@@ -10,11 +10,12 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from common.config import Peer
 from common.heartbeat import BeatFilter
 from common.keyring import Keyring
 from common.messages import OLDEST, PROTOCOL, Beat, Versions, encode
 from common.model import EpochId
-from common.transport import Incoming, Server
+from common.transport import Incoming, Server, open_link
 from primary.verification import Verification
 from tests.unit.wire_fakes import (
     QUICK_LINK,
@@ -111,6 +112,23 @@ async def test_who_is_too_far_away_is_told_both_versions_and_what_to_do(
         assert not stream.progress.connected
         assert set(receiver.refusals) == {"version"}
     assert pair.store.epochs == {}
+
+
+async def test_who_greets_in_a_newer_version_again_and_again_is_cut_off(pair: Pair) -> None:
+    context = zmq.asyncio.Context()
+    peer = Peer(name="b", address="127.0.0.1", public_key=pair.b.public)
+    hello = [msgpack.packb([PROTOCOL + 1, "hello", {"oldest": PROTOCOL}, []])]
+    try:
+        async with pair.receiving():
+            ring = Keyring(pair.a, [peer])
+            with open_link(context, peer=peer, port=pair.port, keys=ring, timing=QUICK_LINK) as link:
+                lost = asyncio.ensure_future(link.lost())
+                async with asyncio.timeout(10):
+                    while not lost.done():
+                        await link.try_send(hello)
+                        await asyncio.sleep(0.002)
+    finally:
+        context.destroy(linger=0)
 
 
 async def test_a_node_of_the_previous_version_refuses_in_its_own_words_and_is_greeted_again(
