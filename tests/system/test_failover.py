@@ -105,8 +105,10 @@ async def test_a_primary_that_was_replaced_while_cut_off_ends_its_copy_when_it_h
         assert await cluster.answers()
 
 
-async def test_what_a_cut_off_primary_captured_last_is_kept_and_can_be_restored_by_hand() -> None:
-    async with protected_redis(("a", "b"), fenced=False, right_to_lead="manual") as cluster:
+@pytest.mark.parametrize("backend", ["auto", "stock"])
+async def test_what_a_cut_off_primary_captured_last_is_kept_and_can_be_restored_by_hand(backend: str) -> None:
+    settings = {"capture": {"backend": backend}}
+    async with protected_redis(fenced=False, right_to_lead="manual", settings=settings) as cluster:
         first, second = cluster.nodes["a"], cluster.nodes["b"]
         address = str(cluster.lab.vip().ip)
         count = f"while redis-cli -h {address} -p {PORT} incr counted; do :; done >/dev/null 2>&1"
@@ -127,6 +129,7 @@ async def test_what_a_cut_off_primary_captured_last_is_kept_and_can_be_restored_
         listed = json.loads((await first.cli("store", "aside", "--output", "json")).stdout)["epochs"]
         assert [each["path"] for each in listed] == list(told.aside)
         kept = Path(listed[0]["path"])
+        assert (listed[0]["needs"] is None) == (backend == "stock"), "all pages are at hand of a whole dump"
         if listed[0]["needs"] is not None:
             shutil.copytree(second.config.store_dir / NAME, kept, symlinks=True, dirs_exist_ok=True)
             listed = json.loads((await first.cli("store", "aside", "--output", "json")).stdout)["epochs"]
