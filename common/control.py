@@ -20,6 +20,18 @@ Verdict = Literal["none", "met", "missed"]
 """On a recovery point objective. `none`: the workload is not led here, or no other node may run it."""
 
 
+class PlannedSwitchover(msgspec.Struct, frozen=True, kw_only=True):
+    """A switchover that an operator asked for ahead of time, as it is on the disk of the node that leads."""
+
+    to: str
+    at_wall_s: float
+    """When it is due, by this node's wall clock."""
+    by: str
+    """The user who asked."""
+    term: int
+    """Only while this node leads that term: with the next one it is forgotten."""
+
+
 class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far one replica is, as its primary's agent knows."""
 
@@ -113,6 +125,8 @@ class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """The epoch that the running incarnation came from; None for a fresh start."""
     volatile: bool = False
     """The store is on tmpfs: it survives process crashes, not power loss."""
+    aside: tuple[str, ...] = ()
+    """Directories with epochs that were captured here, acknowledged by nobody and superseded."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +147,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     term: int
     action: Literal["none", "start", "restore", "hand_over"] = "none"
     newest_only: bool = False
-    """No epoch but the newest may be restored: somebody keeps the workload and takes it back otherwise."""
+    """No epoch but the newest may be restored, and only if it is the one of the hand-over: somebody keeps the
+    workload, and takes it back otherwise."""
     heir: str = ""
     """To whom it is handed over."""
     leader: str = ""
@@ -185,6 +200,23 @@ class Switchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     workload: str
     to: str
+
+
+class PlanSwitchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: hand this workload over at a time. Done: that is on this node's disk."""
+
+    workload: str
+    to: str
+    at_wall_s: float
+    by: str
+    """Name of the user who asks."""
+
+
+class CancelSwitchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Operator to keeper: forget the switchover that is planned. Done: it is not on this node's disk."""
+
+    workload: str
+    by: str
 
 
 class StartWorkload(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -264,6 +296,8 @@ KeeperRequest = (
     | EndFreeze
     | Failover
     | Switchover
+    | PlanSwitchover
+    | CancelSwitchover
     | StartWorkload
     | StopWorkload
     | ForgetWorkload
@@ -371,10 +405,14 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     verification: tuple[VerificationProgress, ...] = ()
     exit_code: int | None = None
     volatile: bool = False
+    aside: tuple[str, ...] = ()
+    """Directories on this node with epochs that it captured and nobody acknowledged, for a human."""
     pauses: tuple[Pause, ...] = ()
     """Pauses of automatic takeover that are in force."""
     pauses_unconfirmed_by: tuple[str, ...] = ()
     """Other nodes of it that were not heard to know what this one has recorded of pauses and resumes."""
+    planned: PlannedSwitchover | None = None
+    """The switchover that is planned on this node."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -427,6 +465,8 @@ class Explanation(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     missing: tuple[str, ...]
     """Why it would not take over, one sentence each; empty if it would."""
     cases: tuple[Prospect, ...]
+    planned: PlannedSwitchover | None = None
+    """The switchover that is planned on this node."""
 
 
 class TermHistory(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,6 +58,9 @@ class Event(StrEnum):
     CAPTURE_BACKEND = "capture.backend"
     FREEZE_RELEASED_BY_FORCE = "freeze.released-by-force"
 
+    EPOCH_SET_ASIDE = "epoch.set-aside"
+    EPOCH_NOT_SET_ASIDE = "epoch.not-set-aside"
+
     REPLICA_CONNECTED = "replica.connected"
     REPLICA_DISCONNECTED = "replica.disconnected"
     REPLICA_RESTORABLE = "replica.restorable"
@@ -81,6 +84,10 @@ class Event(StrEnum):
     TAKEOVER_REFUSED = "takeover.refused"
     TAKEOVER_PAUSED = "takeover.paused"
     TAKEOVER_RESUMED = "takeover.resumed"
+    SWITCHOVER_PLANNED = "switchover.planned"
+    SWITCHOVER_CANCELLED = "switchover.cancelled"
+    SWITCHOVER_BEGUN = "switchover.begun"
+    SWITCHOVER_DROPPED = "switchover.dropped"
     ADDRESS_MISPLACED = "address.misplaced"
     FENCE_ASKED = "fence.asked"
     FENCE_ANSWERED = "fence.answered"

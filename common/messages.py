@@ -12,7 +12,7 @@ is described in `docs/wire.md`; golden vectors in the tests keep it from changin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
 import msgspec
@@ -21,8 +21,31 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
+
+OLDEST: Final = PROTOCOL - 1
+"""The oldest one that is spoken as well, so that nodes can be upgraded one after the other."""
+
+BEAT_VERSION: Final = 5
+"""The version in which heartbeats changed last, and as which they are sent: nobody is asked beforehand what
+he reads. Whoever reads one of a newer version passes over the fields that he does not know."""
+
+
+class Versions(NamedTuple):
+    """A range of versions of the wire format, as a node speaks it."""
+
+    oldest: int
+    newest: int
+
+    def __str__(self) -> str:
+        """Return it for a sentence."""
+        if self.oldest == self.newest:
+            return f"version {self.newest}"
+        return f"versions {self.oldest} to {self.newest}"
+
+
+SPOKEN: Final = Versions(OLDEST, PROTOCOL)
 
 BULK_BYTES: Final = 1 << 20
 """Most bytes that a bulk frame may hold before compression: 256 pages."""
@@ -62,7 +85,10 @@ Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all messages have in common: no field is unknown, none is missing but those with a default."""
+    """What all messages have in common: no field is unknown, none is missing but those with a default.
+
+    But for heartbeats and refusals, which newer versions send too: what is unknown there is passed over.
+    """
 
 
 # --- greeting ---------------------------------------------------------------------------------------
@@ -72,6 +98,7 @@ class Hello(_Message, frozen=True):
     """Primary to replica, first of all: I lead `workload` in `term`; will you follow?"""
 
     protocol: Count
+    """The version that is to be spoken."""
     software: Text
     node: Name
     workload: Name
@@ -79,6 +106,8 @@ class Hello(_Message, frozen=True):
     incarnation: Annotated[str, Meta(min_length=1, max_length=128)]
     """Which run of the workload is led: epochs of another one are not its."""
     spec: WorkloadSpec
+    oldest: Count = 0
+    """The oldest version that could be spoken instead; since version 6 (0: it was not said)."""
 
 
 class Welcome(_Message, frozen=True):
@@ -98,7 +127,7 @@ RefusalCode = Literal["version", "identity", "stale-term", "not-followed", "no-s
 """Why a receiver refuses: see `docs/wire.md`. Newer versions may use others; they are text on the wire."""
 
 
-class Refused(_Message, frozen=True):
+class Refused(_Message, frozen=True, forbid_unknown_fields=False):
     """Receiver to sender: no, and this session is over. The same in every version of the protocol."""
 
     code: Text
@@ -177,6 +206,8 @@ class Begin(_Message, frozen=True):
     """Size of all present pages, whether they are sent or not."""
     spaces: Annotated[int, Meta(ge=0, le=1 << 20)]
     metadata_files: Annotated[int, Meta(ge=0, le=1 << 20)]
+    last: bool | None = None
+    """The workload stands still since then, to be handed over: nothing follows. Since version 6."""
 
 
 class Metadata(_Message, frozen=True):
@@ -249,7 +280,7 @@ class Readiness(_Message, frozen=True):
 # --- heartbeats -------------------------------------------------------------------------------------
 
 
-class BeatPause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BeatPause(msgspec.Struct, frozen=True, kw_only=True):
     """The newest pause that was asked for at one node, as the node that beats has it on its disk."""
 
     node: Name
@@ -260,7 +291,7 @@ class BeatPause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Empty: it is in force."""
 
 
-class BeatTakeover(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BeatTakeover(msgspec.Struct, frozen=True, kw_only=True):
     """What the node that beats would do if the leader that it follows fell silent now."""
 
     silences: Annotated[
@@ -271,7 +302,7 @@ class BeatTakeover(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Why it would not take over; empty: it would."""
 
 
-class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True):
     """How one workload stands on the node that beats."""
 
     name: Name
@@ -287,7 +318,7 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Empty: it follows no leader."""
 
 
-class Beat(_Message, frozen=True):
+class Beat(_Message, frozen=True, forbid_unknown_fields=False):
     """A node's sign of life, to each peer's keeper. `sequence` grows by one; `origin` says which process."""
 
     node: Name
@@ -342,26 +373,55 @@ _TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
 _WITH_BULK: Final = (HeldPages, Metadata, Space, Pages)
 
 
-class VersionError(ProtocolError):
-    """The peer speaks another version of the wire format: `theirs`."""
+_SINCE: Final[dict[type[Message], dict[str, int]]] = {Hello: {"oldest": 6}, Begin: {"last": 6}}
+"""Fields that are not said in a version before that one."""
+_SPEC_SINCE: Final[dict[str, int]] = {}
+"""Fields of `WorkloadSpec` that did not exist before that version: who sets one can only greet in a newer."""
 
-    def __init__(self, theirs: int) -> None:
+
+class VersionError(ProtocolError):
+    """The peer speaks other versions of the wire format than this node: `theirs`, as far as it is known."""
+
+    def __init__(self, theirs: Versions, ours: Versions) -> None:
         super().__init__(
-            f"the peer speaks version {theirs} of the wire format, this node version {PROTOCOL}",
-            hint="run the same version of Outlive on all nodes",
+            f"the peer speaks {theirs} of the wire format, this node {ours}",
+            hint="upgrade the older one, one version at a time: versions next to each other work together",
         )
         self.theirs = theirs
 
 
-def encode(message: Message, bulk: Sequence[Buffer] = ()) -> list[Buffer]:
-    """Return the frames of a message. Raises ProtocolError if its bulk frames do not fit it."""
+def encode(message: Message, bulk: Sequence[Buffer] = (), *, version: int = PROTOCOL) -> list[Buffer]:
+    """Return the frames of a message as that version has it; of a heartbeat, as `BEAT_VERSION` has it.
+
+    Raises ProtocolError if its bulk frames do not fit it, or if the version cannot say what it says.
+    """
     sizes = [len(frame) for frame in bulk]
     _check_bulk(message, sizes)
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
-    header: bytes = msgpack.packb([PROTOCOL, _TAGS[type(message)], fields, sizes])
+    if isinstance(message, Beat):
+        version = BEAT_VERSION
+    if isinstance(message, Hello):
+        fields["spec"] = _spec_as_of(version, message.spec, fields["spec"])
+    for name in [name for name, since in _SINCE.get(type(message), {}).items() if since > version]:
+        del fields[name]
+    header: bytes = msgpack.packb([version, _TAGS[type(message)], fields, sizes])
     if len(header) > HEADER_BYTES:
         raise ProtocolError(f"the header of a {_TAGS[type(message)]} has {len(header)} bytes: too many")
     return [header, *bulk]
+
+
+def _spec_as_of(version: int, spec: WorkloadSpec, fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a version does not know; raise ProtocolError if that would say something else."""
+    known = dict(fields)
+    for name in [name for name, since in _SPEC_SINCE.items() if since > version]:
+        default = next(each.default for each in msgspec.structs.fields(WorkloadSpec) if each.name == name)
+        if getattr(spec, name) != default:
+            raise ProtocolError(
+                f"`{name}` of {spec.name} is not known to version {version} of the wire format",
+                hint="upgrade the other nodes of the workload, or leave it at its default until then",
+            )
+        del known[name]
+    return known
 
 
 def cost_bytes(frames: Sequence[Buffer]) -> int:
@@ -369,18 +429,20 @@ def cost_bytes(frames: Sequence[Buffer]) -> int:
     return sum(len(frame) + FRAME_COST_BYTES for frame in frames)
 
 
-def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
+def decode(frames: Sequence[Buffer], versions: Versions = SPOKEN) -> tuple[Message, Sequence[Buffer]]:
     """Read what `encode` wrote: the message and its bulk frames, as they came (nothing is copied).
 
-    Raises VersionError for another version's message (but reads its `Refused`), else ProtocolError for all
-    that is not exactly a message of this version.
+    Raises VersionError for a message of none of these versions (but reads a `Refused`, and a `Beat` of a
+    newer one), else ProtocolError for all that is not exactly a message of its version.
     """
     if not frames or len(frames[0]) > HEADER_BYTES:
         raise ProtocolError("a message has no header, or one that is too long")
-    tag, fields, declared = _unpack_header(frames[0])
+    version, tag, fields, declared = _unpack_header(frames[0], versions)
     try:
         message: Any = msgspec.convert(fields, _TYPES[tag], builtin_types=(bytes,))
     except (msgspec.ValidationError, OverflowError) as error:
+        if version > versions.newest:
+            raise VersionError(Versions(version, version), versions) from error
         raise ProtocolError(f"a {tag} message is not valid: {error}") from error
     for name in ("epoch", "base", "newest"):
         epoch = getattr(message, name, None)
@@ -395,8 +457,37 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
     return message, bulk
 
 
-def _unpack_header(frame: Buffer) -> tuple[str, object, object]:
-    """Return type, fields and bulk sizes. No limit of msgpack's own is left at its default."""
+def version_of(frames: Sequence[Buffer]) -> int:
+    """Return the version of a message that `decode` has read."""
+    version: int = _unpack(frames[0])[0]
+    return version
+
+
+def _unpack_header(frame: Buffer, versions: Versions) -> tuple[int, str, object, object]:
+    """Return version, type, fields and bulk sizes. Raises VersionError, ProtocolError."""
+    header = _unpack(frame)
+    version, tag = header[:2]
+    readable = (
+        versions.oldest <= version <= versions.newest
+        or tag == "refused"
+        or (tag == "beat" and version >= BEAT_VERSION)
+    )
+    if not readable or (len(header) != 4 and version > versions.newest):
+        raise VersionError(_offered(header), versions)
+    if len(header) != 4 or tag not in _TYPES:
+        raise ProtocolError(f"no message of {versions} is called {tag[:40]!r}")
+    return version, tag, header[2], header[3]
+
+
+def _offered(header: list[Any]) -> Versions:
+    """Return the versions that the sender of a greeting says that it speaks; of other messages, their own."""
+    fields = header[2] if len(header) > 2 and isinstance(header[2], dict) else {}
+    oldest = fields.get("oldest") if header[1] == "hello" else None
+    return Versions(oldest if type(oldest) is int and 0 < oldest < header[0] else header[0], header[0])
+
+
+def _unpack(frame: Buffer) -> list[Any]:
+    """Return what a header holds, version and type first. No limit of msgpack's is left at its default."""
     try:
         header = msgpack.unpackb(
             frame,
@@ -412,14 +503,9 @@ def _unpack_header(frame: Buffer) -> tuple[str, object, object]:
         raise ProtocolError(f"a message's header is not msgpack: {error}") from error
     if not isinstance(header, list) or len(header) < 2:
         raise ProtocolError("a message's header is not a list of version, type, fields and sizes")
-    version, tag = header[:2]
-    if type(version) is not int or type(tag) is not str:
+    if type(header[0]) is not int or type(header[1]) is not str:
         raise ProtocolError("a message's header does not begin with a version and a type")
-    if version != PROTOCOL and not (tag == "refused" and len(header) == 4):
-        raise VersionError(version)
-    if len(header) != 4 or tag not in _TYPES:
-        raise ProtocolError(f"no message of version {PROTOCOL} is called {tag[:40]!r}")
-    return tag, header[2], header[3]
+    return header
 
 
 def _check_bulk(message: _Message, sizes: list[int]) -> None:

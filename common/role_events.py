@@ -55,6 +55,13 @@ class AgentReport(msgspec.Struct, frozen=True):
     report: WorkloadReport
 
 
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """Something beside the machine belongs into the history of the term that this node leads."""
+
+    event: str
+    reason: str
+
+
 class WorkloadEnded(msgspec.Struct, frozen=True):
     """The keeper saw the container's first process end (or it is gone and the agent says so)."""
 
@@ -156,6 +163,7 @@ Event = (
     | Tick
     | Heard
     | AgentReport
+    | Told
     | WorkloadEnded
     | TermPersisted
     | PausesPersisted

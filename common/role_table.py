@@ -24,8 +24,10 @@ from common.role_actions import (
     give_way,
     give_way_quietly,
     halt,
+    history,
     kill,
     not_recorded,
+    noted,
     nothing,
     pursue,
     record_mark,
@@ -58,6 +60,7 @@ from common.role_events import (
     StepFailed,
     TermPersisted,
     Tick,
+    Told,
     WorkloadEnded,
 )
 from common.role_guards import (
@@ -294,6 +297,9 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             if report.spec != role.spec and role.name in PURSUING and role.newest.leader != role.me:
                 return replace(known, spec=report.spec), (SaveSpec(report.spec),)
             return known, ()
+        case Told(event=what, reason=why):
+            told = noted(role, now, what, why)
+            return told, (history(told),)
         case WorkloadEnded(exit_code):
             return replace(role, alive=False, exit_code=exit_code), ()
         case KeeperStarted(running):

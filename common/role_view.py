@@ -42,6 +42,7 @@ def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> Wo
         verification=report.verification if report is not None and role.name in LEADING else (),
         exit_code=None if role.alive else role.exit_code,
         volatile=report.volatile if report is not None else False,
+        aside=report.aside if report is not None else (),
         pauses=in_force(role.pauses),
         pauses_unconfirmed_by=unconfirmed_by(role),
     )

@@ -4,6 +4,7 @@
                              spec.json      the workload's declaration
                              fenced.json    the newest fence by SSH of this node
                              pauses.json    pauses of automatic takeover, lifted ones too
+                             planned.json    the switchover that is planned, while there is one
                              history.json   the last 50 terms with their timelines
     STATE_DIR/terms/starts                  how often this keeper was started
 
@@ -22,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from common.config import NodeConfig
-from common.control import TermHistory
+from common.control import PlannedSwitchover, TermHistory, TimelineEntry
 from common.durable import Disk, atomic_write
 from common.errors import StaleTermError, StoreError
 from common.model import NAME_PATTERN, WorkloadSpec
@@ -104,6 +105,25 @@ class TermFiles:
         self._make(path)
         self._write(path / "pauses.json", joined(self.load_pauses(workload), pauses), "term.pauses")
 
+    def load_plan(self, workload: str) -> PlannedSwitchover | None:
+        """Return the switchover that is planned, if there is one."""
+        path = self._path(workload) / "planned.json"
+        return _read(path, PlannedSwitchover, hint="remove it, and plan anew")
+
+    def record_plan(self, workload: str, plan: PlannedSwitchover) -> None:
+        """Make a planned switchover durable before returning, in the place of another one."""
+        self._make(self._path(workload))
+        self._write(self._path(workload) / "planned.json", plan, "term.plan")
+
+    def forget_plan(self, workload: str) -> None:
+        """Remove the planned switchover, durably."""
+        path = self._path(workload) / "planned.json"
+        try:
+            path.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be removed: {error.strerror}") from error
+
     def load_spec(self, workload: str) -> WorkloadSpec | None:
         """Return the declaration on disk, if there is one."""
         return _read(self._path(workload) / "spec.json", WorkloadSpec)
@@ -128,6 +148,14 @@ class TermFiles:
         terms = [stories[term] for term in sorted(stories)][-HISTORY_TERMS:]
         self._make(self._path(entry.workload))
         self._write(self._path(entry.workload) / "history.json", terms, "term.history")
+
+    def add_to_history(self, workload: str, term: int, event: str, reason: str, wall_s: float) -> None:
+        """Add a line to the story of a term that is over; nothing if none is kept of it."""
+        for story in self.history(workload):
+            if story.term == term:
+                at_ms = round((wall_s - story.began_wall_s) * 1000, 3)
+                entry = TimelineEntry(at_ms=at_ms, wall_s=wall_s, event=event, reason=reason)
+                self.save_history(msgspec.structs.replace(story, timeline=(*story.timeline, entry)))
 
     def _path(self, workload: str) -> Path:
         if not NAME_PATTERN.match(workload):

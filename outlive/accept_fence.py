@@ -36,6 +36,7 @@ from common.events import Event, EventLog, event_file
 from common.fence_request import FenceAnswer, FenceRequest
 from common.model import WorkloadSpec
 from common.roles import Refusal
+from common.state_format import check_state_format
 from common.terms_file import TermFiles
 from common.threads import in_thread
 from outlive.processes import end, holders, matching
@@ -66,6 +67,7 @@ async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bo
         )
 
     try:
+        check_state_format(Path(config.node.state_dir))
         # Read once: what a keeper records from here on is beyond what is fenced.
         fenced = {name: max(term, files.load(name).term) for name, term in request.terms.items()}
         if objection := _stranger(config, request) or _of_the_past(files, request, fenced):

@@ -64,9 +64,11 @@ from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.private_directory import prepare_private_directory
 from common.scheduling import CpuShare
 from common.sd_notify import notify
+from common.state_format import check_state_format
 from common.terms import Leadership, TermGuard
 from common.threads import in_thread
 from outlive.agent_beats import AgentBeats
+from outlive.aside import Aside
 from outlive.descriptors import raise_limit
 from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
@@ -81,10 +83,11 @@ from primary.fast import FastBackend
 from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
-from primary.stream import ReplicaStream
+from primary.stream import ReplicaStream, Unacknowledged
 from replica.readiness import Readiness
 from replica.receive import Receiver
 from replica.store import EpochStore
+from replica.store_reader import check_stores
 
 log = structlog.get_logger(__name__)
 
@@ -157,17 +160,22 @@ class Agent:
     """Everything the agent holds: one `WorkloadAgent` a workload, one receiver, one line to the keeper."""
 
     def __init__(self, config: NodeConfig, share: CpuShare, beats: AgentBeats) -> None:
-        """Find criu, load the keys, make the directories. Raises UnsupportedError, AuthError, ConfigError."""
+        """Find criu, load the keys, make the directories.
+
+        Raises UnsupportedError, AuthError, ConfigError; StoreError if what is on disk is of another version.
+        """
         self._config = config
         self._share = share
         self._beats = beats
         prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
+        check_state_format(Path(config.node.state_dir))
         self._criu = locate_criu(Path(config.node.criu) if config.node.criu else None)
         self._keys = read_keyring(config)
         self._hasher = PageHasher()
         self._events = EventLog(event_file(config), "agent")
         self._readiness = Readiness(config)
         self._workloads = HeldWorkloads(config, self._make_workload)
+        self._aside = Aside(config, restore_command=self._restore_command)
         self._heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
         self._guard = TermGuard(self._heard.record, self._heard.read_all())
         self._attachments: dict[str, bytes] = {}
@@ -182,13 +190,14 @@ class Agent:
             guard=self._guard,
             accept=self._accept,
             readiness=lambda name, record: self._workloads[name].judge(record),
-            restore_command=lambda spec: restore_command(
-                spec, WorkloadPaths(config, spec.name), str(self._criu)
-            ),
+            restore_command=self._restore_command,
             on_refused=lambda _, reason: self._events.append(Event.PEER_REFUSED, reason=reason),
             on_not_committed=self._note_not_committed,
             on_doubt=self._note_doubt,
         )
+
+    def _restore_command(self, spec: WorkloadSpec) -> tuple[str, ...]:
+        return restore_command(spec, WorkloadPaths(self._config, spec.name), str(self._criu))
 
     def reload_keys_on_hangup(self, reread: Callable[[], NodeConfig]) -> None:
         """Have SIGHUP read the keys again. Call it in the agent's loop."""
@@ -200,6 +209,8 @@ class Agent:
         control = ControlServer(self._context, self._config.agent_endpoint, self._answer)
         self._beats.begin()
         await asyncio.to_thread(prepare_store_room, self._config)
+        await asyncio.to_thread(check_stores, self._config.store_dir)
+        await asyncio.to_thread(self._aside.clear_up)
         images = Path(self._config.node.image_dir)
         prepare_private_directory(images, "node.image_dir")
         await asyncio.to_thread(clear_images, images)
@@ -292,6 +303,7 @@ class Agent:
             share=self._share,
             end_session=self._receiver.end_session,
             events=self._events,
+            aside=self._aside,
         )
         workload.leader_run = self._heard.read_run(spec.name)
         return workload
@@ -390,6 +402,7 @@ class Agent:
         verifier: Verifier,
         peer: Peer,
         on_acknowledged: Callable[[EpochId], None],
+        on_left: Callable[[Unacknowledged], None],
     ) -> ReplicaStream:
         return ReplicaStream(
             self._context,
@@ -401,6 +414,7 @@ class Agent:
             incarnation=run,
             secret=self._hasher.secret,
             on_acknowledged=on_acknowledged,
+            on_left=on_left,
             verification=verifier.store_of(peer.name),
         )
 
@@ -454,11 +468,11 @@ class Agent:
             await asyncio.sleep(_JUDGE_EVERY_S)
             for workload in self._workloads.all():
                 newest = workload.store.newest
-                if newest is None or not workload.follows:
-                    continue
                 try:
-                    restorable, reasons = await workload.judge(newest)
-                    await self._receiver.readiness_changed(workload.spec.name, restorable, reasons)
+                    if newest is not None and workload.follows:
+                        restorable, reasons = await workload.judge(newest)
+                        await self._receiver.readiness_changed(workload.spec.name, restorable, reasons)
+                    await workload.look_aside()
                 except (OutliveError, OSError) as error:
                     log.error("judge.failed", workload=workload.spec.name, error=str(error))
 

@@ -27,6 +27,7 @@ from common.control import (
     AskExplanation,
     AskHistory,
     AskStatus,
+    CancelSwitchover,
     Done,
     EndFreeze,
     Failover,
@@ -37,6 +38,8 @@ from common.control import (
     NodeStatus,
     Orders,
     PauseTakeover,
+    PlannedSwitchover,
+    PlanSwitchover,
     Refused,
     Report,
     ResumeTakeover,
@@ -51,7 +54,7 @@ from common.events import EventLog, event_file
 from common.fencing import fenceable
 from common.heartbeat import BEAT_TIMING, Beater, BeatFilter, first_sequence, read_boot_id
 from common.keyring import read_keyring
-from common.messages import Beat
+from common.messages import Beat, VersionError
 from common.model import WorkloadSpec
 from common.private_directory import prepare_private_directory
 from common.role_events import (
@@ -66,6 +69,7 @@ from common.role_events import (
 )
 from common.roles import LEADING, Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
+from common.state_format import check_state_format
 from common.succession import keeps_frozen
 from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
@@ -117,6 +121,7 @@ class Keeper:
         self._config = config
         self._hands = hands
         prepare_private_directory(Path(config.node.state_dir), "node.state_dir")
+        check_state_format(Path(config.node.state_dir))
         self._keys = read_keyring(config)
         self._boot_id = read_boot_id(config)
         self._timing = timing_of(config)
@@ -212,6 +217,7 @@ class Keeper:
         record = await in_thread(self._files.load, spec.name)
         pauses = await in_thread(self._files.load_pauses, spec.name)
         refusal = await in_thread(self._files.load_refusal, spec.name)
+        plan = await self._load_plan(spec.name)
         if (kept := self._workloads.get(spec.name)) is not None:
             return kept
         assert self._tasks is not None  # noqa: S101 - run() has begun
@@ -224,7 +230,9 @@ class Keeper:
             record=record,
             pauses=pauses,
             refusal=refusal,
+            plan=plan,
             first_order=self._last_order + 1,
+            next_request=self._next_request,
             hands=self._hands,
             files=self._files,
             tasks=self._tasks,
@@ -235,6 +243,14 @@ class Keeper:
         for heard in self._peers.recent(spec.name, now()):
             kept.feed(heard)
         return kept
+
+    async def _load_plan(self, name: str) -> PlannedSwitchover | None:
+        """Return the switchover that is planned. One that cannot be read is told, and not carried out."""
+        try:
+            return await in_thread(self._files.load_plan, name)
+        except StoreError as error:
+            self._events.append(LogEvent.SWITCHOVER_DROPPED, workload=name, reason=str(error))
+            return None
 
     def _set_aside(self, name: str, error: StoreError) -> None:
         """Go on without a workload whose files are damaged: it must not cost the others their keeper."""
@@ -285,6 +301,9 @@ class Keeper:
             incoming = await self._server.receive()
             try:
                 beat = beats.read(incoming)
+            except VersionError as error:
+                self._peers.refuse(incoming.node, str(error), now())
+                continue
             except ProtocolError as error:
                 log.warning("peer.refused peer=%s reason=%r", incoming.node, error.message)
                 continue
@@ -398,6 +417,12 @@ class Keeper:
                 return await self._known(name).ask(event)
             case Switchover(workload=name, to=to):
                 return await self._known(name).ask(OperatorSwitchover(request=self._next_request(), to=to))
+            case PlanSwitchover(workload=name):
+                return await self._known(name).plan(request)
+            case CancelSwitchover(workload=name, by=by):
+                if await self._known(name).planned.cancel(by):
+                    return Done()
+                return Refused(error="WorkloadError", message=f"no switchover of {name} is planned here")
             case StartWorkload():
                 return await self._start(request)
             case StopWorkload(workload=name):

@@ -10,12 +10,21 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import msgspec
 
 from common.config import NodeConfig
-from common.control import Done, Explanation, Refused, TermHistory, WorkloadReport, WorkloadStatus
+from common.control import (
+    Done,
+    Explanation,
+    PlannedSwitchover,
+    PlanSwitchover,
+    Refused,
+    TermHistory,
+    WorkloadReport,
+    WorkloadStatus,
+)
 from common.errors import OutliveError
 from common.events import Event as LogEvent
 from common.events import EventLog
@@ -48,9 +57,11 @@ from common.role_events import (
     StepDone,
     StepFailed,
     Tick,
+    Told,
     WorkloadEnded,
 )
 from common.role_explain import explain, takeovers
+from common.role_handover import switchover_refusal
 from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
@@ -68,8 +79,10 @@ from common.roles import (
 )
 from common.succession import has_listened
 from common.terms_file import TermFiles
+from common.threads import in_thread
 from outlive.address_watch import AddressWatch, address_of, misplaced
 from outlive.keeper_effects import Effects, Hands
+from outlive.planned import Planned
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +110,15 @@ class KeptWorkload:
         record: TermRecord,
         pauses: Pauses,
         refusal: Refusal | None,
+        plan: PlannedSwitchover | None,
         first_order: int,
+        next_request: Callable[[], int],
         hands: Hands,
         files: TermFiles,
         tasks: asyncio.TaskGroup,
         events: EventLog,
     ) -> None:
+        """`next_request` returns a number that no other operator's request has."""
         self._hands = hands
         self._covers = covers(config)
         self._takeovers: tuple[BeatTakeover, ...] = ()
@@ -110,6 +126,16 @@ class KeptWorkload:
         self._events = events
         self._tasks = tasks
         self._effects = Effects(hands, files, self.feed, tasks)
+        self._files = files
+        self.planned = Planned(
+            spec.name,
+            files,
+            events,
+            tasks,
+            plan=plan,
+            ask=lambda due: self.ask(OperatorSwitchover(request=next_request(), to=due.to)),
+            remember=self._remember,
+        )
         self._answers: dict[int, asyncio.Future[Done | Refused]] = {}
         self._pid = 0
         self._pidfd: int | None = None
@@ -182,6 +208,7 @@ class KeptWorkload:
 
         if isinstance(event, Tick):
             self._judge_objective(_now())
+            self.planned.tick(self.role, _now())
 
     async def ask(
         self,
@@ -206,6 +233,32 @@ class KeptWorkload:
             return Done(detail=f"still under way: {self.role.reason}")
         finally:
             self._answers.pop(event.request, None)
+
+    async def plan(self, asked: PlanSwitchover) -> Done | Refused:
+        """Plan a switchover, if it could begin now. Raises StoreError, NoSpaceError."""
+        event, now = OperatorSwitchover(request=0, to=asked.to), _now()
+        if asked.at_wall_s <= now.wall_s:
+            return Refused(error="WorkloadError", message="that time is past by this node's clock")
+        if refusal := switchover_refusal(self.role, event, now):
+            return refusal
+        plan = PlannedSwitchover(
+            to=asked.to, at_wall_s=asked.at_wall_s, by=asked.by, term=self.role.record.term
+        )
+        replaced = self.planned.plan is not None
+        await self.planned.make(plan)
+        return Done(detail="it takes the place of the one that was planned" if replaced else "")
+
+    async def _remember(self, plan: PlannedSwitchover, reason: str) -> None:
+        """Add what became of a plan to the history of its term, which may be over."""
+        record, what = self.role.record, "planned switchover"
+        if record.term == plan.term and record.leader == self.role.me:
+            self.feed(Told(event=what, reason=reason))
+            return
+        name = self.role.spec.name
+        try:
+            await in_thread(self._files.add_to_history, name, plan.term, what, reason, time.time())
+        except OutliveError as error:
+            log.error("history.not-kept workload=%s reason=%r", name, str(error))
 
     def take_report(self, report: WorkloadReport) -> None:
         """Take the agent's report in; whether the workload lives is for the kernel to say."""
@@ -282,11 +335,13 @@ class KeptWorkload:
 
     def status(self) -> WorkloadStatus:
         """Return how it stands."""
-        return workload_status(self.role, _now(), self._objective.verdict)
+        status = workload_status(self.role, _now(), self._objective.verdict)
+        return msgspec.structs.replace(status, planned=self.planned.plan)
 
     def explain(self) -> Explanation:
         """Return what would follow if something failed now."""
-        return explain(self.role, _now(), self._covers)
+        explanation = explain(self.role, _now(), self._covers)
+        return msgspec.structs.replace(explanation, planned=self.planned.plan)
 
     def story(self) -> TermHistory | None:
         """Return the present term's story, if this node leads it; it may be newer than the one on disk."""

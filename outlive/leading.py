@@ -16,6 +16,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -38,7 +39,7 @@ from primary.backlog import SharedEpoch
 from primary.capture import CaptureBackend, CapturedEpoch
 from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
-from primary.stream import ReplicaStream
+from primary.stream import ReplicaStream, Unacknowledged
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,10 @@ _ALARM_AFTER = 3
 """Failed captures in a row that make an event of their own."""
 
 
+MakeStream = Callable[[Peer, Callable[[EpochId], None], Callable[[Unacknowledged], None]], ReplicaStream]
+"""Makes the stream to a peer; told of what is acknowledged, and of what is not when it ends."""
+
+
 class Leading:
     """Captures and streams one incarnation of one workload in one term; made by the agent, run once."""
 
@@ -68,7 +73,7 @@ class Leading:
         incarnation: str,
         backend: CaptureBackend,
         numbers: EpochNumbers,
-        make_stream: Callable[[Peer, Callable[[EpochId], None]], ReplicaStream],
+        make_stream: MakeStream,
         events: EventLog,
         verifier: Verifier,
         freezer: Freezer,
@@ -93,9 +98,12 @@ class Leading:
         self._turn = asyncio.Lock()
         """Held for a capture, and for ever once the last one is taken."""
         others = {node: config.peer(node) for node in spec.nodes if node != config.node.name}
+        self._left: dict[str, Unacknowledged] = {}
         self._strangers = tuple(node for node, peer in others.items() if peer is None)
         self._streams: Mapping[str, ReplicaStream] = {
-            node: make_stream(peer, self._acknowledged) for node, peer in others.items() if peer is not None
+            node: make_stream(peer, self._acknowledged, partial(self._left.__setitem__, node))
+            for node, peer in others.items()
+            if peer is not None
         }
         self._connected: dict[str, bool] = {}
         self._frozen_at: dict[int, float] = {}
@@ -119,6 +127,21 @@ class Leading:
             self._freezer.leave()
             await self._backend.close()
 
+    def take_unacknowledged(self) -> dict[str, Unacknowledged]:
+        """Return, once it has ended, the newest epoch of each replica that nobody is known to have.
+
+        The caller holds them from then on.
+        """
+        newest = self._newest_acknowledged
+        unknown: dict[str, Unacknowledged] = {}
+        for node, each in self._left.items():
+            if newest is None or each.shared.epoch.id > newest:
+                unknown[node] = each
+            else:
+                each.shared.drop()
+        self._left.clear()
+        return unknown
+
     async def hand_over(self, heir: str) -> EpochId:
         """Have it stand still, and return its last epoch once `heir` has committed that and could restore it.
 
@@ -133,7 +156,7 @@ class Leading:
             await self._committed_by(stream, await self._capture_one())
             try:
                 await in_thread(self._freezer.keep, _KEEP_WITHIN_S)
-                epoch = await self._capture_one()
+                epoch = await self._capture_one(last=True)
                 await self._committed_by(stream, epoch)
                 if not self._freezer.is_kept:
                     raise CaptureError("it was thawed before its last epoch was committed")
@@ -278,10 +301,11 @@ class Leading:
             else:
                 self._note_success()
 
-    async def _capture_one(self) -> EpochId:
+    async def _capture_one(self, *, last: bool = False) -> EpochId:
         started_s = time.monotonic()
         number = await asyncio.to_thread(self._numbers.next)
         epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number), self._held_by_all())
+        epoch.last = last
         self._frozen_at[number] = started_s
         self.captured = epoch.id
         self._epochs_captured += 1

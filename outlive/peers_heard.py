@@ -43,7 +43,7 @@ class PeersHeard:
             self._events.append(LogEvent.PEER_HEARD, reason=f"{beat.node} is heard", peer=beat.node)
 
     def refuse(self, node: str, reason: str, now: Instant) -> None:
-        """Keep why a key was refused, here or by that peer; of no interest while the peer is heard."""
+        """Keep why a key, or a heartbeat's version, was refused; of no interest while the peer is heard."""
         if not self._silent.get(node, True):
             return
         if not self._refusal(node, now):

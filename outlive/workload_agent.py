@@ -37,7 +37,9 @@ from common.events import Event, EventLog
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.scheduling import CpuShare
+from outlive.aside import Aside
 from outlive.leading import Leading
+from outlive.unacknowledged import UnacknowledgedEpochs
 from replica.readiness import Readiness, ReadinessVerdict
 from replica.store import EpochStore
 from replica.store_reader import EpochRecord
@@ -46,6 +48,8 @@ log = structlog.get_logger(__name__)
 
 _STOP_GRACE_S = 10.0
 """From SIGTERM to SIGKILL; the keeper kills by itself after 15 s."""
+_FAILURE_TOLD_S = 60.0
+"""How long a leader is told that a restore failed here: who gave it back wants to know why."""
 _AGAIN_S = 1.0
 """How long to wait before capturing is begun again that broke or could not be begun."""
 
@@ -68,6 +72,7 @@ class WorkloadAgent:
         share: CpuShare,
         end_session: Callable[[str, str], None],
         events: EventLog,
+        aside: Aside,
     ) -> None:
         """`end_session` ends what a leader is sending of the workload, and says why."""
         self.spec = spec
@@ -79,6 +84,7 @@ class WorkloadAgent:
         self._share = share
         self._end_session = end_session
         self._events = events
+        self._unacknowledged = UnacknowledgedEpochs(aside, lambda: self.spec, events)
         self._order: Order | None = None
         self._done = 0
         self._failed = 0
@@ -86,6 +92,8 @@ class WorkloadAgent:
         self._handed_over: EpochId | None = None
         self._given_up: asyncio.Task[None] | None = None
         """A handing over that was cancelled."""
+        self._restore_failed = ("", 0.0)
+        """Why the last restore failed, and until when (monotonic) that is told."""
         self._restorable = False
         self._reasons: tuple[str, ...] = ("no epoch is stored here yet",)
         self._refused: tuple[EpochId | None, str] = (None, "")
@@ -127,6 +135,7 @@ class WorkloadAgent:
             # A start or restore that is cut off would be taken for a failed one: let it end.
             await asyncio.wait([self._carrying])
         await self._stop_leading()
+        await self._unacknowledged.close()
         self.store.close()
 
     # --- what the leader of another node says -----------------------------------------------------
@@ -163,7 +172,7 @@ class WorkloadAgent:
         ) is None
 
     async def judge(self, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
-        """Say whether a committed epoch could be restored here now, and why not."""
+        """Say whether a committed epoch could be restored here now, and why not, or why one could not be."""
         verdict = await self._ask_readiness(record)
         if verdict.restorable != self._restorable or (verdict.reasons != self._reasons and verdict.reasons):
             self._events.append(
@@ -172,13 +181,15 @@ class WorkloadAgent:
                 reason=f"epoch {record.id}: " + ("; ".join(verdict.reasons) or "ready to be restored here"),
             )
         self._restorable, self._reasons = verdict.restorable, verdict.reasons
+        failure, until_s = self._restore_failed
+        reasons = (*verdict.reasons, failure) if time.monotonic() < until_s else verdict.reasons
         if doubt := self._doubt_about(record):
-            return False, (*verdict.reasons, doubt)
+            return False, (*reasons, doubt)
         if self._doubted:
             self._doubted = False
             reason = f"epoch {record.id} is here, and stands on nothing that was in doubt"
             self._events.append(Event.VERIFY_MENDED, workload=self.spec.name, reason=reason)
-        return verdict.restorable, verdict.reasons
+        return verdict.restorable, reasons
 
     def doubted(self, doubt: Doubt) -> None:
         """Tell that a leader found something else to be stored here than it captured."""
@@ -239,7 +250,12 @@ class WorkloadAgent:
             handed_over=self._handed_over,
             order_detail=self._detail,
             volatile=self.store.volatile,
+            aside=self._unacknowledged.kept,
         )
+
+    async def look_aside(self) -> None:
+        """See again which epochs of it lie aside, for the reports. Raises StoreError."""
+        await self._unacknowledged.look()
 
     def overdue(self, receiving: bool) -> bool:
         """Tell whether the newest epoch is older than half of what may be lost; `receiving`: a leader sends.
@@ -285,6 +301,8 @@ class WorkloadAgent:
 
     def _fail(self, order: Order, reason: str) -> None:
         self._failed, self._detail = order.number, reason
+        if order.action == "restore":
+            self._restore_failed = (f"a restore failed here: {reason}", time.monotonic() + _FAILURE_TOLD_S)
         if order.action in ("start", "restore"):
             self._events.append(Event.WORKLOAD_FAILED, workload=order.workload, reason=reason)
 
@@ -297,15 +315,11 @@ class WorkloadAgent:
             return f"{name} is left as it is"
         if order.role != "lead":
             await self._stop_leading()
-            if running_init_pid(self._config, name) is None:
-                return f"{name} does not run here"
-            if order.role == "idle":
-                await stop_workload(self._config, name, _STOP_GRACE_S)
-            else:  # it runs without a right: no time to be gentle
-                await kill_workload(self._config, name)
-            reason = "it was to be stopped" if order.role == "idle" else f"{order.leader} leads it"
-            self._events.append(Event.WORKLOAD_KILLED, workload=name, reason=reason)
-            return f"{name} was ended here"
+            try:
+                return await self._end_here(order)
+            finally:
+                if order.role == "follow":
+                    self._unacknowledged.superseded(order.term, order.leader)
         pid, run = running_init_pid(self._config, name), incarnation(self._config, name)
         ours = run is not None and run.order == order.number
         interrupted = ours and run is not None and not run.came_up
@@ -331,6 +345,19 @@ class WorkloadAgent:
         self._tell_up(Event.WORKLOAD_STARTED, f"fresh, PID {pid}")
         return f"{name} was started (PID {pid})"
 
+    async def _end_here(self, order: Order) -> str:
+        """End what runs here and is not to."""
+        name = self.spec.name
+        if running_init_pid(self._config, name) is None:
+            return f"{name} does not run here"
+        if order.role == "idle":
+            await stop_workload(self._config, name, _STOP_GRACE_S)
+        else:  # it runs without a right: no time to be gentle
+            await kill_workload(self._config, name)
+        reason = "it was to be stopped" if order.role == "idle" else f"{order.leader} leads it"
+        self._events.append(Event.WORKLOAD_KILLED, workload=name, reason=reason)
+        return f"{name} was ended here"
+
     async def _hand_over(self, heir: str) -> str:
         """Have it stand still from its last epoch on, which the heir has committed."""
         if self._leading is None:
@@ -344,6 +371,12 @@ class WorkloadAgent:
         if newest is None:
             raise RestoreError(
                 f"no committed epoch of {self.spec.name} is stored here", hint="outlive store list"
+            )
+        if order.newest_only and newest.last is False:
+            raise RestoreError(
+                f"the epoch with which {self.spec.name} was handed over is not stored here any more:"
+                f" the newest is {newest.id}",
+                hint="outlive store list; the node that handed it over takes it back",
             )
         records = self.store.records()[::-1]
         candidates = [each for each in records if each.incarnation == newest.incarnation]
@@ -394,9 +427,13 @@ class WorkloadAgent:
 
     async def _lead(self, term: int, pid: int) -> None:
         """Capture until cancelled. Whatever breaks, ends here: an order to end the workload must not."""
+        self._unacknowledged.forget()
         try:
-            self._leading = self._make_leading(self, term, pid)
-            await self._leading.run()
+            leading = self._leading = self._make_leading(self, term, pid)
+            try:
+                await leading.run()
+            finally:
+                self._unacknowledged.hold(term, leading.take_unacknowledged())
         except Exception:
             log.exception("leading.failed", workload=self.spec.name)
             await asyncio.sleep(_AGAIN_S)  # begun again by the next report

@@ -88,10 +88,11 @@ class Backlog:
         offer, self._waiting = self._waiting, None
         return offer
 
-    def close(self) -> None:
-        """Give back what waits and accept no more."""
+    def close(self) -> Offer | None:
+        """Accept no more, and return what waits: the caller holds it from now on."""
         self._closed = True
-        self._drop()
+        waiting, self._waiting = self._waiting, None
+        return waiting
 
     def _drop(self) -> None:
         if self._waiting is not None:

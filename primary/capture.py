@@ -144,7 +144,7 @@ class FileManifest:
 class CapturedEpoch:
     """One consistent checkpoint, held by its backend until `release()`.
 
-    Immutable but for the release. Reading pages after `release()` raises CaptureError.
+    Immutable but for `last` and the release. Reading pages after `release()` raises CaptureError.
     """
 
     workload: str
@@ -159,6 +159,8 @@ class CapturedEpoch:
     metadata: tuple[MetadataFile, ...]
     pages: PageReader
     files: FileManifest = field(default_factory=FileManifest)
+    last: bool = False
+    """It stands still since then, to be handed over: whoever had it captured says so before it is offered."""
 
     @property
     def memory_bytes(self) -> int:

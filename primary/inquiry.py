@@ -53,7 +53,7 @@ async def _ask_space(
             ident=space.key.ident,
             first_row=row,
         )
-        told, frame = await session.ask(encode(ask))
+        told, frame = await session.ask(encode(ask, version=session.version))
         if (told.kind, told.ident) != (space.key.kind, space.key.ident):
             raise ProtocolError(f"the replica was asked for {space.key.pagemap_name} and spoke of another")
         part, identity = await in_thread(unpack_held, frame, told.pages)
@@ -93,7 +93,7 @@ async def ask_stored(
             first_page=first_page,
             end_page=end_page,
         )
-        answer, frame = await session.ask(encode(ask))
+        answer, frame = await session.ask(encode(ask, version=session.version))
         if (answer.kind, answer.ident) != (space.key.kind, space.key.ident):
             raise ProtocolError(f"the replica was asked for {space.key.pagemap_name} and spoke of another")
         if answer.problem:

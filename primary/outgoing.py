@@ -8,20 +8,24 @@ does it in a thread. Which pages are sent is decided here alone: those that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from common.bulk import BLOCK_PAGES, SEEDED, ZERO, EpochDigest, PackedRuns, pack, pack_runs
 from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
 from common.errors import CaptureError
-from common.messages import BULK_BYTES, Begin, Buffer, Commit, Metadata, Pages, Space, encode
+from common.messages import BULK_BYTES, PROTOCOL, Begin, Buffer, Commit, Metadata, Pages, Space, encode
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import CapturedEpoch, MetadataFile, PageTable, SpacePages
 from primary.page_set import NO_PAGES, PageSet, in_order
 
 Frames = list[Buffer]
+
+Speak = Callable[..., Frames]
+"""`encode`, in the version that the replica speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +50,25 @@ class Seed:
 
 
 def epoch_messages(
-    epoch: CapturedEpoch, term: int, base: Held | None, seed: Seed | None, buffer: bytearray
+    epoch: CapturedEpoch,
+    term: int,
+    base: Held | None,
+    seed: Seed | None,
+    buffer: bytearray,
+    version: int = PROTOCOL,
 ) -> Iterator[Frames]:
     """Yield the frames of each message in order; `buffer` (BULK_BYTES) is overwritten between them.
 
+    `version` is that of the wire format which the replica speaks.
+
     Raises CaptureError when a page or metadata file cannot be read: the epoch cannot be finished then.
     """
+    speak = partial(encode, version=version)
     digest = EpochDigest()
-    for frames in _body(epoch, term, base, seed, buffer):
+    for frames in _body(speak, epoch, term, base, seed, buffer):
         digest.add(frames)
         yield frames
-    yield encode(Commit(digest=digest.value()))
+    yield speak(Commit(digest=digest.value()))
 
 
 def full_bytes(epoch: CapturedEpoch) -> int:
@@ -65,9 +77,9 @@ def full_bytes(epoch: CapturedEpoch) -> int:
 
 
 def _body(
-    epoch: CapturedEpoch, term: int, base: Held | None, seed: Seed | None, buffer: bytearray
+    speak: Speak, epoch: CapturedEpoch, term: int, base: Held | None, seed: Seed | None, buffer: bytearray
 ) -> Iterator[Frames]:
-    yield encode(
+    yield speak(
         Begin(
             term=term,
             epoch=epoch.id,
@@ -78,22 +90,23 @@ def _body(
             memory_bytes=epoch.memory_bytes,
             spaces=len(epoch.spaces),
             metadata_files=len(epoch.metadata),
+            last=epoch.last,
         )
     )
     for file in epoch.metadata:
-        yield from _metadata(file)
+        yield from _metadata(speak, file)
     for space in epoch.spaces:
-        yield from _space(epoch, space, base, seed, memoryview(buffer))
+        yield from _space(speak, epoch, space, base, seed, memoryview(buffer))
 
 
-def _metadata(file: MetadataFile) -> Iterator[Frames]:
+def _metadata(speak: Speak, file: MetadataFile) -> Iterator[Frames]:
     """The file in pieces; its size is what is read, so that a growing file cannot go on for ever."""
     try:
         with file.path.open("rb") as stream:
             piece = stream.read(BULK_BYTES)
             while True:
                 following = stream.read(BULK_BYTES)
-                yield encode(Metadata(name=file.name, size=len(piece), more=bool(following)), [pack(piece)])
+                yield speak(Metadata(name=file.name, size=len(piece), more=bool(following)), [pack(piece)])
                 if not following:
                     return
                 piece = following
@@ -102,11 +115,16 @@ def _metadata(file: MetadataFile) -> Iterator[Frames]:
 
 
 def _space(
-    epoch: CapturedEpoch, space: SpacePages, base: Held | None, seed: Seed | None, buffer: memoryview
+    speak: Speak,
+    epoch: CapturedEpoch,
+    space: SpacePages,
+    base: Held | None,
+    seed: Seed | None,
+    buffer: memoryview,
 ) -> Iterator[Frames]:
     content, packed = _packed(space, base, seed)
     for place, runs in enumerate(packed, start=1):
-        yield encode(
+        yield speak(
             Space(
                 kind=space.key.kind,
                 ident=space.key.ident,
@@ -119,7 +137,7 @@ def _space(
     for block in content.pieces(BLOCK_PAGES):
         raw = buffer[: len(block) * PAGE_BYTES]
         epoch.pages.read(space.key, space.pages.rank(block), raw)
-        yield encode(Pages(raw_bytes=len(raw)), [pack(raw)])
+        yield speak(Pages(raw_bytes=len(raw)), [pack(raw)])
 
 
 def _packed(space: SpacePages, base: Held | None, seed: Seed | None) -> tuple[PageSet, list[PackedRuns]]:

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from common.errors import ProtocolError, UnreachableError
-from common.messages import Ack, Buffer, Credit, HeldPages, Nack, Readiness, Refused, cost_bytes, decode
+from common.messages import (
+    PROTOCOL,
+    Ack,
+    Buffer,
+    Credit,
+    HeldPages,
+    Nack,
+    Readiness,
+    Refused,
+    Versions,
+    cost_bytes,
+    decode,
+)
 from common.model import EpochId
 from common.rate import RateLimit
 from common.transport import Link
@@ -67,11 +79,14 @@ class Session:
         timing: StreamTiming,
         rate: RateLimit,
         *,
+        version: int = PROTOCOL,
         on_sent: Callable[[int], None],
         on_readiness: Callable[[Readiness], None],
     ) -> None:
         self.outcome: Ack | Nack | None = None
         """What the replica said of the epoch in flight, once it did."""
+        self.version = version
+        """Of the wire format, as both speak it."""
         self._peer = peer
         self._link = link
         self._window_bytes = credit_bytes
@@ -142,7 +157,7 @@ class Session:
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
         while True:
-            message, bulk = decode(await self._link.receive())
+            message, bulk = decode(await self._link.receive(), Versions(self.version, self.version))
             self._heard += 1
             unasked = self._heard - _ANSWERS * self._sent
             if unasked > _UNASKED + _UNASKED_PER_S * (loop.time() - begun_s):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import structlog
 import zmq
 import zmq.asyncio
@@ -35,15 +36,18 @@ from common.errors import CaptureError, OutliveError, ProtocolError, Unreachable
 from common.keyring import Keyring
 from common.messages import (
     BULK_BYTES,
-    PROTOCOL,
+    SPOKEN,
     Ack,
     Hello,
+    Message,
     Nack,
     Readiness,
     Refused,
+    Versions,
     Welcome,
     decode,
     encode,
+    version_of,
 )
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.rate import RateLimit
@@ -74,6 +78,15 @@ class StreamCounters:
     """From the offer of an epoch to its acknowledgement; the newest `LATENCIES_KEPT`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unacknowledged:
+    """The newest epoch that a replica was to get and is not known to have. Whoever is given it holds it."""
+
+    shared: SharedEpoch
+    base: Held | None
+    """What the replica is known to have: its pages need not be kept. None: nothing that is known."""
+
+
 class ReplicaStream:
     """Streams one workload to one replica in one term. `run()` in a task group; cancel it to end.
 
@@ -93,33 +106,39 @@ class ReplicaStream:
         secret: int = 0,
         on_acknowledged: Callable[[EpochId], None] = lambda epoch: None,
         on_refused: Callable[[Refused], None] = lambda refusal: None,
+        on_left: Callable[[Unacknowledged], None] | None = None,
         verification: Verification | None = None,
         software: str = "outlive",
         timing: StreamTiming = DEFAULT_STREAM_TIMING,
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
+        versions: Versions = SPOKEN,
     ) -> None:
         """`secret` is that under which the epochs' pages are identified.
 
         `verification` decides which pages of an acknowledged epoch are compared with what is stored of it
-        (None: none are). Callbacks must not block.
+        (None: none are). `on_left` gets what is not acknowledged when this ends; None: that is given back.
+        Callbacks must not block.
         """
         self._context = context
         self._node = node
         self._keys = keys
         self._peer = peer
         self._hello = Hello(
-            protocol=PROTOCOL,
+            protocol=versions.newest,
             software=software,
             node=node,
             workload=spec.name,
             term=term,
             incarnation=incarnation,
             spec=spec,
+            oldest=versions.oldest,
         )
+        self._versions = versions
         self._secret = secret
         self._on_acknowledged = on_acknowledged
         self._on_refused = on_refused
+        self._on_left = on_left
         self._verifier = StoreVerifier(peer.name, secret, verification or Verification(0))
         self._timing = timing
         self._link_timing = link_timing
@@ -200,7 +219,18 @@ class ReplicaStream:
                 await asyncio.sleep(self._pause_s())
         finally:
             self._connected = False
-            self._backlog.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Hand over what was not acknowledged."""
+        offer = self._backlog.close()
+        if offer is None:
+            return
+        acknowledged = self._acknowledged is not None and offer.epoch.id <= self._acknowledged
+        if acknowledged or self._on_left is None:
+            offer.shared.drop()
+        else:
+            self._on_left(Unacknowledged(offer.shared, self._held))
 
     async def _connect_once(self) -> None:
         failure: BaseException | None = None
@@ -232,15 +262,12 @@ class ReplicaStream:
         raise UnreachableError(await link.lost())
 
     async def _greet(self, link: Link) -> Session:
-        try:
-            async with asyncio.timeout(self._timing.greeting_s):
-                await link.send(encode(self._hello))
-                answer, _ = decode(await link.receive())
-        except TimeoutError:
-            raise UnreachableError(
-                f"{self._peer.name} did not answer within {self._timing.greeting_s:g} s",
-                hint=f"is its agent running and {self._peer.address} port {self._peer.agent_port} open?",
-            ) from None
+        """Greet in the newest version, and once more in the replica's own if that is older."""
+        answer, version = await self._say_hello(link, self._versions.newest)
+        if isinstance(answer, Refused) and answer.code == "version":
+            if not self._versions.oldest <= version < self._versions.newest:
+                raise RefusedError(self._peer.name, self._too_far(answer, version))
+            answer, version = await self._say_hello(link, version)
         if isinstance(answer, Refused):
             raise RefusedError(self._peer.name, answer)
         if not isinstance(answer, Welcome) or answer.node != self._peer.name:
@@ -255,9 +282,35 @@ class ReplicaStream:
             answer.credit_bytes,
             self._timing,
             self._rate,
+            version=version,
             on_sent=self._note_sent,
             on_readiness=self._note_readiness,
         )
+
+    async def _say_hello(self, link: Link, version: int) -> tuple[Message, int]:
+        """Greet in a version of the wire format; return the answer, and in which version that is."""
+        hello = msgspec.structs.replace(self._hello, protocol=version)
+        try:
+            async with asyncio.timeout(self._timing.greeting_s):
+                await link.send(encode(hello, version=version))
+                frames = await link.receive()
+                answer, _ = decode(frames, self._versions)
+        except TimeoutError:
+            raise UnreachableError(
+                f"{self._peer.name} did not answer within {self._timing.greeting_s:g} s",
+                hint=f"is its agent running and {self._peer.address} port {self._peer.agent_port} open?",
+            ) from None
+        return answer, version_of(frames)
+
+    def _too_far(self, refusal: Refused, theirs: int) -> Refused:
+        """Say of a refusal for the version what it means, and what to do."""
+        node, peer, ours = self._hello.node, self._peer.name, self._versions
+        older = peer if theirs < ours.oldest else node
+        reason = (
+            f"{peer} speaks version {theirs} of the wire format, {node} {ours}: "
+            f"upgrade {older}, one version at a time"
+        )
+        return msgspec.structs.replace(refusal, reason=reason)
 
     def _recall(self, welcome: Welcome) -> None:
         """Find out what the replica stands on: only an epoch whose table is known can be a base.
@@ -327,7 +380,7 @@ class ReplicaStream:
         self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
         try:
             await self._send_messages(
-                session, epoch_messages(epoch, self._hello.term, base, seed, self._buffer)
+                session, epoch_messages(epoch, self._hello.term, base, seed, self._buffer, session.version)
             )
             outcome = await session.acknowledged()
         except CaptureError as error:
@@ -347,7 +400,7 @@ class ReplicaStream:
             if doubt := await self._verifier.compare(session, epoch):
                 # First of all here, so that it holds whether the replica hears of it or not.
                 self.resync(full=True)
-                await session.send(encode(doubt))
+                await session.send(encode(doubt, version=session.version))
             return False
         return self._not_acknowledged(outcome, whole=base is None)
 

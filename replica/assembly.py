@@ -256,6 +256,7 @@ class Assembly:
             base=begin.base,
             incarnation=begin.incarnation,
             frozen_wall_s=begin.frozen_wall_s,
+            last=begin.last,
         )
         try:
             incoming = self._store.begin(

@@ -74,6 +74,8 @@ class EpochHeader(msgspec.Struct, frozen=True, kw_only=True):
     base: EpochId | None
     incarnation: str
     frozen_wall_s: float
+    last: bool | None = None
+    """It was handed over with this epoch; None: its leader was of a version that does not say so."""
 
 
 class FileEntry(msgspec.Struct, frozen=True):

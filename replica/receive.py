@@ -31,7 +31,7 @@ from common.keyring import Keyring
 from common.messages import (
     BULK_BYTES,
     MIN_CREDIT_BYTES,
-    PROTOCOL,
+    SPOKEN,
     Ack,
     Buffer,
     Credit,
@@ -43,9 +43,11 @@ from common.messages import (
     RefusalCode,
     Refused,
     VersionError,
+    Versions,
     Welcome,
     decode,
     encode,
+    version_of,
 )
 from common.model import WorkloadSpec
 from common.terms import TermGuard
@@ -101,6 +103,8 @@ class _Session:
         self.node = greeting.node
         self.key = greeting.key
         self.hello = hello
+        self.version = version_of(greeting.frames)
+        """Of the wire format, as both speak it."""
         self.window_bytes = window_bytes
         self.waiting: list[Incoming] = []
         self.unpaid_bytes = 0
@@ -166,6 +170,7 @@ class Receiver:
         limits: ReceiverLimits = ReceiverLimits(),
         link_timing: LinkTiming = DEFAULT_TIMING,
         clock: Clock | None = None,
+        versions: Versions = SPOKEN,
         on_refused: Callable[[str, str], None] = lambda address, reason: None,
         on_not_committed: Callable[[str, Nack], None] = lambda workload, nack: None,
         on_doubt: Callable[[str, Doubt], None] = lambda workload, doubt: None,
@@ -190,6 +195,7 @@ class Receiver:
         self._on_not_committed = on_not_committed
         self._on_doubt = on_doubt
         self._link_timing = link_timing
+        self._versions = versions
         self._clock = clock or SystemClock()
         self._sessions: dict[bytes, _Session] = {}
         self._active: dict[str, _Session] = {}
@@ -263,9 +269,12 @@ class Receiver:
                 self._server.cut(session.connection)
             return
         try:
-            hello, _ = decode(incoming.frames)
+            hello, _ = decode(incoming.frames, self._versions)
+        except VersionError as error:
+            await self._refuse_version(incoming, error)
+            return
         except ProtocolError as error:
-            await self._refuse(incoming, _code_of(error, "nonsense"), error.message)
+            await self._refuse(incoming, "nonsense", error.message)
             return
         if not isinstance(hello, Hello):
             await self._refuse(incoming, "no-session", "greet first")
@@ -279,6 +288,13 @@ class Receiver:
             session = _Session(incoming, hello, self._limits.credit_bytes)
             self._sessions[incoming.connection] = session
             tasks.create_task(self._work(session), name=f"session {incoming.node} {hello.workload}")
+
+    async def _refuse_version(self, to: Incoming, error: VersionError) -> None:
+        """Say in which version this node can be spoken to: the newest one, as which a refusal is sent."""
+        if error.theirs.oldest <= self._versions.newest < error.theirs.newest:
+            await self._say_no(to, Refused(code="version", reason=f"greet in {self._versions}"))
+        else:
+            await self._refuse(to, "version", f"{error.message}: {error.hint}")
 
     async def _work(self, session: _Session) -> None:
         """One session from its greeting to its end; all that is wrong with a peer ends here."""
@@ -330,7 +346,7 @@ class Receiver:
         await self._tell(
             session,
             Welcome(
-                protocol=PROTOCOL,
+                protocol=session.version,
                 node=self._config.node.name,
                 newest=ground.id if ground else None,
                 newest_frozen_wall_s=ground.frozen_wall_s if ground else None,
@@ -366,7 +382,7 @@ class Receiver:
             came_s = sum(incoming.cost_bytes for incoming in batch) / self._limits.least_bytes_per_s
             patience_s = min(self._limits.patience_s, patience_s - waited_s + came_s)
             while batch and not session.over:
-                taken, outcome = await in_thread(_take_batch, assembly, batch)
+                taken, outcome = await in_thread(_take_batch, assembly, batch, session.version)
                 done_bytes += sum(incoming.cost_bytes for incoming in batch[:taken])
                 batch = batch[taken:]
                 # Paid back in portions, small enough that what is held back never stops the sender.
@@ -442,7 +458,7 @@ class Receiver:
 
     async def _tell(self, session: _Session, message: Message, bulk: Sequence[Buffer] = ()) -> None:
         """Send to a session's peer; if it is gone the session is over."""
-        if not await self._server.send(session.connection, encode(message, bulk)):
+        if not await self._server.send(session.connection, encode(message, bulk, version=session.version)):
             session.end(f"{session.node} is gone")
 
     async def _refuse(self, to: _Session | Incoming, code: RefusalCode, reason: str, term: int = 0) -> None:
@@ -450,13 +466,17 @@ class Receiver:
         self.refusals[code] += 1
         if self._to_be_logged(to.node, code):
             log.warning("receive.refused", node=to.node, code=code, reason=reason)
+        await self._say_no(to, Refused(code=code, reason=reason[:4096], term=term))
+
+    async def _say_no(self, to: _Session | Incoming, refused: Refused) -> None:
+        """Send it in the newest version spoken here, which says which that is; who goes on and on is cut."""
         if len(self._refused_of) >= _CONNECTIONS_KNOWN:
             self._refused_of.clear()
         self._refused_of[to.connection] += 1
         if self._refused_of[to.connection] > _MOST_REFUSALS:
             self._server.cut(to.connection)
             return
-        await self._server.send(to.connection, encode(Refused(code=code, reason=reason[:4096], term=term)))
+        await self._server.send(to.connection, encode(refused, version=self._versions.newest))
 
     def _to_be_logged(self, who: str, what: str) -> bool:
         """Whether this is to be logged now; else it was a moment ago. Nobody fills the log by repetition."""
@@ -468,13 +488,13 @@ class Receiver:
         return True
 
 
-def _take_batch(assembly: Assembly, batch: Sequence[Incoming]) -> tuple[int, Outcome | None]:
+def _take_batch(assembly: Assembly, batch: Sequence[Incoming], version: int) -> tuple[int, Outcome | None]:
     """Take in messages in order, up to the first that has an outcome: how many, and which. In a thread.
 
     Outcomes go out before the next message is looked at: a short question can have a long answer.
     """
     for taken, incoming in enumerate(batch, start=1):
-        message, bulk = decode(incoming.frames)
+        message, bulk = decode(incoming.frames, Versions(version, version))
         outcome = assembly.take(message, bulk, incoming.frames)
         if outcome is not None:
             return taken, outcome

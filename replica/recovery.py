@@ -19,6 +19,7 @@ import structlog
 from common.durable import TEMPORARY_PREFIX, Disk, atomic_write, cause_of
 from common.errors import StoreError
 from common.model import EpochId
+from common.state_format import shown
 from replica.levels import FORMAT, REASON_NAME, DamagedLevelError, Layout, Level, chain_of, read_level
 
 READ_ATTEMPTS = 3
@@ -66,7 +67,7 @@ def check_format(layout: Layout, disk: Disk, *, new: bool = False) -> None:
         raise StoreError(f"{layout.root} is no epoch store") from None
     if found != FORMAT:
         raise StoreError(
-            f"{layout.root} is of another version: {found[:80].decode(errors='replace').strip()}",
+            f"{layout.root} is of another version: `{shown(found)}`, and this one knows `{shown(FORMAT)}`",
             hint="use the version of Outlive that wrote it, or move it away: its primary sends all again",
         )
 

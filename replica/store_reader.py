@@ -23,6 +23,7 @@ from replica.levels import (
     FileEntry,
     Layout,
     Level,
+    Manifest,
     SpaceEntry,
     chain_of,
     present_rows,
@@ -54,6 +55,8 @@ class EpochRecord:
     folded: bool
     path: Path
     """The directory to restore from; stays valid when the epoch is folded."""
+    last: bool | None = None
+    """It was handed over with this epoch; None: that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +177,33 @@ class StoreReader:
             levels=len(chain or ()),
             folded=level.path.parent == self._layout.folds,
             path=self._layout.view(epoch),
+            last=header.last,
         )
+
+
+def check_stores(directory: Path) -> None:
+    """Raise StoreError if a store below `directory` is of another version; none is touched."""
+    disk = RealDisk()
+    for name in stored_workloads(directory):
+        check_format(Layout(directory / name), disk)
+
+
+def aside_level(root: Path, epoch: EpochId) -> tuple[Manifest | None, EpochId | None]:
+    """Return what a directory laid out as a store has of an epoch, and which one it lacks to restore that.
+
+    None: nothing that can be read; and nothing that it lacks.
+    """
+    layout, disk = Layout(root), RealDisk()
+    try:
+        newest = level = read_level(layout.view(epoch).resolve(strict=True), disk)
+    except (OSError, StoreError):
+        return None, epoch
+    while level.base is not None:
+        try:
+            level = read_level(layout.view(level.base).resolve(strict=True), disk)
+        except (OSError, StoreError):
+            return newest.manifest, level.base
+    return newest.manifest, None
 
 
 def stored_workloads(directory: Path) -> list[str]:

@@ -12,7 +12,7 @@ from common.control import AskExplanation, Explanation
 from common.errors import NoFailoverError, WorkloadError
 from outlive.cli.call import Call, Verb, examples
 from outlive.cli.output import Answer, Rows, duration
-from outlive.cli.status import ALL, ask_status
+from outlive.cli.status import ALL, ask_status, planned_sentence
 
 COLUMNS = ("WORKLOAD", "IF NOW", "OUTCOME", "RUNS ON", "REASON")
 _NOTHING = "-"
@@ -60,6 +60,7 @@ def explain(context: click.Context, workload: str | None) -> None:
         if not each.would_fail_over and (workload is not None or not each.stopped)
     )
     sentences = [line for each in found for line in _sentences(each)]
+    sentences += [planned_sentence(each.workload, each.planned) for each in found if each.planned is not None]
     rows = [row for each in found for row in _rows(each)]
     call.show(ExplainAnswer(workloads=found, no_failover=without), *sentences, "", Rows(COLUMNS, rows))
     if without:

@@ -13,16 +13,27 @@ import click
 import msgspec
 
 from common.config import NodeConfig
-from common.control import Done, Switchover, TimelineEntry, WorkloadStatus
+from common.control import (
+    CancelSwitchover,
+    Done,
+    PlannedSwitchover,
+    PlanSwitchover,
+    Switchover,
+    TimelineEntry,
+    WorkloadStatus,
+)
 from common.errors import ConfigError, HandoverError, OutliveError, UnsettledError, WorkloadError
 from outlive.cli.call import Call, Verb, examples
 from outlive.cli.follow import POLL_S, find_workload, timeline_since
-from outlive.cli.output import Answer, Rows
+from outlive.cli.output import Answer, Rows, wall_time
+from outlive.cli.pause import user
 from outlive.cli.status import ask_status
 
 _TIMEOUT = click.option(
     "--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to follow each workload."
 )
+_REASON_S = 5.0
+"""How long to wait for the other node's reason: its agent is greeted anew, and takes an epoch, first."""
 _DAY_S = 86_400
 
 
@@ -38,6 +49,13 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
     """What happened here."""
 
 
+class PlannedAnswer(Answer, frozen=True, kw_only=True):
+    """What is planned for one workload now; null: nothing."""
+
+    workload: str
+    planned: PlannedSwitchover | None
+
+
 class MovedAnswer(Answer, frozen=True, kw_only=True):
     """All that were moved; what could not be is told on stderr and by the exit code."""
 
@@ -51,19 +69,21 @@ class MovedAnswer(Answer, frozen=True, kw_only=True):
     epilog=examples(
         "outlive switchover redis --to b",
         "outlive switchover redis --to b --at 03:30",
+        "outlive switchover redis --cancel",
         "outlive switchover redis --to a         on b, to bring it back",
     ),
 )
 @click.argument("name")
-@click.option("--to", required=True, metavar="NODE", help="Where it is to run.")
+@click.option("--to", metavar="NODE", help="Where it is to run.")
 @click.option(
     "--at",
     metavar="TIME",
-    help="Wait until then: HH:MM[:SS] (today, or tomorrow if that is past) or YYYY-MM-DDTHH:MM[:SS].",
+    help="Not now, but then: HH:MM[:SS] (today, or tomorrow if that is past) or YYYY-MM-DDTHH:MM[:SS].",
 )
+@click.option("--cancel", is_flag=True, help="Forget the one that is planned.")
 @_TIMEOUT
 @click.pass_obj
-def switchover(call: Call, name: str, to: str, at: str | None, timeout_s: float) -> None:
+def switchover(call: Call, name: str, to: str | None, at: str | None, cancel: bool, timeout_s: float) -> None:
     """Move a workload from this node to another one, without loss.
 
     It stands still, its last epoch is committed there, its address leaves this host, it is restored there
@@ -72,11 +92,23 @@ def switchover(call: Call, name: str, to: str, at: str | None, timeout_s: float)
     do not matter.
 
     Exits with 21 if it runs on here after all, with 19 if that is not settled within --timeout, with 10 if it
-    cannot be begun. With --at this verb waits in the foreground: leave it running.
+    cannot be begun.
+
+    With --at, this node's keeper has it on disk when this verb ends, and begins it then, by this node's
+    clock; it is refused now if it could not begin now. It is carried out up to a minute late, and given up
+    if this node does not lead that term any more, or refuses it for that long: `outlive history` says so.
+    `outlive status` shows what is planned. One at a time: another one takes its place.
     """
     config = call.config()
+    if cancel == (to is not None) or (cancel and at is not None):
+        raise click.UsageError("give either --to NODE, with or without --at, or --cancel alone")
+    if to is None:
+        call.ask(config.keeper_endpoint, CancelSwitchover(workload=name, by=user()), Done)
+        call.show(PlannedAnswer(workload=name, planned=None), f"{name}: nothing is planned any more")
+        return
     if at is not None:
-        _wait_until(call, at)
+        _plan(call, config, name, to, at)
+        return
     moved = _move(call, config, name, to, timeout_s)
     call.show(MovedAnswer(moved=(moved,)), _rows((moved,)))
 
@@ -136,7 +168,10 @@ def _move(call: Call, config: NodeConfig, name: str, to: str, timeout_s: float) 
             took_s = round(time.monotonic() - began_s, 3)
             return Moved(workload=name, node=now.leader, term=now.term, took_s=took_s, timeline=told)
         if now.state == "leading":
-            raise HandoverError(f"{name} runs on here: {now.reason}", hint=f"outlive history {name}")
+            raise HandoverError(
+                f"{name} runs on here: {now.reason}{_said_by(call, config, name, to)}",
+                hint=f"outlive history {name}, here and on {to}",
+            )
         if time.monotonic() - began_s > timeout_s:
             raise UnsettledError(
                 f"{name} is {now.state} after {timeout_s:g} s: {now.reason}", hint="outlive status"
@@ -144,19 +179,37 @@ def _move(call: Call, config: NodeConfig, name: str, to: str, timeout_s: float) 
         time.sleep(POLL_S)
 
 
+def _said_by(call: Call, config: NodeConfig, name: str, to: str) -> str:
+    """Return what the other node has against it, once its agent is connected; nothing if it does not say."""
+    until_s = time.monotonic() + _REASON_S
+    while time.monotonic() < until_s:
+        now = find_workload(call, config, name)
+        replicas = now.replicas if now is not None else ()
+        replica = next((each for each in replicas if each.node == to), None)
+        if replica is not None and replica.connected and replica.acknowledged is not None:
+            return f"; {to} says: {'; '.join(replica.reasons)}" if replica.reasons else ""
+        time.sleep(POLL_S)
+    return ""
+
+
 def _rows(moved: tuple[Moved, ...]) -> Rows:
     rows = [(each.workload, each.node, str(each.term), f"{each.took_s:.1f} s") for each in moved]
     return Rows(("WORKLOAD", "RUNS ON", "TERM", "TOOK"), rows, frozenset({"TERM", "TOOK"}))
 
 
-def _wait_until(call: Call, text: str) -> None:
-    """Wait until a time of this host's clock. Raises ConfigError if it is none, or past."""
-    at = seconds_until(text, datetime.datetime.now().astimezone())
-    if at > 0:
-        call.talk(f"waiting for {text}, {at:.0f} s from now; Ctrl-C gives it up")
-    until_wall_s = time.time() + at
-    while (left_s := until_wall_s - time.time()) > 0:
-        time.sleep(min(left_s, 1.0))
+def _plan(call: Call, config: NodeConfig, name: str, to: str, text: str) -> None:
+    """Have the keeper plan it. Raises ConfigError for a time that is none, or past; what it refuses."""
+    now = datetime.datetime.now().astimezone()
+    at_wall_s = now.timestamp() + seconds_until(text, now)
+    asked = PlanSwitchover(workload=name, to=to, at_wall_s=at_wall_s, by=user())
+    answer = call.ask(config.keeper_endpoint, asked, Done)
+    found = find_workload(call, config, name)
+    planned = found.planned if found is not None else None
+    call.show(
+        PlannedAnswer(workload=name, planned=planned),
+        f"{name}: planned to move to {to} at {wall_time(at_wall_s)}, by this node's clock",
+        *([answer.detail] if answer.detail else []),
+    )
 
 
 def seconds_until(text: str, now: datetime.datetime) -> float:

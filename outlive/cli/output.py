@@ -36,7 +36,7 @@ _STYLES = {
     "waiting": "yellow",
     "never seen": "yellow",
     "never heard": "yellow",
-    "refused: wrong key": "bold red",
+    "refused": "bold red",
     "all": "bold red",
 }
 """Colours of the fixed words, on a terminal."""

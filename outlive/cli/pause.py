@@ -104,7 +104,7 @@ def _settle(context: click.Context, workload: str | None, timeout_s: float, *, p
     request = PauseTakeover if pausing else ResumeTakeover
     for name in names:
         try:
-            details[name] = call.ask(config.keeper_endpoint, request(workload=name, by=_user()), Done).detail
+            details[name] = call.ask(config.keeper_endpoint, request(workload=name, by=user()), Done).detail
         except OutliveError as error:
             if workload is not None:
                 raise
@@ -173,7 +173,7 @@ def _rows(found: tuple[PausedWorkload, ...]) -> Rows:
     return Rows(("WORKLOAD", "TAKEOVER", "NOT KNOWN TO", "REASON"), rows)
 
 
-def _user() -> str:
+def user() -> str:
     """Return who asks: the user behind sudo, else the one of this process."""
     try:
         return os.environ.get("SUDO_USER") or getpass.getuser()

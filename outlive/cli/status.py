@@ -16,6 +16,7 @@ from common.control import (
     AskStatus,
     NodeStatus,
     PeerStatus,
+    PlannedSwitchover,
     ReplicaProgress,
     VerificationProgress,
     WorkloadStatus,
@@ -29,7 +30,7 @@ from outlive.cli.output import Answer, Rows, duration, wall_time, yes_no
 REFRESH_S = 1.0
 _NOTHING = "-"
 NEVER_HEARD = "never heard"
-REFUSED = "refused: wrong key"
+REFUSED = "refused"
 ALL = "all"
 
 COLUMNS = ("WORKLOAD", "ROLE", "STATE", "TERM", "EPOCH", "RESTORABLE", "DATA AT RISK", "RPO", "REPLICAS")
@@ -195,6 +196,8 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines += [f"{name}: {reason}" for reason in workload.reasons]
         lines += [line for replica in workload.replicas for line in _replica_sentences(name, replica)]
     lines += pause_sentences(workload)
+    if workload.planned is not None:
+        lines.append(planned_sentence(name, workload.planned))
     if workload.rpo == "missed":
         lines.append(
             f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
@@ -209,6 +212,7 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:
         lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
+    lines += [f"{name}: an epoch that nobody acknowledged is kept in {path}" for path in workload.aside]
     return lines
 
 
@@ -219,6 +223,15 @@ def pause_sentences(workload: WorkloadStatus) -> list[str]:
         lines = [f"{name}: takeover is {told(workload.pauses)}: outlive resume {name}"]
         return [*lines, f"{name}: paused here, but {unaware(workload)}"] if missing else lines
     return [f"{name}: resumed here; {missing} was not heard to know that"] if missing else []
+
+
+def planned_sentence(name: str, planned: PlannedSwitchover) -> str:
+    """Return what is to be known of a planned switchover."""
+    when = wall_time(planned.at_wall_s)
+    return (
+        f"{name}: {planned.by} has planned its switchover to {planned.to} at {when}:"
+        f" outlive switchover {name} --cancel"
+    )
 
 
 def unaware(workload: WorkloadStatus) -> str:

@@ -71,6 +71,25 @@ class StoreShowAnswer(Answer, frozen=True, kw_only=True):
     restore_command: str
 
 
+class AsideEpochTold(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch that this node captured, nobody acknowledged, and another node's term superseded."""
+
+    workload: str
+    epoch: EpochId
+    frozen_wall_s: float | None
+    """None: what lies there cannot be read."""
+    bytes_on_disk: int
+    needs: EpochId | None
+    """The epoch that has to be copied into `path` before it can be restored; None: it is whole."""
+    path: str
+
+
+class StoreAsideAnswer(Answer, frozen=True, kw_only=True):
+    """All that lies aside, in the order of names."""
+
+    epochs: tuple[AsideEpochTold, ...]
+
+
 class StoreFoldAnswer(Answer, frozen=True, kw_only=True):
     """What a fold did; `levels_after` equals `levels_before` if nothing was due."""
 
@@ -211,6 +230,49 @@ def fold(call: Call, workload: str) -> None:
     )
     done = f"{answer.levels_before} levels are now {answer.levels_after}" if report else "nothing was due"
     call.show(answer, f"{workload} {answer.epoch or '-'}: {done}")
+
+
+@store.command(epilog=examples("outlive store aside", "outlive store aside redis --output json"))
+@click.argument("workload", required=False)
+@click.pass_obj
+def aside(call: Call, workload: str | None) -> None:
+    """List epochs that this node captured as the primary, and that nobody acknowledged.
+
+    They were kept when another node had taken over: none is ever restored by Outlive, and none is removed.
+    NEEDS names the epoch that the directory lacks before it can be restored. Remove one with rm -r.
+    """
+    from outlive.aside import aside_directory, kept_aside
+    from replica.store_reader import aside_level
+
+    directory = aside_directory(call.config())
+    found: list[AsideEpochTold] = []
+    for each in kept_aside(directory):
+        if workload in (None, each.workload):
+            level, needs = aside_level(each.path, each.epoch)
+            found.append(
+                AsideEpochTold(
+                    workload=each.workload,
+                    epoch=each.epoch,
+                    frozen_wall_s=level.header.frozen_wall_s if level else None,
+                    bytes_on_disk=sum(file.size_bytes for file in level.files) if level else 0,
+                    needs=needs,
+                    path=str(each.path),
+                )
+            )
+    rows = [
+        (
+            each.workload,
+            str(each.epoch),
+            "-" if each.frozen_wall_s is None else wall_time(each.frozen_wall_s),
+            _mebibytes(each.bytes_on_disk),
+            str(each.needs or "-"),
+            each.path,
+        )
+        for each in found
+    ]
+    columns = ("WORKLOAD", "EPOCH", "FROZEN AT", "SIZE", "NEEDS", "DIRECTORY")
+    view = Rows(columns, rows, frozenset({"SIZE"})) if rows else f"nothing lies aside in {directory}"
+    call.show(StoreAsideAnswer(epochs=tuple(found)), view)
 
 
 def _open(config: NodeConfig, workload: str) -> StoreReader:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +103,47 @@ async def test_a_primary_that_was_replaced_while_cut_off_ends_its_copy_when_it_h
         await cluster.nodes["a"].wait_for(NAME, follows, what="a replica of b")
         await cluster.wait_until_protected("b", "a")
         assert await cluster.answers()
+
+
+@pytest.mark.parametrize("backend", ["auto", "stock"])
+async def test_what_a_cut_off_primary_captured_last_is_kept_and_can_be_restored_by_hand(backend: str) -> None:
+    settings = {"capture": {"backend": backend}}
+    async with protected_redis(fenced=False, right_to_lead="manual", settings=settings) as cluster:
+        first, second = cluster.nodes["a"], cluster.nodes["b"]
+        address = str(cluster.lab.vip().ip)
+        count = f"while redis-cli -h {address} -p {PORT} incr counted; do :; done >/dev/null 2>&1"
+        counting = asyncio.create_task(
+            first.host.run(["timeout", "20", "sh", "-c", count], check=False, timeout_s=60.0)
+        )
+        await cluster.wait_for_epochs(4)
+        await cluster.lab.cut("a")
+        await second.wait_for(NAME, lambda w: w.state == "waiting", what="waiting")
+        await second.cli("failover", NAME, "--accept-data-loss", "--old-primary-is-off", "a")
+        await second.wait_for(NAME, lambda w: w.role == "primary" and w.running, what="led by b")
+        taken_over = int(await cluster.redis("get", "counted"))
+        await cluster.lab.mend("a")
+        await counting
+        told = await first.wait_for(NAME, lambda w: bool(w.aside), what="set aside", timeout_s=60.0)
+        await cluster.wait_until_protected("b", "a")
+
+        listed = json.loads((await first.cli("store", "aside", "--output", "json")).stdout)["epochs"]
+        assert [each["path"] for each in listed] == list(told.aside)
+        kept = Path(listed[0]["path"])
+        assert (listed[0]["needs"] is None) == (backend == "stock"), "all pages are at hand of a whole dump"
+        if listed[0]["needs"] is not None:
+            shutil.copytree(second.config.store_dir / NAME, kept, symlinks=True, dirs_exist_ok=True)
+            listed = json.loads((await first.cli("store", "aside", "--output", "json")).stdout)["epochs"]
+            assert listed[0]["needs"] is None
+        await first.stop("keeper")
+        await first.stop("agent")
+        epoch = f"t{listed[0]['epoch']['term']}-e{listed[0]['epoch']['epoch']}"
+        script = f"cd {first.host.dir} && sh {kept}/views/{epoch}/RESTORE </dev/null >restore.out 2>&1"
+        await first.host.run(["sh", "-c", script])
+        own = str(first.host.address.ip)
+        asked = await first.host.run(
+            ["timeout", "3", "redis-cli", "-h", own, "-p", str(PORT), "get", "counted"]
+        )
+        assert int(asked.stdout) > taken_over, "it is newer than what was taken over"
 
 
 async def test_idle_epochs_cost_less_than_a_hundredth_of_the_memory() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq.asyncio
+from msgspec.structs import replace
 
 from common.config import Fence, Heartbeat, Node, NodeConfig, Peer
 from common.control import (
@@ -23,6 +24,7 @@ from common.control import (
     AskExplanation,
     AskHistory,
     AskStatus,
+    CancelSwitchover,
     Done,
     EndFreeze,
     Explanation,
@@ -34,6 +36,7 @@ from common.control import (
     Order,
     Orders,
     PauseTakeover,
+    PlanSwitchover,
     Refused,
     ReplicaProgress,
     Report,
@@ -550,6 +553,72 @@ async def test_sigterm_ends_the_keeper_cleanly_and_leaves_the_workload() -> None
         assert time.monotonic() - began_s < 2.0
         assert a.agent.running
         assert "Traceback" not in a.log.read_text()
+
+
+async def test_a_planned_switchover_outlives_the_keeper_and_begins_when_it_is_due() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        at_wall_s = time.time() + 3.0
+        plan = PlanSwitchover(workload="w", to="b", at_wall_s=at_wall_s, by="root")
+        assert await b.ask(plan) == Refused(
+            error="NoRightToLeadError", message="a leads it", hint="on a: outlive switchover w --to b"
+        )
+        assert isinstance(await a.ask(replace(plan, at_wall_s=1.0)), Refused)
+        answer = await a.ask(plan)
+        assert isinstance(answer, Done), answer
+        a.kill_keeper()
+        await a.agent.die()
+        await a.start_keeper()
+        a.agent.start()
+        status = await a.is_in("leading")
+        assert status.planned is not None
+        assert status.planned.to == "b"
+        await a.is_in("handing_over")
+        assert time.time() >= at_wall_s
+        assert (await a.status()).planned is None
+        history = await a.ask(AskHistory(workload="w"))
+        assert isinstance(history, History)
+        told = [each.reason for each in history.terms[-1].timeline if each.event == "planned switchover"]
+        assert told == ["to b, planned by root: it is due, and begins"]
+
+
+async def test_a_planned_switchover_can_be_cancelled_and_ends_with_its_term() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        plan = PlanSwitchover(workload="w", to="b", at_wall_s=time.time() + 1000, by="root")
+        assert isinstance(await a.ask(plan), Done)
+        assert isinstance(await a.ask(CancelSwitchover(workload="w", by="root")), Done)
+        assert isinstance(await a.ask(CancelSwitchover(workload="w", by="root")), Refused)
+        assert isinstance(await a.ask(plan), Done)
+        let_fence_of(a, "exit 0")
+        await lose(a)
+        await b.is_in("leading")
+        await a.start_keeper()
+        a.agent.start()
+        status = await a.is_in("following")
+
+        async def forgotten() -> bool:
+            return (await a.status()).planned is None
+
+        await until(forgotten, "the plan is forgotten")
+        history = await a.ask(AskHistory(workload="w"))
+        assert isinstance(history, History)
+        first = next(each for each in history.terms if each.term < status.term)
+        assert "term 1, which is over" in first.timeline[-1].reason
+
+
+async def test_a_keeper_that_finds_what_a_newer_version_wrote_ends_with_one_error() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        a.kill_keeper(signal.SIGTERM)
+        await a.agent.die()
+        state = Path(a.config.node.state_dir)
+        (state / "format").write_text("outlive state 2\n")
+        before = {path: path.read_bytes() for path in (state / "terms").rglob("*") if path.is_file()}
+        with pytest.raises(AssertionError, match="outlive state 2"):
+            await a.start_keeper()
+        assert {path: path.read_bytes() for path in (state / "terms").rglob("*") if path.is_file()} == before
+        assert a.agent.running, "the workload is left alone"
 
 
 async def test_the_keeper_fits_into_32_mib() -> None:

@@ -89,6 +89,12 @@ async def test_what_the_other_node_cannot_restore_runs_on_here_from_the_same_ins
             await eventually(cluster.answers, what="redis answers")
         assert running_init_pid(first.config, NAME) == pid, "it is another one"
         assert back.term == 3
+        told = await first.wait_for(
+            NAME,
+            lambda w: any("a restore failed here" in each for each in w.replicas[0].reasons),
+            what="told why b could not",
+        )
+        assert told.replicas[0].node == "b"
         acknowledged, lost = await lost_writes(cluster, log)
         assert acknowledged > 0
         assert lost == 0

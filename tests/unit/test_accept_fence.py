@@ -132,6 +132,14 @@ async def test_what_cannot_be_read_is_unknown(config: NodeConfig, files: TermFil
     assert (await accept_fence(config, REQUEST)).outcome == "unknown"
 
 
+async def test_what_a_newer_version_wrote_is_not_touched(config: NodeConfig, files: TermFiles) -> None:
+    (Path(config.node.state_dir) / "format").write_text("outlive state 2\n")
+    answer = await accept_fence(config, REQUEST)
+    assert answer.outcome == "unknown"
+    assert "outlive state 2" in answer.reason
+    assert files.load_refusal("w") is None
+
+
 async def test_what_still_runs_when_it_is_read_back_is_unknown(
     config: NodeConfig, files: TermFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from common import durable
 from common.config import Node, NodeConfig, Store
 from common.control import Order
-from common.errors import ConfigError
+from common.errors import ConfigError, StoreError
 from common.keys import generate
 from common.messages import Nack
 from common.model import EpochId, WorkloadSpec
@@ -187,3 +187,29 @@ async def test_a_refused_epoch_of_a_workload_that_was_let_go_disturbs_nobody(age
     workload = await taken_up(agent)
     agent._note_not_committed("redis", nack)
     assert "full" in workload.report().reasons[-1]
+
+
+async def test_an_agent_that_finds_a_newer_store_refuses_to_start_and_touches_nothing(
+    agent: Agent, directory: Path
+) -> None:
+    await taken_up(agent)
+    await agent._workloads.close()
+    root = directory / "state/store/redis"
+    (root / "format").write_text("outlive epoch store 2\n")
+    (directory / "images/redis/t1-e1").mkdir(parents=True)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(
+        StoreError, match="`outlive epoch store 2`, and this one knows `outlive epoch store 1`"
+    ):
+        await agent.run()
+    assert sorted(root.rglob("*")) == before
+    assert (directory / "images/redis/t1-e1").exists()
+
+
+def test_an_agent_that_finds_a_newer_state_directory_refuses_to_start(directory: Path) -> None:
+    node = Node(name="a", address="127.0.0.1", state_dir=str(directory / "state"), criu="/bin/true")
+    (directory / "state").mkdir(mode=0o700)
+    (directory / "state/format").write_text("outlive state 2\n")
+    with pytest.raises(StoreError, match="outlive state 2"):
+        Agent(NodeConfig(node=node), CpuShare(None), None)  # type: ignore[arg-type]
+    assert [path.name for path in (directory / "state").iterdir()] == ["format"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -274,6 +275,32 @@ def test_verifying_finds_a_byte_that_changed(stored: Path, capsys: Captured) -> 
     answer = json.loads(capsys.readouterr().out)
     assert answer["sound"] is False
     assert [Path(problem["path"]).name for problem in answer["problems"]] == [pages.name]
+
+
+def test_what_lies_aside_is_listed_with_what_it_needs(stored: Path, capsys: Captured) -> None:
+    assert run(["store", "aside", "--config", str(stored)]) == 0
+    assert "nothing lies aside in" in capsys.readouterr().out
+    state = stored.parent / "state"
+    for name, number in (("web", 1), ("web", 2), ("other", 2)):
+        aside = state / f"store/_aside/{name}-t1-e{number}-unacknowledged"
+        shutil.copytree(state / "store/web", aside, symlinks=True)
+    (state / "store/_aside/web-t1-e2-unacknowledged/views/t1-e1").unlink()
+    assert run(["store", "aside", "web", "--config", str(stored)]) == 0
+    head, one, two = capsys.readouterr().out.splitlines()
+    assert [word.strip() for word in head.split("  ") if word] == [
+        *("WORKLOAD", "EPOCH", "FROZEN AT", "SIZE", "NEEDS", "DIRECTORY")
+    ]
+    assert (one.split()[1], one.split()[-2]) == ("t1-e1", "-")
+    assert (two.split()[1], two.split()[-2]) == ("t1-e2", "t1-e1")
+    assert run(["store", "aside", "--config", str(stored), "--output", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)["epochs"]
+    assert [(each["workload"], each["needs"]) for each in told] == [
+        ("other", None),
+        ("web", None),
+        ("web", {"term": 1, "epoch": 1}),
+    ]
+    assert run(["store", "list", "--config", str(stored)]) == 0
+    assert "_aside" not in capsys.readouterr().out
 
 
 def test_folding_a_short_chain_does_nothing_and_says_so(stored: Path, capsys: Captured) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from common.control import (
     AskExplanation,
     AskHistory,
     AskStatus,
+    CancelSwitchover,
     CaptureStatus,
     Done,
     Explanation,
@@ -30,12 +32,15 @@ from common.control import (
     NodeStatus,
     PauseTakeover,
     PeerStatus,
+    PlannedSwitchover,
+    PlanSwitchover,
     Prospect,
     Refused,
     ReplicaProgress,
     ResumeTakeover,
     StartWorkload,
     StopWorkload,
+    Switchover,
     TermHistory,
     TimelineEntry,
     VerificationProgress,
@@ -352,6 +357,14 @@ def test_what_captures_is_said_without_a_tracker_where_there_is_none(
     assert sentence in capsys.readouterr().out.splitlines()
 
 
+def test_what_lies_aside_is_named_until_somebody_removes_it(node: FakeNode, capsys: Captured) -> None:
+    kept = "/var/lib/outlive/store/_aside/redis-t3-e9-unacknowledged"
+    node.answers[AskStatus] = node_status(replace(LEADING, aside=(kept,)))
+    assert node.run("status") == 0
+    sentence = f"redis: an epoch that nobody acknowledged is kept in {kept}"
+    assert sentence in capsys.readouterr().out.splitlines()
+
+
 def test_a_missed_objective_is_said_in_a_sentence_and_in_json(node: FakeNode, capsys: Captured) -> None:
     node.answers[AskStatus] = node_status(replace(LEADING, rpo="missed", rpo_ms=5000))
     assert node.run("status") == 17
@@ -391,7 +404,7 @@ def test_a_refused_key_and_a_warning_are_shown_though_nothing_runs(node: FakeNod
     node.answers[AskStatus] = node_status(peers=(peer,), warnings=("its memory is not locked",))
     assert node.run("status") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split("  ")[-2].strip() == "refused: wrong key"
+    assert lines[3].split("  ")[-2].strip() == "refused"
     assert lines[-2:] == ["the keeper: its memory is not locked", f"peer b: {reason}"]
 
 
@@ -831,6 +844,84 @@ def test_status_says_who_paused_and_who_does_not_know(node: FakeNode, capsys: Ca
     node.answers[AskStatus] = node_status(replace(LEADING, pauses_unconfirmed_by=("b",)))
     assert node.run("status") == 0
     assert "redis: resumed here; b was not heard to know that" in capsys.readouterr().out
+
+
+# --- switchover -------------------------------------------------------------------------------------
+
+
+def test_a_switchover_that_came_back_says_what_the_other_node_had_against_it(
+    node: FakeNode, capsys: Captured
+) -> None:
+    def replica(**fields: object) -> ReplicaProgress:
+        return ReplicaProgress(node="b", **{"connected": True, "acknowledged": EpochId(5, 7), **fields})  # type: ignore[arg-type]
+
+    back = replace(LEADING, term=5, reason="b gave term 4 back")
+    failure = "a restore failed here: port 6379 is taken"
+    node.answers[Switchover] = Done()
+    node.answers[AskStatus] = in_turn(
+        node_status(LEADING),
+        node_status(replace(back, replicas=(replica(connected=False, reasons=("not yet",)),))),
+        node_status(replace(back, replicas=(replica(acknowledged=None),))),
+        node_status(replace(back, replicas=(replica(restorable=True, reasons=(failure,)),))),
+    )
+    assert node.run("switchover", "redis", "--to", "b") == 21
+    told = capsys.readouterr().err
+    assert f"redis runs on here: b gave term 4 back; b says: {failure}" in told
+    assert "outlive history redis, here and on b" in told
+
+
+# --- planned switchovers ----------------------------------------------------------------------------
+
+PLANNED = PlannedSwitchover(to="b", at_wall_s=1_764_000_000.0, by="eve", term=3)
+
+
+def test_a_switchover_is_planned_and_the_verb_ends(
+    node: FakeNode, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUDO_USER", "eve")
+    node.answers[PlanSwitchover] = Done(detail="it takes the place of the one that was planned")
+    node.answers[AskStatus] = node_status(replace(LEADING, planned=PLANNED))
+    assert node.run("switchover", "redis", "--to", "b", "--at", "2100-01-31T03:30", "--output", "json") == 0
+    (asked,) = [each for each in node.asked if isinstance(each, PlanSwitchover)]
+    expected = datetime.datetime(2100, 1, 31, 3, 30).astimezone().timestamp()
+    assert asked.at_wall_s == pytest.approx(expected, abs=1)
+    assert (asked.workload, asked.to, asked.by) == ("redis", "b", "eve")
+    assert read_json(capsys)["planned"]["to"] == "b"  # type: ignore[index]
+    assert node.run("switchover", "redis", "--to", "b", "--at", "23:59:59") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("redis: planned to move to b at 20")
+    assert shown[1] == "it takes the place of the one that was planned"
+
+
+def test_a_plan_that_is_refused_is_an_error(node: FakeNode, capsys: Captured) -> None:
+    node.answers[PlanSwitchover] = Refused(error="NoRightToLeadError", message="b leads it")
+    assert node.run("switchover", "redis", "--to", "b", "--at", "03:30") == 10
+    assert "b leads it" in capsys.readouterr().err
+
+
+def test_a_planned_switchover_is_cancelled(node: FakeNode, capsys: Captured) -> None:
+    node.answers[CancelSwitchover] = Done()
+    assert node.run("switchover", "redis", "--cancel") == 0
+    assert capsys.readouterr().out == "redis: nothing is planned any more\n"
+    node.answers[CancelSwitchover] = Refused(error="WorkloadError", message="no switchover is planned here")
+    assert node.run("switchover", "redis", "--cancel") == 5
+
+
+@pytest.mark.parametrize("words", [(), ("--to", "b", "--cancel"), ("--cancel", "--at", "03:30")])
+def test_a_switchover_without_one_clear_order_is_a_wrong_command_line(
+    silent: FakeNode, words: tuple[str, ...]
+) -> None:
+    assert silent.run("switchover", "redis", *words) == 2
+
+
+def test_status_and_explain_show_what_is_planned(node: FakeNode, capsys: Captured) -> None:
+    node.answers[AskStatus] = node_status(replace(LEADING, planned=PLANNED))
+    node.answers[AskExplanation] = replace(COVERED, planned=PLANNED)
+    for verb in ("status", "explain"):
+        assert node.run(verb) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "planned" in line]
+        assert line.startswith("redis: eve has planned its switchover to b at 20")
+        assert line.endswith(": outlive switchover redis --cancel")
 
 
 # --- explain ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from primary.backlog import Backlog, SharedEpoch
 from primary.capture import CapturedEpoch
 from primary.numbering import EpochNumbers
 from primary.page_set import PageSet
-from primary.stream import StreamCounters
+from primary.stream import StreamCounters, Unacknowledged
 from primary.verification import HURRIED_PAGES
 from tests.unit.wire_fakes import TASK, captured, page, until
 
@@ -64,10 +64,16 @@ class BackendInMemory:
 class StreamInMemory:
     """A replica that acknowledges as soon as it is let to; keeps offers as the real one does."""
 
-    def __init__(self, node: str, on_acknowledged: Callable[[EpochId], None]) -> None:
+    def __init__(
+        self,
+        node: str,
+        on_acknowledged: Callable[[EpochId], None],
+        on_left: Callable[[Unacknowledged], None],
+    ) -> None:
         self.node = node
         self.problem = ""
         self._on_acknowledged = on_acknowledged
+        self._on_left = on_left
         self._backlog = Backlog()
         self.connected = True
         self.offered: list[EpochId] = []
@@ -109,12 +115,15 @@ class StreamInMemory:
                 offer = await self._backlog.take()
                 try:
                     await self.may_acknowledge.wait()
-                    self.acknowledged.append(offer.epoch.id)
-                    self._on_acknowledged(offer.epoch.id)
-                finally:
-                    offer.shared.drop()
+                except BaseException:
+                    self._backlog.put_back(offer)
+                    raise
+                self.acknowledged.append(offer.epoch.id)
+                self._on_acknowledged(offer.epoch.id)
+                offer.shared.drop()
         finally:
-            self._backlog.close()
+            if (left := self._backlog.close()) is not None:
+                self._on_left(Unacknowledged(left.shared, None))
 
 
 class FreezerInMemory:
@@ -143,6 +152,8 @@ class Scene:
         self.backend = BackendInMemory()
         self.streams: dict[str, StreamInMemory] = {}
         self.freezer = FreezerInMemory()
+        self.left: dict[str, CapturedEpoch] = {}
+        self.kept: list[EpochId] = []
         self.file = directory / "events.jsonl"
         self.log = EventLog(self.file, "agent")
         self.verifier = Verifier("redis", 500, self.log)
@@ -164,8 +175,13 @@ class Scene:
             freezer=self.freezer,  # type: ignore[arg-type]
         )
 
-    def _make_stream(self, peer: Peer, on_acknowledged: Callable[[EpochId], None]) -> StreamInMemory:
-        self.streams[peer.name] = StreamInMemory(peer.name, on_acknowledged)
+    def _make_stream(
+        self,
+        peer: Peer,
+        on_acknowledged: Callable[[EpochId], None],
+        on_left: Callable[[Unacknowledged], None],
+    ) -> StreamInMemory:
+        self.streams[peer.name] = StreamInMemory(peer.name, on_acknowledged, on_left)
         return self.streams[peer.name]
 
     @contextlib.asynccontextmanager
@@ -177,6 +193,10 @@ class Scene:
             assert not task.done(), task.exception()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self.left = {node: each.shared.epoch for node, each in self.leading.take_unacknowledged().items()}
+            self.kept = self.backend.unreleased
+            for each in self.left.values():
+                each.release()
 
     def events(self, kind: str = "capture.") -> list[EventRecord]:
         self.log.close()
@@ -416,6 +436,31 @@ async def test_every_captured_epoch_is_released_in_the_end(tmp_path: Path) -> No
     assert scene.backend.closed
 
 
+async def test_at_its_end_it_hands_over_the_newest_epoch_that_nobody_acknowledged(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    b, c = scene.streams["b"], scene.streams["c"]
+    async with scene.running():
+        await until(lambda: len(b.acknowledged) >= 2)
+        b.may_acknowledge.clear()
+        c.may_acknowledge.clear()
+        await until(lambda: not b.wants_epoch and not c.wants_epoch)
+    assert scene.left["b"].id == scene.backend.epochs[-1].id
+    assert scene.kept == sorted({each.id for each in scene.left.values()})
+
+
+async def test_what_one_replica_acknowledged_is_not_handed_over_though_another_lacks_it(
+    tmp_path: Path,
+) -> None:
+    scene = Scene(tmp_path)
+    scene.streams["c"].may_acknowledge.clear()
+    async with scene.running():
+        await until(lambda: len(scene.streams["b"].acknowledged) >= 3)
+        scene.streams["b"].connected = scene.streams["c"].connected = False
+        await until(lambda: scene.streams["b"].acknowledged[-1] == scene.backend.epochs[-1].id)
+    assert scene.left == {}
+    assert scene.kept == []
+
+
 async def test_an_end_in_the_midst_of_a_capture_leaves_no_epoch_behind(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     async with scene.running():
@@ -481,6 +526,7 @@ class TestHandingOver:
             assert scene.freezer.is_kept
             assert scene.leading.handed_over
             assert scene.streams["b"].held == epoch == scene.backend.epochs[-1].id
+            assert [each.id for each in scene.backend.epochs if each.last] == [epoch]
             calls = scene.backend.calls
             await asyncio.sleep(0.1)
             assert scene.backend.calls == calls

@@ -1,7 +1,9 @@
 """The bytes on the wire: golden vectors, round trips, and what must never be taken for a message.
 
-`OUTLIVE_WRITE_GOLDEN=1 pytest tests/unit/test_messages.py` writes the vectors anew. If they change, nodes of
-the old and the new version no longer understand each other: raise `PROTOCOL` with them.
+`golden/5` and `golden/6` hold the vectors of the previous and of the present version.
+`OUTLIVE_WRITE_GOLDEN=1 pytest tests/unit/test_messages.py` writes those of the present version anew. If those
+of a version change that was ever run, nodes no longer understand each other: raise `PROTOCOL` instead. The
+previous vectors are never written again; they go when `OLDEST` is raised.
 """
 
 from __future__ import annotations
@@ -17,17 +19,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import messages
 from common.bulk import ZERO, EpochDigest, pack, pack_runs, unpack, unpack_held, unpack_runs, with_content
 from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
 from common.errors import ProtocolError
 from common.messages import (
+    BEAT_VERSION,
     BULK_BYTES,
     BULK_FRAME_BYTES,
     FRAME_COST_BYTES,
     HEADER_BYTES,
     MESSAGE_BYTES,
     MIN_CREDIT_BYTES,
+    OLDEST,
     PROTOCOL,
+    SPOKEN,
     Ack,
     AskHeld,
     AskStored,
@@ -49,13 +55,22 @@ from common.messages import (
     Refused,
     Space,
     VersionError,
+    Versions,
     Welcome,
     decode,
     encode,
+    version_of,
 )
 from common.model import EpochId, FilePath, HealthCheck, WorkloadSpec
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def vector(version: int, name: str) -> list[bytes]:
+    """Return the frames of a golden vector."""
+    lines = (GOLDEN / str(version) / f"{name}.hex").read_text().split()
+    return [b"" if line == "-" else bytes.fromhex(line) for line in lines]
+
 
 SPEC = WorkloadSpec(
     name="redis",
@@ -72,7 +87,14 @@ SPEC = WorkloadSpec(
 VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
     "hello": (
         Hello(
-            protocol=PROTOCOL, software="0.1", node="a", workload="redis", term=3, incarnation="i", spec=SPEC
+            protocol=PROTOCOL,
+            software="0.1",
+            node="a",
+            workload="redis",
+            term=3,
+            incarnation="i",
+            spec=SPEC,
+            oldest=OLDEST,
         ),
         (),
     ),
@@ -110,6 +132,7 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
             memory_bytes=3 * 4096,
             spaces=1,
             metadata_files=1,
+            last=False,
         ),
         (),
     ),
@@ -183,18 +206,42 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
 @pytest.mark.parametrize("name", VECTORS)
 def test_a_message_has_exactly_the_bytes_of_its_golden_vector(name: str) -> None:
     message, bulk = VECTORS[name]
-    path = GOLDEN / f"{name}.hex"
     frames = encode(message, bulk)
     if os.environ.get("OUTLIVE_WRITE_GOLDEN"):
+        path = GOLDEN / str(PROTOCOL) / f"{name}.hex"
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{bytes(frame).hex() or '-'}\n" for frame in frames))
-    golden = [b"" if line == "-" else bytes.fromhex(line) for line in path.read_text().split()]
+    golden = vector(PROTOCOL, name)
     assert frames == golden
     assert decode(golden) == (message, golden[1:])
 
 
-def test_every_message_and_every_vector_has_its_counterpart() -> None:
+def as_before(message: Message) -> Message:
+    """Return what is left of a message that is said in the previous version."""
+    match message:
+        case Hello():
+            return msgspec.structs.replace(message, protocol=OLDEST, oldest=0)
+        case Welcome():
+            return msgspec.structs.replace(message, protocol=OLDEST)
+        case Begin():
+            return msgspec.structs.replace(message, last=None)
+    return message
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_node_of_the_previous_version_is_spoken_to_in_exactly_its_bytes(name: str) -> None:
+    message, bulk = VECTORS[name]
+    golden = vector(OLDEST, name)
+    assert encode(as_before(message), bulk, version=OLDEST) == golden
+    assert decode(golden) == (as_before(message), golden[1:])
+    assert version_of(golden) == OLDEST
+
+
+@pytest.mark.parametrize("version", SPOKEN)
+def test_every_message_and_every_vector_has_its_counterpart(version: int) -> None:
     assert {type(message) for message, _ in VECTORS.values()} == set(Message.__args__)
-    assert {path.stem for path in GOLDEN.glob("*.hex")} == set(VECTORS)
+    assert {path.stem for path in (GOLDEN / str(version)).glob("*.hex")} == set(VECTORS)
+    assert {path.name for path in GOLDEN.iterdir()} == {str(each) for each in SPOKEN}
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4))
@@ -241,10 +288,7 @@ def test_a_damaged_header_never_raises_anything_else(name: str, place: int, flip
         decode([bytes(header), *frames[1:]])
 
 
-_GOLDEN_FRAMES = [
-    [b"" if line == "-" else bytes.fromhex(line) for line in path.read_text().split()]
-    for path in sorted(GOLDEN.glob("*.hex"))
-]
+_GOLDEN_FRAMES = [vector(int(path.parent.name), path.stem) for path in sorted(GOLDEN.glob("*/*.hex"))]
 
 
 @st.composite
@@ -362,12 +406,59 @@ def test_times_are_finite(value: float) -> None:
 
 
 def test_another_versions_message_is_told_apart_from_nonsense_and_its_refusal_is_read() -> None:
-    fields = {"code": "version", "reason": "too old", "term": 0}
+    fields = {"code": "version", "reason": "too old", "term": 0, "hint": "of a newer version"}
     with pytest.raises(VersionError) as caught:
         decode([msgpack.packb([9, "hello", {"anything": 1}, []])])
-    assert caught.value.theirs == 9
+    assert caught.value.theirs == Versions(9, 9)
+    assert f"speaks version 9 of the wire format, this node versions {OLDEST} to {PROTOCOL}" in str(
+        caught.value
+    )
     message, _ = decode([msgpack.packb([9, "refused", fields, []])])
     assert message == Refused(code="version", reason="too old")
+
+
+@pytest.mark.parametrize(
+    ("oldest", "offered"), [(7, 7), (9, 9), (10, 9), (0, 9), ("7", 9), (None, 9), (True, 9)]
+)
+def test_of_a_newer_greeting_so_much_is_read_as_says_what_could_be_spoken(oldest, offered: int) -> None:
+    with pytest.raises(VersionError) as caught:
+        decode([msgpack.packb([9, "hello", {"oldest": oldest, "new": 1}, [], "more"])])
+    assert caught.value.theirs == Versions(offered, 9)
+
+
+def test_a_heartbeat_of_a_newer_version_is_read_without_what_is_new_in_it() -> None:
+    beat, _ = VECTORS["beat"]
+    header = msgpack.unpackb(encode(beat)[0])
+    assert header[0] == BEAT_VERSION
+    header[0] = PROTOCOL + 3
+    for fields in (
+        header[2],
+        header[2]["workloads"][0],
+        header[2]["workloads"][0]["pauses"][0],
+        header[2]["workloads"][0]["takeovers"][0],
+    ):
+        fields["new"] = {"anything": [1]}
+    assert decode([msgpack.packb(header)]) == (beat, [])
+    header[2]["workloads"][0]["state"] = "a state that is new"
+    with pytest.raises(VersionError):
+        decode([msgpack.packb(header)])
+    header[0] = BEAT_VERSION - 1
+    with pytest.raises(VersionError):
+        decode([msgpack.packb(header)])
+
+
+def test_only_what_an_older_version_knows_of_a_declaration_is_said_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(messages._SPEC_SINCE, "cpu_limit", PROTOCOL)
+    hello = VECTORS["hello"][0]
+    assert isinstance(hello, Hello)
+    with pytest.raises(ProtocolError, match="`cpu_limit` of redis is not known to version") as caught:
+        encode(hello, version=OLDEST)
+    assert "upgrade the other nodes" in str(caught.value)
+    plain = msgspec.structs.replace(hello, spec=msgspec.structs.replace(SPEC, cpu_limit=None))
+    assert "cpu_limit" not in msgpack.unpackb(encode(plain, version=OLDEST)[0])[2]["spec"]
+    assert "cpu_limit" in msgpack.unpackb(encode(plain)[0])[2]["spec"]
 
 
 @pytest.mark.parametrize("depth", [10, 500, 1000, 1020, 100_000])
@@ -477,3 +568,4 @@ def test_the_page_on_the_wire_format_names_every_message_field_and_limit() -> No
         assert f"{number:,}" in text
     assert f"{FRAME_COST_BYTES} more (`FRAME_COST_BYTES`" in text
     assert f"**protocol\n{PROTOCOL}**" in text
+    assert f"reads **{OLDEST}** as well" in text

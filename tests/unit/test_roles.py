@@ -38,10 +38,12 @@ from common.role_events import (
     PausesPersisted,
     PersistTerm,
     RunFence,
+    SaveHistory,
     StepDone,
     StepFailed,
     TermPersisted,
     Tick,
+    Told,
     WorkloadEnded,
 )
 from common.role_table import TABLE, step
@@ -939,3 +941,13 @@ def test_stopping_after_another_boot_gives_no_right_to_start_unheard() -> None:
     driver.feed(OperatorStart(request=2, spec=SPEC))
     assert driver.state == "stopped"
     assert "b was not heard and may lead it by now" in _answer(driver, 2, Refused).message
+
+
+def test_what_is_told_from_beside_the_machine_is_in_the_story_and_changes_nothing() -> None:
+    driver = Driver("a", TermRecord(term=3, leader="a", mark="leads", boot_id="boot-1"), running=True)
+    before = driver.role
+    effects = driver.feed(Told(event="planned switchover", reason="cancelled by eve"))
+    assert replace(driver.role, timeline=before.timeline) == before
+    (saved,) = effects
+    assert isinstance(saved, SaveHistory)
+    assert saved.history.timeline[-1].reason == "cancelled by eve"

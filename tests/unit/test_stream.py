@@ -49,6 +49,7 @@ from common.transport import Server, open_link
 from primary.backlog import SharedEpoch
 from primary.inquiry import ask_held
 from primary.outgoing import Held, epoch_messages
+from primary.stream import Unacknowledged
 from replica.holdings import HeldPart
 from replica.levels import BaseError
 from replica.receive import ReceiverLimits
@@ -91,6 +92,33 @@ async def test_a_base_and_then_only_what_changed(pair: Pair, tmp_path) -> None:
         assert stream.progress.restorable
         assert stream.counters.epochs_acknowledged == 2
         assert len(stream.counters.commit_latency_ms) == 2
+
+
+async def test_what_is_not_acknowledged_at_its_end_is_handed_over_with_what_the_replica_has(
+    pair: Pair,
+) -> None:
+    left: list[Unacknowledged] = []
+    async with pair.receiving(), pair.streaming(on_left=left.append) as stream:
+        one = offer(stream, captured(1, memory_of(9)))
+        await acknowledged(stream, one)
+        pair.store.open.clear()
+        two = offer(stream, captured(2, memory_of(9, p17=99)))
+        await until(lambda: pair.store.busy)
+    pair.store.open.set()
+    (kept,) = left
+    assert kept.shared.epoch is two
+    assert kept.base is not None
+    assert kept.base.id == one.id
+    assert (one.pages.released, two.pages.released) == (1, 0)
+    kept.shared.drop()
+    assert two.pages.released == 1
+
+
+async def test_nothing_is_handed_over_where_all_is_acknowledged(pair: Pair) -> None:
+    left: list[Unacknowledged] = []
+    async with pair.receiving(), pair.streaming(on_left=left.append) as stream:
+        await acknowledged(stream, offer(stream, captured(1, memory_of(9))))
+    assert left == []
 
 
 async def test_another_run_of_the_workload_sends_only_what_is_not_held_already(pair: Pair) -> None:
@@ -771,6 +799,8 @@ async def test_a_replica_that_always_has_more_is_listened_to_for_a_while_only() 
     epoch = captured(1, memory_of(3))
 
     class Endless:
+        version = PROTOCOL
+
         asked = 0
 
         async def ask(self, frames):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from common.config import Node, NodeConfig
+from common.config import Node, NodeConfig, Store
 from common.container import Incarnation
 from common.control import CaptureStatus, Order
 from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermError, WorkloadError
@@ -21,11 +23,15 @@ from common.events import Event, EventLog, read_events
 from common.messages import PROTOCOL, Doubt, Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.scheduling import CpuShare
-from outlive import workload_agent
+from outlive import unacknowledged, workload_agent
+from outlive.aside import Aside, kept_aside
 from outlive.workload_agent import WorkloadAgent
+from primary.backlog import SharedEpoch
+from primary.outgoing import Held
+from primary.stream import Unacknowledged
 from replica.readiness import ReadinessVerdict
 from replica.store_reader import EpochRecord
-from tests.unit.wire_fakes import until
+from tests.unit.wire_fakes import TASK, captured, page, until
 
 SPEC = WorkloadSpec(name="redis", nodes=("a", "b"), command=("redis-server",))
 
@@ -155,6 +161,7 @@ class LeadingInMemory:
         self.term = term
         self.incarnation = incarnation
         self.state = "made"
+        self.left: dict[str, Unacknowledged] = {}
         self.failure: BaseException | None = None
         self.fail = asyncio.Event()
 
@@ -166,6 +173,10 @@ class LeadingInMemory:
             raise self.failure
         finally:
             self.state = "ended"
+
+    def take_unacknowledged(self) -> dict[str, Unacknowledged]:
+        left, self.left = self.left, {}
+        return left
 
     def progress(self) -> tuple[()]:
         return ()
@@ -201,6 +212,11 @@ class Scene:
         self.unmakeable: ConfigError | None = None
         self.file = directory / "events.jsonl"
         self.log = EventLog(self.file, "agent")
+        room = Store(directory=str(directory), min_free_bytes=0)
+        self.aside = Aside(
+            NodeConfig(node=Node(name="a", address="127.0.0.1"), store=room),
+            restore_command=lambda spec: ("criu", "restore"),
+        )
         self.restart_agent()
 
     def restart_agent(self) -> None:
@@ -214,6 +230,7 @@ class Scene:
             share=CpuShare(None),
             end_session=lambda workload, why: self.ended_sessions.append(why),
             events=self.log,
+            aside=self.aside,
         )
 
     def _make_leading(self, agent: WorkloadAgent, term: int, pid: int) -> LeadingInMemory:
@@ -438,6 +455,41 @@ async def test_if_the_newest_cannot_be_restored_the_one_before_is_and_that_is_sa
     assert "older" in reason
 
 
+async def test_what_was_handed_over_is_restored_from_that_very_epoch_or_not_at_all(scene: Scene) -> None:
+    lost = replace(record(1), last=False)
+    scene.store.held = [replace(record(0), last=True), lost]
+    await scene.obeyed(order(1, "lead", "restore", newest_only=True))
+    assert scene.containers.done == []
+    assert "handed over is not stored here any more: the newest is t1-e1" in scene.agent.report().order_detail
+    scene.store.held = [lost, replace(record(2), last=True)]
+    await scene.obeyed(order(2, "lead", "restore", newest_only=True))
+    assert scene.containers.done == ["restore t1-e2 of /epochs/2"]
+
+
+@pytest.mark.parametrize("last", [None, False])
+async def test_an_older_leader_does_not_say_which_epoch_that_is_and_a_takeover_does_not_ask(
+    scene: Scene, last: bool | None
+) -> None:
+    scene.store.held = [replace(record(1), last=last)]
+    await scene.obeyed(order(1, "lead", "restore", newest_only=last is None))
+    assert scene.containers.done == ["restore t1-e1 of /epochs/1"]
+
+
+async def test_why_a_restore_failed_is_told_to_whoever_leads_then_for_a_while(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.store.held = [record(1)]
+    scene.containers.unrestorable = {EpochId(1, 1)}
+    await scene.obeyed(order(1, "lead", "restore", newest_only=True))
+    restorable, reasons = await scene.agent.judge(record(2))
+    assert restorable, "what failed once is no reason against another attempt"
+    assert reasons == ("a restore failed here: criu cannot restore t1-e1",)
+    assert scene.agent.report().reasons == ()
+    later_s = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later_s)
+    assert await scene.agent.judge(record(3)) == (True, ())
+
+
 async def test_if_neither_can_be_restored_the_order_has_failed_and_says_why(scene: Scene) -> None:
     scene.store.held = [record(1), record(2), record(3)]
     scene.containers.unrestorable = {EpochId(1, 2), EpochId(1, 3)}
@@ -487,6 +539,71 @@ async def test_a_restarted_agent_kills_what_it_finds_running_if_it_is_to_follow(
     scene.restart_agent()
     await scene.obeyed(order(2, "follow", term=2))
     assert scene.containers.done == ["start", "kill"]
+
+
+# --- what nobody acknowledged -----------------------------------------------------------------------
+
+
+async def superseded(
+    scene: Scene, *orders: Order, stands_on: EpochId | None = None, base: Held | None = None
+) -> SharedEpoch:
+    """Lead term 1 with an epoch that nobody acknowledged, then obey these orders."""
+    await scene.obeyed(order(1, "lead", "start"))
+    await scene.repeat(order(1, "lead", "start"))
+    shared = SharedEpoch(captured(42, {TASK: {1: page(1)}}, stands_on=stands_on))
+    scene.leadings[-1].left = {"b": Unacknowledged(shared, base)}
+    for each in orders:
+        await scene.obeyed(each)
+    return shared
+
+
+def released(shared: SharedEpoch) -> int:
+    return shared.epoch.pages.released  # type: ignore[attr-defined,no-any-return]
+
+
+async def test_what_nobody_acknowledged_is_set_aside_when_another_node_leads_a_newer_term(
+    scene: Scene,
+) -> None:
+    shared = await superseded(scene, order(2, "idle", term=1), order(3, "follow", term=2, leader="b"))
+    await until(lambda: released(shared))
+    (kept,) = kept_aside(scene.aside.directory)
+    assert (kept.workload, kept.epoch) == ("redis", EpochId(1, 42))
+    await scene.agent.look_aside()
+    assert scene.agent.report().aside == (str(kept.path),)
+    name, reason = scene.events()[-1]
+    assert name == Event.EPOCH_SET_ASIDE
+    assert str(kept.path) in reason
+    assert "b leads term 2" in reason
+
+
+async def test_what_cannot_be_set_aside_is_told_and_hinders_nothing(scene: Scene) -> None:
+    shared = await superseded(scene, order(2, "follow", term=2, leader="b"), stands_on=EpochId(1, 41))
+    await until(lambda: released(shared))
+    assert kept_aside(scene.aside.directory) == []
+    assert scene.agent.report().order_done == 2
+    name, reason = scene.events()[-1]
+    assert name == Event.EPOCH_NOT_SET_ASIDE
+    assert "t1-e41" in reason
+
+
+async def test_nothing_is_set_aside_by_a_leader_of_the_same_term_or_one_that_leads_on(scene: Scene) -> None:
+    shared = await superseded(
+        scene, order(2, "follow", term=1, leader="b"), order(3, "lead", "start", term=3)
+    )
+    await scene.repeat(order(3, "lead", "start", term=3))
+    assert len(scene.leadings) == 2
+    assert released(shared) == 1
+    assert kept_aside(scene.aside.directory) == []
+
+
+async def test_what_nobody_acknowledged_is_not_held_for_ever(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unacknowledged, "HELD_S", 0.01)
+    shared = await superseded(scene, order(2, "idle", term=1))
+    await until(lambda: released(shared))
+    await scene.obeyed(order(3, "follow", term=2, leader="b"))
+    assert kept_aside(scene.aside.directory) == []
 
 
 # --- one at a time ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
 from common.errors import CaptureError
 from common.keyring import Keyring
 from common.keys import KeyPair
-from common.messages import Hello, Nack
+from common.messages import SPOKEN, Hello, Nack, Versions
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.terms import TermGuard
 from common.transport import LinkTiming
@@ -131,6 +131,7 @@ class StoredEpoch:
     """Pages whose content came."""
     committed_wall_s: float = 2000.0
     frozen_wall_s: float = 1000.0
+    last: bool | None = None
 
 
 class StoreInMemory:
@@ -220,7 +221,9 @@ class _IncomingInMemory:
         self._base = store.epochs[header.base].memory if header.base else {}
         self._pending: list[int] = []
         self._key = TASK
-        self.epoch = StoredEpoch(header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s)
+        self.epoch = StoredEpoch(
+            header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s, last=header.last
+        )
 
     def metadata(self, name: str, data: bytes, *, more: bool = False) -> None:
         self.epoch.metadata[name] = self.epoch.metadata.get(name, b"") + bytes(data)
@@ -287,6 +290,8 @@ class Pair:
     peers: tuple[Peer, ...] = ()
     readiness: Callable[[], tuple[bool, tuple[str, ...]]] = lambda: (True, ())
     hellos: list[Hello] = field(default_factory=list)
+    versions: Versions = SPOKEN
+    """What b speaks."""
     not_committed: list[tuple[str, Nack]] = field(default_factory=list)
     """What the receiving node was told of epochs that it did not keep."""
 
@@ -318,6 +323,7 @@ class Pair:
             limits=self.limits,
             link_timing=QUICK_LINK,
             on_not_committed=lambda workload, nack: self.not_committed.append((workload, nack)),
+            versions=self.versions,
         )
         task = asyncio.create_task(receiver.run())
         try:
