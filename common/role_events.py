@@ -47,6 +47,8 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     """Those that the peer has recorded."""
     takeovers: tuple[Takeover, ...] = ()
     """What it would do if its leader fell silent."""
+    in_doubt: bool = False
+    """It leads, and has frozen the workload because its lease in etcd may be over."""
 
 
 class AgentReport(msgspec.Struct, frozen=True):
@@ -94,12 +96,24 @@ class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FenceResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fence methods for `node` answered in that attempt."""
+    """What the fence methods for `node`, or etcd in their place, answered in that attempt."""
 
     node: str
     attempt: int
     outcome: Literal["confirmed", "refused", "unknown"]
     reason: str
+    term: int = 0
+    """The term that etcd gave this node; 0: it was not etcd, or it gave none."""
+
+
+class LeaseInDoubt(msgspec.Struct, frozen=True):
+    """The lease in etcd may be over before it is renewed: the workload was frozen here."""
+
+    reason: str
+
+
+class LeaseStands(msgspec.Struct, frozen=True):
+    """The workload is not frozen any more for the lack of a lease."""
 
 
 class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +177,8 @@ Event = (
     | StepFailed
     | AddressLost
     | FenceResult
+    | LeaseInDoubt
+    | LeaseStands
     | OperatorFailover
     | OperatorSwitchover
     | OperatorStart
@@ -205,6 +221,18 @@ class RunFence(msgspec.Struct, frozen=True):
     """The newest term known here: the node is to lead nothing up to it."""
     up_to: int
     """Nor in a later one up to this, if it has begun that unheard: the last before this node's own."""
+
+
+class ClaimTerm(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask etcd for the right to lead a new term, then say `FenceResult` with this attempt."""
+
+    attempt: int
+    term: int
+    """The least that it may be."""
+    known: int
+    """The newest term known here; another node's that is newer is not passed over …"""
+    over: bool
+    """… unless an operator accepts the loss of what was done in it."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):
@@ -275,6 +303,7 @@ Effect = (
     | PersistPauses
     | SaveSpec
     | RunFence
+    | ClaimTerm
     | HoldVip
     | AddVip
     | DropVip
