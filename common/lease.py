@@ -25,6 +25,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from common.config import Etcd
 from common.fence_request import Outcome
 from common.lease_calls import (
     Answer,
@@ -68,6 +69,11 @@ class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     def good_for_s(self) -> float:
         """How long after its grant or renewal was sent a lease counts."""
         return self.ttl_s * (1 - self.drift) - self.margin_s
+
+
+def lease_terms(etcd: Etcd) -> LeaseTerms:
+    """Return what the configuration says of time."""
+    return LeaseTerms(ttl_s=etcd.ttl_s, margin_s=etcd.margin_ms / 1000, drift=etcd.clock_drift_ppm / 1e6)
 
 
 class Need(NamedTuple):
@@ -229,6 +235,8 @@ def _taken_in(lease: Lease, question: Question, answer: Answer, now_s: float, ef
         return _renewed(lease, answer, effects)
     if isinstance(answer, Denied):
         reason = f"the lease is lost: {answer.reason}"
+        if answer.claimed_by and lease.doubt:
+            effects.append(Tell(LeaseInDoubt(reason, answer.claimed_by)))
         lease = replace(lease, held=None, until_s=0.0, problem=reason)
         again_s = 0.0 if isinstance(question, Renew) else lease.terms.renew_every_s
         return replace(lease, next_at_s=now_s + again_s)
@@ -256,7 +264,7 @@ def _claimed(lease: Lease, question: Claim, answer: Answer, now_s: float, effect
 
 
 def _question_of(claim: ClaimTerm) -> Claim:
-    return Claim(term=claim.term, known=claim.known, over=claim.over)
+    return Claim(term=claim.term, known=claim.known, unused=claim.unused, over=claim.over)
 
 
 def _renewed(lease: Lease, answer: Granted, effects: list[Effect]) -> Lease:

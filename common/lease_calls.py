@@ -75,6 +75,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The least that it may be."""
     known: int
     """The newest term that this node has heard of."""
+    unused: tuple[str, ...] = ()
+    """Nodes that have led no later one, though they may have claimed it."""
     over: bool
     """Also if another node has led a later one: an operator gives up what was done in it."""
 
@@ -116,6 +118,8 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True):
     """Etcd answered, and the key is not this node's."""
 
     reason: str
+    claimed_by: str = ""
+    """The node that has claimed a newer term; empty: that is not why."""
 
 
 class Unanswered(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,7 +229,8 @@ class LeaseKeys:
         leader, newest = read.standing.leader, read.standing.newest
         if leader is not None and leader.node != self._node:
             return Denied(reason=f"{leader.node} holds the lease of term {leader.term}")
-        if newest is not None and newest.term > asked.known and newest.node != self._node and not asked.over:
+        passed_over = asked.over or newest is None or newest.node in (self._node, *asked.unused)
+        if newest is not None and newest.term > asked.known and not passed_over:
             return Denied(
                 reason=f"{newest.node} has claimed term {newest.term}, of which nothing was heard here: "
                 "what was done in it is not here either"
@@ -257,7 +262,8 @@ class LeaseKeys:
         if newest is None:
             return Denied(reason="etcd remembers no term: it has lost what it knew")
         if newest != mine:
-            return Denied(reason=f"{newest.node} has claimed term {newest.term}")
+            reason = f"{newest.node} has claimed term {newest.term}"
+            return Denied(reason=reason, claimed_by=newest.node)
         if read.leader is not None and leader == mine:  # by a keeper before this one
             held = Held(lease_id=read.leader.lease, revision=read.leader.mod_revision, term=term)
             return (yield from self._renew(held))

@@ -21,7 +21,7 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, WorkloadSpec
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 BULK_BYTES: Final = 1 << 20
@@ -285,6 +285,8 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pauses: Annotated[tuple[BeatPause, ...], Meta(max_length=64)]
     takeovers: Annotated[tuple[BeatTakeover, ...], Meta(max_length=3)]
     """Empty: it follows no leader."""
+    in_doubt: bool
+    """It leads, and has frozen the workload because its lease in etcd may be over."""
 
 
 class Beat(_Message, frozen=True):

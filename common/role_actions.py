@@ -28,7 +28,15 @@ from common.role_events import (
     StepFailed,
 )
 from common.roles import OWNING, Clean, Instant, Mark, PeerView, Role, TermRecord
-from common.succession import by_lease, contender, how_to_replace, last_heard_s, planned, right_stands
+from common.succession import (
+    by_lease,
+    contender,
+    how_to_replace,
+    last_heard_s,
+    leads_nothing_newer,
+    planned,
+    right_stands,
+)
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -268,6 +276,7 @@ def claim(role: Role, now: Instant) -> Acted:
             attempt=role.fence_attempt,
             term=_next_number(role, leap=False),
             known=role.record.term,
+            unused=leads_nothing_newer(role, now),
             over=over,
         ),
     )

@@ -107,9 +107,11 @@ class FenceResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaseInDoubt(msgspec.Struct, frozen=True):
-    """The lease in etcd may be over before it is renewed: the workload was frozen here."""
+    """The lease in etcd may be over before it is renewed, or is lost: the workload was frozen here."""
 
     reason: str
+    claimed_by: str = ""
+    """The node that has claimed a newer term meanwhile; empty: none is known."""
 
 
 class LeaseStands(msgspec.Struct, frozen=True):
@@ -231,8 +233,10 @@ class ClaimTerm(msgspec.Struct, frozen=True, kw_only=True):
     """The least that it may be."""
     known: int
     """The newest term known here; another node's that is newer is not passed over …"""
+    unused: tuple[str, ...]
+    """… unless it was claimed by one of these, which are heard, and lead nothing that is newer …"""
     over: bool
-    """… unless an operator accepts the loss of what was done in it."""
+    """… or an operator accepts the loss of what was done in it."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):

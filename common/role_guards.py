@@ -36,6 +36,7 @@ from common.succession import (
     is_silent,
     keeper_speaks,
     keeps_frozen,
+    leads_nothing_newer,
     obstacle,
     paused,
     planned,
@@ -221,7 +222,8 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
 
 def paused_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
     """The leader is off, but nobody asked for this takeover, and automatic ones were paused meanwhile."""
-    decided = role.by_operator or planned(role) or keeps_frozen(role)
+    leads = role.record.leader == role.me  # it runs here, frozen: no takeover
+    decided = role.by_operator or planned(role) or keeps_frozen(role) or leads
     confirmed = "" if decided else right_confirmed(role, event, now)
     return f"{confirmed}; but {pause}" if confirmed and (pause := paused(role)) else ""
 
@@ -254,6 +256,18 @@ def own_not_confirmed(mark: str) -> Guard:
         return not_confirmed(role, event, now) if own and by_lease(role) else ""
 
     return guard
+
+
+def may_claim_anew(role: Role, event: Event, now: Instant) -> str:
+    """The node that claimed a newer term while the lease was in doubt is heard, and does not lead it.
+
+    It lost its keeper, or its lease, before it had recorded that term: nothing was done in it.
+    """
+    if not role.lost_to or role.wanted is not None or not role.alive or now.monotonic_s < role.retry_at_s:
+        return ""
+    if role.lost_to not in leads_nothing_newer(role, now):
+        return ""
+    return f"{role.lost_to} has claimed the next term, and does not lead it: etcd has to give another one"
 
 
 def starts_by_lease(role: Role, event: OperatorStart, now: Instant) -> str:

@@ -88,6 +88,7 @@ from common.role_guards import (
     leader_audible,
     leader_moved_on,
     leader_silent,
+    may_claim_anew,
     may_go_for_lead,
     may_not_lead,
     more_steps,
@@ -326,8 +327,8 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             return replace(role, vip_problem=f"{failed}: {reason}"), ()
         case AddressLost(reason=reason) if role.name == "leading":
             return replace(role, vip_problem=reason, retry_at_s=now.monotonic_s), ()
-        case LeaseInDoubt(reason=reason):
-            return _learn_doubt(role, reason, now)
+        case LeaseInDoubt():
+            return _learn_doubt(role, event, now)
         case LeaseStands():
             return _learn_lease(role, now)
         case StepFailed(step="persist") if role.wanted is not None:
@@ -364,10 +365,14 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
     return replace(role, peers={**role.peers, event.node: view})
 
 
-def _learn_doubt(role: Role, reason: str, now: Instant) -> Acted:
+def _learn_doubt(role: Role, event: LeaseInDoubt, now: Instant) -> Acted:
     """The workload was frozen: take the address from this host, for another one may soon need it."""
-    role = noted(replace(role, in_doubt=reason), now, "frozen: lease in doubt", reason)
-    note = Note(state=role.name, event="lease in doubt", reason=f"frozen: {reason}")
+    known = bool(role.in_doubt) and role.lost_to == event.claimed_by
+    role = replace(role, in_doubt=event.reason, lost_to=event.claimed_by)
+    if known:
+        return role, ()
+    role = noted(role, now, "frozen: lease in doubt", event.reason)
+    note = Note(state=role.name, event="lease in doubt", reason=f"frozen: {event.reason}")
     return role, (*((DropVip(),) if role.spec.vip is not None else ()), note)
 
 
@@ -375,7 +380,7 @@ def _learn_lease(role: Role, now: Instant) -> Acted:
     """The lease stands, or nothing needs it any more; who leads brings the address back at the next tick."""
     if not role.in_doubt:
         return role, ()
-    role = replace(role, in_doubt="")
+    role = replace(role, in_doubt="", lost_to="")
     if role.name in LEADING and role.spec.vip is not None:
         role = replace(role, vip_problem="the address was dropped while the lease was in doubt")
     if role.name == "leading":
@@ -508,6 +513,7 @@ TABLE: tuple[Row, ...] = (
     Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin),
     # Operators; what they may not do was refused before.
     Row((*_AT_REST, *_WATCHING), OperatorStart, "start", starts_by_lease, "acquiring", ask_lease_to_start),
+    Row(("leading",), Tick, "claim came to nothing", may_claim_anew, "acquiring", pursue),
     Row(("leading",), OperatorFailover, "failover, lease in doubt", asked, "acquiring", ask_failover),
     Row((*_AT_REST, *_WATCHING), OperatorStart, "start", asked, "acquiring", ask_start),
     Row((*_WATCHING, "failed", "yielded"), OperatorFailover, "failover", asked, "acquiring", ask_failover),

@@ -230,6 +230,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
     in_doubt: str = ""
     """Why the workload is frozen here for the lack of a lease in etcd; empty: it isn't."""
+    lost_to: str = ""
+    """The node that has claimed a newer term while this one's lease was in doubt; empty: none is known."""
     starts_from: StateName | None = None
     """The state in which an operator's start asked etcd for a term; where it goes if there is none."""
     timeline: tuple[TimelineEntry, ...] = ()

@@ -73,6 +73,18 @@ def replaceable(role: Role, node: str) -> bool:
     return by_lease(role) or node in role.fenceable
 
 
+def leads_nothing_newer(role: Role, now: Instant) -> tuple[str, ...]:
+    """Return the nodes that say, now, that they follow the very term that is the newest known here.
+
+    What they may have claimed of a later one came to nothing: who leads a term has it on disk, and says so.
+    """
+    return tuple(
+        node
+        for node, view in role.peers.items()
+        if view.claim == "following" and view.term == role.record.term and keeper_speaks(role, node, now)
+    )
+
+
 def contender(role: Role, now: Instant) -> str:
     """Return the node that has to be off before this one may lead; empty if none has to.
 

@@ -17,9 +17,11 @@ import msgspec
 from common.config import NodeConfig
 from common.control import Done, Explanation, Refused, TermHistory, WorkloadReport, WorkloadStatus
 from common.errors import OutliveError
+from common.etcd import EtcdClient
 from common.events import Event as LogEvent
 from common.events import EventLog
 from common.fencing import covers
+from common.lease import Passed, lease_terms
 from common.messages import BeatPause, BeatTakeover, BeatWorkload
 from common.model import WorkloadSpec
 from common.objective import Objective, judged
@@ -29,6 +31,7 @@ from common.role_events import (
     AddressLost,
     AgentReport,
     Answer,
+    ClaimTerm,
     DropVip,
     Event,
     FenceResult,
@@ -36,6 +39,8 @@ from common.role_events import (
     ForgetFiles,
     KeeperStarted,
     KillWorkload,
+    LeaseInDoubt,
+    LeaseStands,
     Note,
     OperatorFailover,
     OperatorPause,
@@ -70,6 +75,8 @@ from common.succession import has_listened
 from common.terms_file import TermFiles
 from outlive.address_watch import AddressWatch, address_of, misplaced
 from outlive.keeper_effects import Effects, Hands
+from outlive.kept_lease import KeptLease
+from outlive.lease_records import LeaseRecords
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +109,8 @@ class KeptWorkload:
         files: TermFiles,
         tasks: asyncio.TaskGroup,
         events: EventLog,
+        etcd: EtcdClient,
+        leases: LeaseRecords,
     ) -> None:
         self._hands = hands
         self._covers = covers(config)
@@ -109,7 +118,7 @@ class KeptWorkload:
         self._takeovers_until_s = 0.0
         self._events = events
         self._tasks = tasks
-        self._effects = Effects(hands, files, self.feed, tasks)
+        self._effects = Effects(hands, files, self.feed, tasks, no_address=lambda: self.role.in_doubt)
         self._answers: dict[int, asyncio.Future[Done | Refused]] = {}
         self._pid = 0
         self._pidfd: int | None = None
@@ -131,6 +140,15 @@ class KeptWorkload:
             pauses=pauses,
             refusal=refusal,
         )
+        self._lease = KeptLease(
+            lambda: self.role,
+            feed=self.feed,
+            terms=lease_terms(config.etcd),
+            etcd=etcd,
+            hands=hands,
+            records=leases,
+            tasks=tasks,
+        )
 
     def begin(self) -> None:
         """Look whether it runs here, and let the machine start."""
@@ -139,10 +157,12 @@ class KeptWorkload:
             self._hold(pid)
         frozen = self._hands.frozen(self.role.spec.name)
         self.feed(KeeperStarted(running=self._pidfd is not None, frozen=frozen))
+        self._lease.begin()
 
     def close(self) -> None:
         """Let go of it; nothing is done to it."""
         self._release()
+        self._lease.close()
         self._effects.close()
 
     # --- events in, effects out -------------------------------------------------------------------
@@ -153,6 +173,10 @@ class KeptWorkload:
             self._dropping = False
         before, paused_before = self.role.name, in_force(self.role.pauses)
         self.role, effects = step(self.role, event, _now())
+        if isinstance(event, LeaseInDoubt):
+            self._tell(LogEvent.LEASE_IN_DOUBT, f"the workload is frozen: {event.reason}")
+        elif isinstance(event, LeaseStands):
+            self._tell(LogEvent.LEASE_STANDS, "the workload is not frozen for the lack of a lease")
         if isinstance(event, FenceResult):
             self._tell(LogEvent.FENCE_ANSWERED, f"{event.node}: {event.outcome}: {event.reason}")
         if in_force(self.role.pauses) != paused_before:
@@ -165,6 +189,9 @@ class KeptWorkload:
                     self._tell_note(before, label, reason)
                 case Answer(request=number, answer=answer):
                     self._answer(number, answer)
+                case ClaimTerm():
+                    self._tell(LogEvent.FENCE_ASKED, f"etcd is asked for term {effect.term}", peer="etcd")
+                    self._lease.claim(effect)
                 case OrderAgent(order=order):
                     log.info(
                         "order.changed workload=%s number=%d role=%s action=%s term=%d",
@@ -182,6 +209,7 @@ class KeptWorkload:
 
         if isinstance(event, Tick):
             self._judge_objective(_now())
+        self._lease.advance(Passed())
 
     async def ask(
         self,
@@ -271,6 +299,7 @@ class KeptWorkload:
                 for pause in self.role.pauses
             ),
             takeovers=self._beat_takeovers(_now()),
+            in_doubt=bool(self.role.in_doubt),
         )
 
     def _beat_takeovers(self, now: Instant) -> tuple[BeatTakeover, ...]:
@@ -282,7 +311,7 @@ class KeptWorkload:
 
     def status(self) -> WorkloadStatus:
         """Return how it stands."""
-        return workload_status(self.role, _now(), self._objective.verdict)
+        return workload_status(self.role, _now(), self._objective.verdict, self._lease.status())
 
     def explain(self) -> Explanation:
         """Return what would follow if something failed now."""

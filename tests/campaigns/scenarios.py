@@ -2,10 +2,11 @@
 
     python -m tests.campaigns.scenarios [--only power-loss-a,...] [--output json|table]
 
-Two hosts with the product, a client, a power switch as the fence (or sshd). The workload says on which host
-it runs and in which life, and counts. `vip_prober` on the client asks every 10 ms who has the address; beside
-it, this process looks as often where copies run that are not frozen. Each failure is one function that
-breaks something, waits for the state that a human should find, mends it, and waits until all is well again.
+Two hosts with the product, a client, a power switch as the fence (or sshd), or three members of etcd. The
+workload says on which host it runs and in which life, and counts. `vip_prober` on the client asks every 10 ms
+who has the address; beside it, this process looks as often where copies run that are not frozen. Each failure
+is one function that breaks something, waits for the state that a human should find, mends it, and waits until
+all is well again.
 
 Prints one JSON object, or a table for the docs. Exits with 1 if two answered, two ran, or a state was not
 reached.
@@ -25,6 +26,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,6 +38,7 @@ from common.threads import in_thread
 from outlive.cli.running import configure_logs
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.lab import Host, Lab
+from outlive.lab_etcd import LabEtcd
 from tests.campaigns.vip_prober import EVERY_S, WORKLOAD
 
 _NAME, _PORT = "witness", 7100
@@ -44,6 +47,7 @@ _QUIET_S = 1.0
 _TOGETHER_S = 3 * EVERY_S
 """Answers of two hosts, one so soon after the other, are two that answer at once: no move is that fast."""
 _DISK_MIB = 96
+_TTL_S = 3
 _STOLEN_ANSWERS = int(2 * 1.5 / EVERY_S)
 """Both hosts answer each question until it was looked at twice, a second later, and some time for it."""
 
@@ -93,6 +97,7 @@ class Pair:
     nodes: dict[str, Node]
     client: Host
     log: Path
+    etcd: LabEtcd | None = None
     two_ran: int = 0
     found: dict[str, str] = field(default_factory=dict)
     cause: str = ""
@@ -357,6 +362,74 @@ async def sshd_down(pair: Pair) -> None:
     await pair.leads("b", restorable=True)
 
 
+async def etcd_gone(pair: Pair) -> None:
+    """Etcd is gone: the workload is frozen before its lease can be over, and runs on when etcd is back."""
+    etcd = _etcd_of(pair)
+    await etcd.go_away()
+    await pair.a.wait_for(_NAME, _is_frozen, what="frozen", timeout_s=45)
+    await asyncio.sleep(_TTL_S)
+    await pair.now_found("kill all three members of etcd, start them again")
+    await etcd.come_back()
+    await pair.leads("a", restorable=True)
+
+
+async def etcd_slow(pair: Pair) -> None:
+    """Etcd answers late, but in time: nothing happens."""
+    async with _etcd_of(pair).slow(stands_s=0.4, runs_s=0.1):
+        await asyncio.sleep(3 * _TTL_S)
+        await pair.leads("a", restorable=True)
+        await pair.now_found("etcd stands still 0.4 s of every 0.5 s")
+    await pair.leads("a", restorable=True)
+
+
+async def etcd_power_loss_a(pair: Pair) -> None:
+    """The host that runs it is lost, and nobody can turn it off: its lease runs out."""
+    await pair.lab.power_off("a")
+    await pair.leads("b", restorable=False)
+    await pair.now_found("power off a; the right to lead is a lease in etcd")
+    await pair.restart("a")
+    await pair.leads("b", restorable=True)
+
+
+async def etcd_partition_a(pair: Pair) -> None:
+    """The host that runs it is cut off from everybody: it freezes it before the other one takes over."""
+    await pair.lab.cut("a")
+    await pair.leads("b", restorable=False)
+    await pair.now_found("cut a off; the right to lead is a lease in etcd")
+    await pair.lab.mend("a")
+    await pair.leads("b", restorable=True)
+
+
+async def etcd_out_of_reach_of_a(pair: Pair) -> None:
+    """Only the host that runs it does not reach etcd: it freezes it and says so, and the other takes over."""
+    for member in _etcd_of(pair).names:
+        await pair.lab.cut_one_way("a", member)
+    await pair.leads("b", restorable=True)
+    await pair.now_found("cut a off from etcd")
+    await pair.lab.mend("a")
+    await pair.leads("b", restorable=True)
+
+
+async def etcd_keeper_stopped(pair: Pair) -> None:
+    """The keeper of a host that is cut off stands still: the guard beside it freezes the workload."""
+    pair.a.processes["keeper"].send_signal(signal.SIGSTOP)
+    await pair.lab.cut("a")
+    await pair.leads("b", restorable=False)
+    await pair.now_found("SIGSTOP of a's keeper, cut a off; the right to lead is a lease in etcd")
+    pair.a.processes["keeper"].send_signal(signal.SIGCONT)
+    await pair.lab.mend("a")
+    await pair.leads("b", restorable=True)
+
+
+def _etcd_of(pair: Pair) -> LabEtcd:
+    assert pair.etcd is not None
+    return pair.etcd
+
+
+def _is_frozen(status: WorkloadStatus) -> bool:
+    return status.lease is not None and bool(status.lease.frozen)
+
+
 def _told_of_no_room(status: WorkloadStatus) -> bool:
     return any("free" in reason for each in status.replicas for reason in each.reasons)
 
@@ -397,6 +470,12 @@ SCENARIOS: dict[str, Scenario] = {
         disk_full_on_a,
         disk_full_on_b,
         sshd_down,
+        etcd_gone,
+        etcd_slow,
+        etcd_power_loss_a,
+        etcd_partition_a,
+        etcd_out_of_reach_of_a,
+        etcd_keeper_stopped,
     )
 }
 
@@ -412,19 +491,24 @@ async def _pair(name: str) -> AsyncIterator[Pair]:
             nodes=("a", "b"),
             command=(sys.executable, "-u", "-c", WORKLOAD, str(_PORT)),
             vip=str(lab.vip()),
-            right_to_lead="fence",
+            right_to_lead="etcd" if name.startswith("etcd") else "fence",
             epoch_interval_ms=200,
         )
-        settings = {"store": {"min_free_bytes": 32 << 20}} if "disk" in name else None
-        fenced = name != "sshd-down"
+        etcd = await LabEtcd.start(lab) if name.startswith("etcd") else None
+        settings: dict[str, dict[str, Any]] = {}
+        if etcd is not None:
+            settings["etcd"] = {"endpoints": list(etcd.endpoints), "ttl_s": _TTL_S}
+        if "disk" in name:
+            settings["store"] = {"min_free_bytes": 32 << 20}
+        fenced = name != "sshd-down" and etcd is None
         nodes = await build_cluster(lab, ("a", "b"), workloads=[spec], settings=settings, fenced=fenced)
-        if not fenced:
+        if name == "sshd-down":
             _fence_by_ssh(nodes)
         if "disk" in name:  # a disk of its own, that can be filled
             directory = nodes[name[-1]].config.node.state_dir
             await in_thread(_mount, directory)
         client = await lab.add_host("client")
-        pair = Pair(lab, nodes, client, client.dir / "answers")
+        pair = Pair(lab, nodes, client, client.dir / "answers", etcd)
         await start_all(nodes)
         await nodes["a"].cli("start", _NAME)
         prober = await client.spawn(

@@ -51,16 +51,19 @@ class Etcd:
 
     def handle(self, call: Call, now: float) -> Any:
         """Carry out a call and return its decoded answer."""
+        return msgspec.json.decode(self.answer(call.path, call.body, now), type=call.answer, strict=False)
+
+    def answer(self, path: str, raw: bytes, now: float) -> bytes:
+        """Carry out a request and return its JSON."""
         self._expire(now)
-        body = json.loads(call.body)
+        body = json.loads(raw)
         answers = {
             "/v3/kv/txn": self._transact,
             "/v3/lease/grant": self._grant,
             "/v3/lease/keepalive": self._keep_alive,
             "/v3/lease/revoke": self._revoke,
         }
-        answer = answers[call.path](body, now)
-        return msgspec.json.decode(json.dumps(answer), type=call.answer, strict=False)
+        return json.dumps(answers[path](body, now)).encode()
 
     def _expire(self, now: float) -> None:
         for lease in [each for each, (_, over_at) in self.leases.items() if over_at <= now]:

@@ -35,7 +35,10 @@ class Leases:
         self.etcd = Etcd()
         bound = TERMS.drift * 0.99 / 2
         fast_etcd = 1 + self.random.choice([-bound, bound, 0.0])
-        self.rates = {name: (1 + self.random.uniform(-bound, bound)) / fast_etcd for name in world.hosts}
+        drifts = [
+            self.random.choice([-bound, bound, self.random.uniform(-bound, bound)]) for _ in world.hosts
+        ]
+        self.rates = {name: (1 + each) / fast_etcd for name, each in zip(world.hosts, drifts, strict=True)}
         self.offsets = {name: self.random.uniform(0, 1e5) for name in world.hosts}
         self.terms = TERMS
         if "no-margin" in world.bugs:
@@ -202,6 +205,10 @@ class Leases:
         holder = self.etcd.leader(self.world.spec.name, self.world.now)
         if holder != host.name:
             raise self.world.broken(f"it runs on {host.name}, and the lease is held by {holder or 'nobody'}")
+        for other in self.world.hosts.values():
+            if other.served > host.record.term:
+                what = f"it runs on {host.name} in term {host.record.term}"
+                raise self.world.broken(f"{what}, and ran on {other.name} in term {other.served}")
 
 
 FAULTS = ("gone", "slow", "cut", "cut", "elect")

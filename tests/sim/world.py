@@ -563,7 +563,7 @@ class World:
     def _leads(self, host: Host) -> int:
         """Return the term that the host leads, 0 for none; a dead keeper's agent looks after it still."""
         if host.role is not None:
-            leads = claim_of(host.role) in RUNS and not host.role.in_doubt
+            leads = claim_of(host.role) in RUNS and not host.outer_frozen
             return host.role.record.term if leads else 0
         runs = host.container is not None and not host.outer_frozen
         return host.record.term if runs and host.record.leader == host.name else 0
@@ -576,7 +576,9 @@ class World:
             return
         host.newest_beat[key] = sequence
         host.spoke_at[event.node] = self.now
-        if led:
+        view = host.role.peers.get(event.node)
+        doubted = event.origin == "agent" and view is not None and view.in_doubt  # at its keeper's last word
+        if led and not doubted:
             host.led_at[(event.node, led)] = max(sent, host.led_at.get((event.node, led), 0.0))
         self.feed(host, event)
 
@@ -896,7 +898,7 @@ class World:
         role, limit_s = host.role, self.spec.max_takeover_lag_ms / 1000
         if role is None or role.name != "acquiring" or role.by_operator or role.request or not limit_s:
             return
-        if planned(role) or keeps_frozen(role):
+        if planned(role) or keeps_frozen(role) or role.record.leader == host.name:
             return  # nothing was captured since
         heard_at = host.led_at.get((role.record.leader, role.record.term))
         if heard_at is None or heard_at - host.stored_at > limit_s + LAG_TOLERANCE_S:
@@ -909,7 +911,7 @@ class World:
         role = host.role
         if role is None or role.by_operator or role.request is not None or not self.knows_pause(host):
             return
-        if planned(before) or keeps_frozen(before):
+        if planned(before) or keeps_frozen(before) or (self.leases and before.record.leader == host.name):
             return  # an operator asked for it, elsewhere
         begins = role.name == "acquiring" and before.name != "acquiring"
         records = role.wanted is not None and role.wanted.mark == "taking_over" and before.wanted is None

@@ -162,6 +162,7 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
                     heir="b",
                     alive=True,
                     agent_alive=False,
+                    in_doubt=True,
                     takeovers=(
                         BeatTakeover(
                             silences=("process failure", "host loss"), missing=("no epoch is stored here",)
