@@ -41,7 +41,7 @@ from outlive.lab import Host, Lab
 from outlive.lab_etcd import LabEtcd
 from tests.campaigns.vip_prober import EVERY_S, WORKLOAD
 
-_NAME, _PORT = "witness", 7100
+NAME, _PORT = "witness", 7100
 _QUIET_S = 1.0
 """How long a state has to stay as it is before it counts as what a human finds."""
 _TOGETHER_S = 3 * EVERY_S
@@ -115,7 +115,7 @@ class Pair:
         """Wait until a node is in a state, and until its reason says so."""
         what = f"{state}{f', saying {says!r}' if says else ''}"
         await self.nodes[node].wait_for(
-            _NAME, lambda w: w.state == state and says in w.reason, what=what, timeout_s=45
+            NAME, lambda w: w.state == state and says in w.reason, what=what, timeout_s=45
         )
 
     async def leads(self, node: str, *, restorable: bool | None = None) -> None:
@@ -126,7 +126,7 @@ class Pair:
             return led and (restorable is None or status.restorable == restorable)
 
         what = "led" + ("" if restorable is None else ", protected" if restorable else ", unprotected")
-        await self.nodes[node].wait_for(_NAME, so, what=what, timeout_s=45)
+        await self.nodes[node].wait_for(NAME, so, what=what, timeout_s=45)
         await eventually(self._answers, what="it answers")
 
     async def now_found(self, broke: str) -> None:
@@ -140,7 +140,7 @@ class Pair:
         for name, node in self.nodes.items():
             states[name] = "no answer"
             with contextlib.suppress(OutliveError):
-                status = await node.workload(_NAME)
+                status = await node.workload(NAME)
                 states[name] = _told(status) if status is not None else "unknown there"
         return states
 
@@ -148,7 +148,7 @@ class Pair:
         terms: list[TermHistory] = []
         for node in self.nodes.values():
             with contextlib.suppress(OutliveError):
-                terms += (await node.history(_NAME)).terms
+                terms += (await node.history(NAME)).terms
         newest = max(terms, key=lambda each: each.term, default=None)
         return f"term {newest.term}, {newest.leader}: {newest.cause}" if newest is not None else ""
 
@@ -177,7 +177,7 @@ def _told(status: WorkloadStatus) -> str:
 
 
 def _runs(node: Node) -> bool:
-    return running_init_pid(node.config, _NAME) is not None and not cgroup_frozen(node.config, _NAME)
+    return running_init_pid(node.config, NAME) is not None and not cgroup_frozen(node.config, NAME)
 
 
 # --- failures ---------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ async def keeper_killed(pair: Pair) -> None:
 async def partition_client_with_a(pair: Pair) -> None:
     """The standby is cut off; its power switch still reaches the other host, so it takes over."""
     await pair.lab.cut("b")
-    await pair.b.wait_for(_NAME, lambda w: w.state == "leading" and w.running, what="led", timeout_s=45)
+    await pair.b.wait_for(NAME, lambda w: w.state == "leading" and w.running, what="led", timeout_s=45)
     await pair.now_found("cut b off")
     await pair.lab.mend("b")
     await pair.restart("a")
@@ -296,7 +296,7 @@ async def address_stolen(pair: Pair) -> None:
 async def port_taken(pair: Pair) -> None:
     """The standby knows that it could not bring it up, and turns nothing off. The port is freed."""
     thief = await _take_port(pair)
-    await pair.b.wait_for(_NAME, lambda w: not w.restorable, what="not restorable")
+    await pair.b.wait_for(NAME, lambda w: not w.restorable, what="not restorable")
     await pair.lab.power_off("a")
     await pair.has("b", "waiting", "taken by something else")
     await pair.now_found("its port is taken on b; then power off a")
@@ -314,7 +314,7 @@ async def restore_fails(pair: Pair) -> None:
     await pair.now_found("power off a; its port is taken on b at the same moment")
     thief.kill()
     await thief.wait()
-    await pair.b.cli("failover", _NAME, "--accept-data-loss")
+    await pair.b.cli("failover", NAME, "--accept-data-loss")
     await pair.leads("b")
     await pair.restart("a")
     await pair.leads("b", restorable=True)
@@ -329,7 +329,7 @@ async def disk_full_on_b(pair: Pair) -> None:
     """The standby's disk is full: it keeps the epoch that it has, and says so."""
     with _full(Path(pair.b.config.node.state_dir)):
         await pair.a.wait_for(
-            _NAME,
+            NAME,
             lambda w: any("free" in reason for each in w.replicas for reason in each.reasons),
             what="told",
         )
@@ -353,7 +353,7 @@ async def sshd_down(pair: Pair) -> None:
     await pair.now_found("power off a; fence by SSH")
 
     async def vouched() -> bool:  # not while the next attempt to fence is under way
-        words = ("failover", _NAME, "--accept-data-loss", "--old-primary-is-off", "a")
+        words = ("failover", NAME, "--accept-data-loss", "--old-primary-is-off", "a")
         return (await pair.b.cli(*words, check=False)).returncode == 0
 
     await eventually(vouched, what="an operator's word counts")
@@ -366,7 +366,7 @@ async def etcd_gone(pair: Pair) -> None:
     """Etcd is gone: the workload is frozen before its lease can be over, and runs on when etcd is back."""
     etcd = _etcd_of(pair)
     await etcd.go_away()
-    await pair.a.wait_for(_NAME, _is_frozen, what="frozen", timeout_s=45)
+    await pair.a.wait_for(NAME, is_frozen, what="frozen", timeout_s=45)
     await asyncio.sleep(_TTL_S)
     await pair.now_found("kill all three members of etcd, start them again")
     await etcd.come_back()
@@ -426,7 +426,7 @@ def _etcd_of(pair: Pair) -> LabEtcd:
     return pair.etcd
 
 
-def _is_frozen(status: WorkloadStatus) -> bool:
+def is_frozen(status: WorkloadStatus) -> bool:
     return status.lease is not None and bool(status.lease.frozen)
 
 
@@ -484,10 +484,10 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 @contextlib.asynccontextmanager
-async def _pair(name: str) -> AsyncIterator[Pair]:
+async def pair_for(name: str) -> AsyncIterator[Pair]:
     async with Lab() as lab:
         spec = WorkloadSpec(
-            name=_NAME,
+            name=NAME,
             nodes=("a", "b"),
             command=(sys.executable, "-u", "-c", WORKLOAD, str(_PORT)),
             vip=str(lab.vip()),
@@ -510,7 +510,7 @@ async def _pair(name: str) -> AsyncIterator[Pair]:
         client = await lab.add_host("client")
         pair = Pair(lab, nodes, client, client.dir / "answers", etcd)
         await start_all(nodes)
-        await nodes["a"].cli("start", _NAME)
+        await nodes["a"].cli("start", NAME)
         prober = await client.spawn(
             [
                 *(sys.executable, "-m", "tests.campaigns.vip_prober", client.interface),
@@ -555,7 +555,7 @@ def _fence_by_ssh(nodes: dict[str, Node]) -> None:
 async def run_one(name: str) -> Outcome:
     """Run one failure in a lab of its own."""
     problem, afterwards = "", {}
-    async with _pair(name) as pair:
+    async with pair_for(name) as pair:
         begun_s = time.time()
         try:
             await SCENARIOS[name](pair)

@@ -173,7 +173,7 @@ class Leases:
     # --- what may go wrong with it ----------------------------------------------------------------
 
     def strike(self, host: Host, fault: str, for_s: float) -> None:
-        """Let etcd be gone, slow, out of one host's reach, or change its leader."""
+        """Let etcd be gone, slow, out of one host's reach, or change its leader; or a host be alone."""
         self.world.tell(f"etcd: {fault} {host.name}, {for_s:.2f} s")
         etcd = self.etcd
         if fault == "gone":
@@ -186,6 +186,13 @@ class Leases:
             cut = {(host.name, "etcd")}
             self.world.blocked |= cut
             self.world.later(for_s, lambda: self.world.blocked.difference_update(cut))
+        elif fault == "alone":
+            peers = [name for name in self.world.hosts if name != host.name]
+            cut = {pair for peer in peers for pair in ((host.name, peer), (peer, host.name))}
+            self.world.blocked |= cut | {(host.name, "etcd")}
+            self.world.later(for_s, lambda: self.world.blocked.discard((host.name, "etcd")))
+            later_s = for_s + self.random.uniform(0, 6)
+            self.world.later(later_s, lambda: self.world.blocked.difference_update(cut))
         elif fault == "elect":
             etcd.up = False
 
@@ -211,4 +218,4 @@ class Leases:
                 raise self.world.broken(f"{what}, and ran on {other.name} in term {other.served}")
 
 
-FAULTS = ("gone", "slow", "cut", "cut", "elect")
+FAULTS = ("gone", "slow", "cut", "cut", "alone", "alone", "elect")

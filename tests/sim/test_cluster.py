@@ -22,8 +22,9 @@ from common import (
 from common.model import WorkloadSpec
 from common.pauses import in_force
 from common.role_events import ThawWorkload
-from common.roles import LEADING, Instant, Role
+from common.roles import Instant, Role
 from tests.sim.campaign import run_seed
+from tests.sim.leases import Leases
 from tests.sim.world import TIMING, Violation, Weather, World
 
 CI_SEEDS = 240
@@ -540,20 +541,12 @@ def reclaim_though_another_has_claimed(monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
-def lease_given_up_before_the_workload_ended(monkeypatch: pytest.MonkeyPatch) -> str:
-    need_of = lease.need_of
-
-    def need(role: Role) -> lease.Need:
-        needed = need_of(role)
-        return needed if role.name in LEADING else needed._replace(held=role.name == "acquiring")
-
-    monkeypatch.setattr(lease, "need_of", need)
+def nobody_guards_a_keeper_that_hangs(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(Leases, "_guard", lambda self, host, record: None)
     return ""
 
 
 def the_switch_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> str:
-    from tests.sim.leases import Leases
-
     perform = Leases._perform
 
     def performed(self: Leases, host: object, effect: lease.Effect) -> None:
@@ -571,7 +564,7 @@ LEASE_BUGS = [
     thaw_though_the_lease_was_lost,
     comparison_ignored,
     reclaim_though_another_has_claimed,
-    lease_given_up_before_the_workload_ended,
+    nobody_guards_a_keeper_that_hangs,
     the_switch_is_not_closed,
 ]
 
