@@ -109,6 +109,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     next_at_s: float = 0.0
     problem: str = ""
     """Why the last question has no good answer."""
+    unanswered: bool = False
+    """The last question had no answer at all."""
     standing: Standing = Standing()
     seen_at_s: float | None = None
     """When etcd answered last."""
@@ -218,7 +220,7 @@ def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
 
 def _taken_in(lease: Lease, question: Question, answer: Answer, now_s: float, effects: list[Effect]) -> Lease:
     """Learn from an answer."""
-    lease = replace(lease, problem="")
+    lease = replace(lease, problem="", unanswered=isinstance(answer, Unanswered))
     if isinstance(answer, Unanswered):
         lease = replace(lease, problem=f"etcd does not answer: {answer.reason}")
     else:

@@ -25,6 +25,9 @@ from common.succession import by_lease, keeper_speaks, obstacles, paused, ready,
 Covers = Mapping[str, frozenset[str]]
 """For each node: the failures in which a fence method can confirm that it is off."""
 
+ETCD = ""
+"""In `Covers` a name that no node has: the failures in which etcd gives this node a lease. Not there: all."""
+
 
 def takeovers(role: Role, now: Instant, covers: Covers) -> tuple[Takeover, ...]:
     """Return what this node would do if its leader fell silent now; empty unless another node leads."""
@@ -109,8 +112,13 @@ def _missing(role: Role, now: Instant, why: Silence, covers: Covers) -> tuple[st
         return ()
     role, effects = step(_silenced(role, now), Tick(), now)
     for claim in (effect for effect in effects if isinstance(effect, ClaimTerm)):
+        answers = why in covers.get(ETCD, frozenset(SILENCES))
         given = FenceResult(
-            node="etcd", attempt=claim.attempt, outcome="confirmed", reason="as it answers", term=claim.term
+            node="etcd",
+            attempt=claim.attempt,
+            outcome="confirmed" if answers else "unknown",
+            reason="as it answers" if answers else "it does not answer this node",
+            term=claim.term if answers else 0,
         )
         role, _ = step(role, given, now)
     for fence in (effect for effect in effects if isinstance(effect, RunFence)):

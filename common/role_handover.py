@@ -94,6 +94,8 @@ def switchover_refusal(role: Role, event: OperatorSwitchover, now: Instant) -> R
         )
     if role.name != "leading" or role.request is not None or role.wanted is not None:
         return _refused("another change of role is under way", "ask again in a moment")
+    if role.in_doubt:
+        return _refused(f"it is frozen here: {role.in_doubt}", "outlive status")
     if not role.alive:
         return _refused(f"{name} does not run at the moment", "ask again in a moment")
     if not agent_alive(role, now):

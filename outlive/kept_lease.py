@@ -110,6 +110,11 @@ class KeptLease:
         for effect in effects:
             self._perform(effect)
 
+    @property
+    def etcd_answers(self) -> bool:
+        """Tell whether etcd answered the last question."""
+        return not self._lease.unanswered
+
     def status(self) -> LeaseStatus | None:
         """Return how it stands; None if no lease gives the right to lead."""
         role, lease, now_s = self._role(), self._lease, boottime_s()

@@ -55,7 +55,7 @@ from common.role_events import (
     Tick,
     WorkloadEnded,
 )
-from common.role_explain import explain, takeovers
+from common.role_explain import ETCD, Covers, explain, takeovers
 from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
@@ -305,7 +305,7 @@ class KeptWorkload:
     def _beat_takeovers(self, now: Instant) -> tuple[BeatTakeover, ...]:
         """Return what heartbeats say of a takeover by this node, worked out every now and then."""
         if now.monotonic_s >= self._takeovers_until_s:
-            self._takeovers = _told_once(takeovers(self.role, now, self._covers))
+            self._takeovers = _told_once(takeovers(self.role, now, self._covered()))
             self._takeovers_until_s = now.monotonic_s + _TAKEOVERS_S
         return self._takeovers
 
@@ -315,7 +315,11 @@ class KeptWorkload:
 
     def explain(self) -> Explanation:
         """Return what would follow if something failed now."""
-        return explain(self.role, _now(), self._covers)
+        return explain(self.role, _now(), self._covered())
+
+    def _covered(self) -> Covers:
+        """Return what fences cover, and whether etcd would give a lease now."""
+        return self._covers if self._lease.etcd_answers else {**self._covers, ETCD: frozenset()}
 
     def story(self) -> TermHistory | None:
         """Return the present term's story, if this node leads it; it may be newer than the one on disk."""

@@ -176,5 +176,21 @@ async def test_a_switchover_and_a_stop_end_the_lease_so_that_nobody_waits() -> N
         assert rss_mib(pair.a.processes["keeper"].pid) < 32
 
 
+async def test_when_etcd_is_gone_for_good_an_operator_has_it_run_on_without() -> None:
+    async with pair_for("etcd-gone") as pair:
+        assert pair.etcd is not None
+        pid = running_init_pid(pair.a.config, NAME)
+        await pair.etcd.go_away()
+        await pair.a.wait_for(NAME, is_frozen, what="frozen", timeout_s=20)
+        await asyncio.gather(*(node.stop("keeper") for node in pair.nodes.values()))
+        file = pair.a.config_path
+        file.write_text(file.read_text().replace('right_to_lead = "etcd"', 'right_to_lead = "manual"'))
+        for node in (pair.a, pair.b):  # the agent reads the file when it begins
+            await node.start("keeper")
+        await pair.leads("a")
+        assert running_init_pid(pair.a.config, NAME) == pid
+        assert not is_closed(gate_of(pair.a.config, NAME))
+
+
 def test_every_scenario_of_etcd_is_there() -> None:
     assert {"etcd-gone", "etcd-slow"} <= set(SCENARIOS)
