@@ -266,7 +266,7 @@ def _claimed(lease: Lease, question: Claim, answer: Answer, now_s: float, effect
 
 
 def _question_of(claim: ClaimTerm) -> Claim:
-    return Claim(term=claim.term, known=claim.known, unused=claim.unused, over=claim.over)
+    return Claim(term=claim.term, known=claim.known, unused=claim.unused, over=claim.over, blank=claim.blank)
 
 
 def _renewed(lease: Lease, answer: Granted, effects: list[Effect]) -> Lease:

@@ -27,6 +27,8 @@ from common.errors import OutliveError
 
 PREFIX = "/outlive"
 
+_BLANK = "etcd knows of no term of it: it has lost what it knew, or never gave the right to lead it"
+
 Clock = Callable[[], float]
 
 
@@ -77,6 +79,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The newest term that this node has heard of."""
     unused: tuple[str, ...] = ()
     """Nodes that have led no later one, though they may have claimed it."""
+    blank: bool = False
+    """Also if no term was ever claimed there."""
     over: bool
     """Also if another node has led a later one: an operator gives up what was done in it."""
 
@@ -227,6 +231,8 @@ class LeaseKeys:
     def _claim(self, asked: Claim) -> Calls:
         read = yield from self._read()
         leader, newest = read.standing.leader, read.standing.newest
+        if newest is None and not asked.blank:
+            return Denied(reason=_BLANK)
         if leader is not None and leader.node != self._node:
             return Denied(reason=f"{leader.node} holds the lease of term {leader.term}")
         passed_over = asked.over or newest is None or newest.node in (self._node, *asked.unused)
@@ -260,7 +266,7 @@ class LeaseKeys:
         leader, newest = read.standing.leader, read.standing.newest
         mine = Claimant(node=self._node, term=term, boot_id=self._boot_id)
         if newest is None:
-            return Denied(reason="etcd remembers no term: it has lost what it knew")
+            return Denied(reason=_BLANK)
         if newest != mine:
             reason = f"{newest.node} has claimed term {newest.term}"
             return Denied(reason=reason, claimed_by=newest.node)

@@ -29,6 +29,7 @@ from common.role_events import (
 )
 from common.roles import OWNING, Clean, Instant, Mark, PeerView, Role, TermRecord
 from common.succession import (
+    all_accounted,
     by_lease,
     contender,
     how_to_replace,
@@ -36,6 +37,7 @@ from common.succession import (
     leads_nothing_newer,
     planned,
     right_stands,
+    unvouched,
 )
 
 Acted = tuple[Role, tuple[Effect, ...]]
@@ -252,7 +254,7 @@ def suspect(role: Role, event: Event, now: Instant) -> Acted:
 def pursue(role: Role, event: Event, now: Instant) -> Acted:
     """Fence whoever may lead, or record the new term at once if nobody may."""
     if by_lease(role):
-        return claim(role, now)
+        return claim(role, now, blank=_may_be_blank(role, now))
     rival = contender(role, now)
     if not rival:
         own = role.record.leader == role.me
@@ -266,7 +268,14 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
     return role, (RunFence(rival, role.fence_attempt, role.record.term, up_to),)
 
 
-def claim(role: Role, now: Instant) -> Acted:
+def _may_be_blank(role: Role, now: Instant) -> bool:
+    """Tell whether an operator has this node lead though etcd may have forgotten who led last."""
+    leads = role.record.leader == role.me and role.record.mark == "leads"
+    vouched = bool(role.vouched) and unvouched(role, role.vouched, now) is None
+    return role.by_operator and (leads or vouched)
+
+
+def claim(role: Role, now: Instant, *, blank: bool) -> Acted:
     """Ask etcd for the next term."""
     role = noted(role, now, "lease asked", f"attempt {role.retries + 1}: etcd has to give the next term")
     role = replace(role, fence_attempt=role.fence_attempt + 1)
@@ -278,6 +287,7 @@ def claim(role: Role, now: Instant) -> Acted:
             known=role.record.term,
             unused=leads_nothing_newer(role, now),
             over=over,
+            blank=blank,
         ),
     )
 
@@ -368,7 +378,8 @@ def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
         timeline_from_s=now.monotonic_s,
         retries=0,
     )
-    role, effects = claim(noted(role, now, "start", f"asked for by an operator{_lost(role)}"), now)
+    role = noted(role, now, "start", f"asked for by an operator{_lost(role)}")
+    role, effects = claim(role, now, blank=all_accounted(role, event, now))
     return role, (SaveSpec(event.spec), *effects)
 
 

@@ -237,6 +237,8 @@ class ClaimTerm(msgspec.Struct, frozen=True, kw_only=True):
     """… unless it was claimed by one of these, which are heard, and lead nothing that is newer …"""
     over: bool
     """… or an operator accepts the loss of what was done in it."""
+    blank: bool
+    """Also if etcd knows of no term at all: every other node was heard, or an operator vouches for it."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):

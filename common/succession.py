@@ -447,6 +447,14 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     return None if spec.right_to_lead == "etcd" else _unaccounted(role, event, owner, now)
 
 
+def all_accounted(role: Role, event: OperatorStart, now: Instant) -> bool:
+    """Tell whether a start would be safe if nobody remembered who led: every other node spoke, or is off."""
+    owner = holder(role)
+    if role.record.term > 0 and owner == role.me and right_stands(role):
+        return True
+    return _unaccounted(role, event, owner if role.record.term else "", now) is None
+
+
 def _unaccounted(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:
     """Return which node could lead it unheard; None if all spoke or are vouched for.
 

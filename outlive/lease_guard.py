@@ -118,6 +118,8 @@ def main(directory: str, *device: str) -> int:
     except OSError:
         return 3
     ctypes.CDLL(None).mlockall(_LOCK_ALL)
+    with contextlib.suppress(OSError):  # before whatever keeps the processors busy
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     keeper = os.getppid()
     watchdog = Watchdog(device[0], int(device[1])) if device else None
     closed: set[str] = set()

@@ -43,7 +43,7 @@ def keys() -> LeaseKeys:
 async def test_a_question_is_answered_over_http() -> None:
     async with member(simulated.Etcd()) as url:
         client = EtcdClient(Etcd(endpoints=(url,)), 1.0)
-        assert isinstance(await client.ask(keys(), Claim(term=1, known=0, over=False)), Granted)
+        assert isinstance(await client.ask(keys(), Claim(term=1, known=0, over=False, blank=True)), Granted)
         looked = await client.ask(keys(), Look())
         assert isinstance(looked, Seen)
         assert looked.standing.leader is not None

@@ -52,7 +52,7 @@ HELD = Held(lease_id=7, revision=3, term=1)
 IDLE = Need(held=False, guarded=False, term=0)
 CLAIMING = Need(held=True, guarded=False, term=0)
 LEADING = Need(held=True, guarded=True, term=1)
-CLAIM = ClaimTerm(attempt=1, term=1, known=0, unused=(), over=False)
+CLAIM = ClaimTerm(attempt=1, term=1, known=0, unused=(), over=False, blank=True)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def test_a_claim_that_etcd_grants_is_confirmed_with_its_term_and_put_on_record_f
     driver.feed(Passed(), 97.0)
     driver.answer(Seen(standing=driver.lease.standing), 97.0)
     driver.feed(Wanted(CLAIM), 100.0, CLAIMING)
-    assert driver.question == Claim(term=1, known=0, over=False)
+    assert driver.question == Claim(term=1, known=0, over=False, blank=True)
     effects = driver.answer(Granted(held=HELD, sent_s=100.0, ttl_s=2), 100.5)
     kept = [effect for effect in effects if isinstance(effect, Keep)]
     assert kept == [Keep(LeaseRecord(held=HELD, until_s=pytest.approx(100.0 + GOOD_FOR_S)))]
@@ -253,7 +253,7 @@ def pair() -> tuple[Talk, Talk]:
 
 
 def claimed(talk: Talk, *, term: int, known: int, over: bool = False) -> Granted:
-    answer = talk.ask(Claim(term=term, known=known, over=over))
+    answer = talk.ask(Claim(term=term, known=known, over=over, blank=True))
     assert isinstance(answer, Granted), answer
     return answer
 
@@ -261,7 +261,7 @@ def claimed(talk: Talk, *, term: int, known: int, over: bool = False) -> Granted
 def test_of_two_that_claim_one_is_denied_until_the_lease_is_over() -> None:
     a, b = pair()
     claimed(a, term=1, known=0)
-    assert isinstance(b.ask(Claim(term=2, known=1, over=False)), Denied)
+    assert isinstance(b.ask(Claim(term=2, known=1, over=False, blank=True)), Denied)
     b.at_s = 2.0
     assert claimed(b, term=2, known=1).held.term == 2
 
@@ -275,7 +275,7 @@ def test_a_revoked_lease_is_over_at_once() -> None:
 def test_an_operator_passes_over_no_lease() -> None:
     a, b = pair()
     claimed(a, term=1, known=0)
-    assert isinstance(b.ask(Claim(term=2, known=1, over=True)), Denied)
+    assert isinstance(b.ask(Claim(term=2, known=1, over=True, blank=True)), Denied)
 
 
 def test_a_node_that_lost_its_disk_uses_no_term_twice() -> None:
@@ -288,7 +288,7 @@ def test_a_term_of_which_nothing_was_heard_is_passed_over_by_an_operator_only() 
     a, b = pair()
     claimed(a, term=2, known=1)
     b.at_s = 2.0
-    answer = b.ask(Claim(term=2, known=1, over=False))
+    answer = b.ask(Claim(term=2, known=1, over=False, blank=True))
     assert isinstance(answer, Denied)
     assert "a has claimed term 2" in answer.reason
     assert isinstance(b.ask(Claim(term=2, known=1, unused=("a",), over=False)), Granted)
@@ -329,11 +329,15 @@ def test_an_etcd_that_has_lost_what_it_knew_gives_nobody_his_term_back() -> None
     answer = a.ask(Reclaim(term=4))
     assert isinstance(answer, Denied)
     assert "lost what it knew" in answer.reason
+    assert isinstance(a.ask(Claim(term=5, known=4, over=False, blank=False)), Denied)
+    assert claimed(a, term=5, known=4).held.term == 5
 
 
 def test_a_claim_whose_answer_was_lost_is_unanswered_and_the_next_one_ends_it_first() -> None:
     a, _ = pair()
-    assert isinstance(a.ask(Claim(term=1, known=0, over=False), fails=(False, False, True)), Unanswered)
+    assert isinstance(
+        a.ask(Claim(term=1, known=0, over=False, blank=True), fails=(False, False, True)), Unanswered
+    )
     assert a.etcd.leader("w", 0.0) == "a"
     assert claimed(a, term=1, known=0).held.term == 2
     assert len(a.etcd.leases) == 1

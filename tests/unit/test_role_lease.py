@@ -56,7 +56,7 @@ def primary() -> Driver:
 def test_silence_leads_to_a_claim_and_no_fence_and_to_the_term_that_etcd_gave() -> None:
     driver = standby()
     asked = driver.after(0.4)
-    assert claims(asked) == [ClaimTerm(attempt=1, term=2, known=1, unused=(), over=False)]
+    assert claims(asked) == [ClaimTerm(attempt=1, term=2, known=1, unused=(), over=False, blank=False)]
     assert not any(isinstance(effect, RunFence) for effect in asked)
     driver.feed(result(1, term=7))
     assert driver.role.wanted is not None
@@ -120,10 +120,22 @@ def test_a_start_takes_the_term_that_etcd_gives_and_needs_no_word_about_the_othe
     driver = Driver("a", spec=LEASED)
     driver.after(3.0)
     (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
-    assert (claim.term, claim.over) == (1, True)
+    assert (claim.term, claim.over, claim.blank) == (1, True, False), "b was not heard"
     driver.feed(result(claim.attempt, term=4))
     driver.persisted()
     assert (driver.state, driver.role.record.term, driver.role.record.mark) == ("launching", 4, "launching")
+
+
+def test_where_etcd_may_have_forgotten_who_led_a_start_needs_the_others_heard_or_vouched_for() -> None:
+    driver = Driver("a", spec=LEASED)
+    driver.after(3.0)
+    asked = OperatorStart(request=1, spec=LEASED, peers_are_off=("b",))
+    (claim,) = claims(driver.feed(asked))
+    assert claim.blank
+    driver = Driver("a", spec=LEASED)
+    driver.hear("following", node="b", term=0)
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
+    assert claim.blank
 
 
 def test_a_lease_in_doubt_takes_the_address_away_until_it_stands_again() -> None:
