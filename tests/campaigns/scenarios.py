@@ -48,6 +48,8 @@ _TOGETHER_S = 3 * EVERY_S
 """Answers of two hosts, one so soon after the other, are two that answer at once: no move is that fast."""
 _DISK_MIB = 96
 _TTL_S = 3
+_PF_EXITING = 4
+"""<linux/sched.h>; in proc(5)'s `stat`."""
 _STOLEN_ANSWERS = int(2 * 1.5 / EVERY_S)
 """Both hosts answer each question until it was looked at twice, a second later, and some time for it."""
 
@@ -165,7 +167,7 @@ class Pair:
     async def watch_copies(self) -> None:
         """Count the looks at which two copies run."""
         while True:
-            running = [node for node in self.nodes.values() if await in_thread(_runs, node)]
+            running = [node for node in self.nodes.values() if await in_thread(runs, node)]
             self.two_ran += len(running) > 1
             await asyncio.sleep(EVERY_S)
 
@@ -176,8 +178,21 @@ def _told(status: WorkloadStatus) -> str:
     return f"{status.state}: {missed}{status.reason}{f' ({reasons})' if reasons else ''}"
 
 
-def _runs(node: Node) -> bool:
-    return running_init_pid(node.config, NAME) is not None and not cgroup_frozen(node.config, NAME)
+def runs(node: Node) -> bool:
+    """Tell whether a copy runs on a node: it is there, not frozen, and not killed."""
+    pid = running_init_pid(node.config, NAME)
+    return pid is not None and not cgroup_frozen(node.config, NAME) and not _dying(pid)
+
+
+def _dying(pid: int) -> bool:
+    """Tell whether it was killed, and so runs no more of its code, though it is there still."""
+    try:
+        lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+    except OSError:
+        return True
+    pending = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
+    return bool(pending & 1 << (signal.SIGKILL - 1)) or bool(flags & _PF_EXITING)
 
 
 # --- failures ---------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import pytest
 
 from common.container import cgroup_frozen, running_init_pid
 from common.gate import gate_of, is_closed
-from outlive.cluster import Node
-from tests.campaigns.scenarios import NAME, SCENARIOS, Pair, is_frozen, pair_for, read_answers, run_one
+from tests.campaigns.scenarios import NAME, SCENARIOS, Pair, is_frozen, pair_for, read_answers, run_one, runs
 
 pytestmark = [
     pytest.mark.system,
@@ -22,8 +21,6 @@ pytestmark = [
 ]
 
 TTL_S = 3.0
-_PF_EXITING = 4
-"""<linux/sched.h>; in proc(5)'s `stat`."""
 
 
 class Witness:
@@ -52,22 +49,6 @@ class Witness:
     def first_of(self, name: str, since_s: float) -> float:
         """Return when a node ran it first, after that moment."""
         return next(at for at, running in self.changes if at >= since_s and name in running)
-
-
-def runs(node: Node) -> bool:
-    pid = running_init_pid(node.config, NAME)
-    return pid is not None and not cgroup_frozen(node.config, NAME) and not dying(pid)
-
-
-def dying(pid: int) -> bool:
-    """Tell whether it was killed, and so runs no more of its code, though it is there still."""
-    try:
-        lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
-    except OSError:
-        return True
-    pending = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
-    return bool(pending & 1 << (signal.SIGKILL - 1)) or bool(flags & _PF_EXITING)
 
 
 def rss_mib(pid: int) -> float:
