@@ -1,11 +1,12 @@
 """How long a client waits when a host is lost, and where that time goes: a redis fails over again and again.
 
     python -m bench.failover [--runs 20] [--sizes 64,256,1024] [--interval-ms 200] [--suspect-after-ms 300]
-                             [--output json|table]
+                             [--right fence|etcd] [--ttl-s 2] [--output json|table]
 
 For each size a pair protects a redis filled with so much. Then, in turns, the host that leads loses its
-power, the other one takes over by itself (the lab's power switch confirms), and the lost one comes back and
-is protected against again, all of it unattended. Several clients that write and reconnect look on, a few ms
+power, the other one takes over by itself (the lab's power switch confirms; with `--right etcd` nobody is
+fenced, and the lost host's lease runs out), and the lost one comes back and is protected against again, all
+of it unattended. Several clients that write and reconnect look on, a few ms
 apart from each other, so that what one of them waits for a time-out does not count. Prints one JSON object;
 `docs/reference/benchmarks.md` defines its fields. Progress goes to stderr.
 """
@@ -22,6 +23,7 @@ import time
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -34,6 +36,7 @@ from common.model import HealthCheck, WorkloadSpec
 from outlive.cli.running import configure_logs
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.lab import Host, Lab
+from outlive.lab_etcd import LabEtcd
 from outlive.probe import read_log
 
 SCHEMA_VERSION = 1
@@ -73,6 +76,7 @@ class FailoverReport(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str
     cpus: int
     right_to_lead: str
+    ttl_s: int | None
     backend: str
     interval_ms: int
     suspect_after_ms: int
@@ -113,27 +117,33 @@ class _Scene:
             await asyncio.gather(*(process.wait() for process in running))
 
 
-async def measure(
-    runs: int, sizes: tuple[int, ...], *, interval_ms: int, suspect_after_ms: int
-) -> FailoverReport:
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same in the whole run."""
+
+    right_to_lead: Literal["fence", "etcd"]
+    ttl_s: int
+    interval_ms: int
+    suspect_after_ms: int
+
+
+async def measure(runs: int, sizes: tuple[int, ...], choice: Choice) -> FailoverReport:
     """Measure each size on a pair of its own. Raises LabError if a failover does not come about."""
-    measured = [await _measure_size(runs, size, interval_ms, suspect_after_ms) for size in sizes]
+    measured = [await _measure_size(runs, size, choice) for size in sizes]
     return FailoverReport(
         schema_version=SCHEMA_VERSION,
         benchmark="failover",
         kernel=platform.release(),
         cpus=os.cpu_count() or 0,
-        right_to_lead="fence",
+        right_to_lead=choice.right_to_lead,
+        ttl_s=choice.ttl_s if choice.right_to_lead == "etcd" else None,
         backend=measured[0][1],
-        interval_ms=interval_ms,
-        suspect_after_ms=suspect_after_ms,
+        interval_ms=choice.interval_ms,
+        suspect_after_ms=choice.suspect_after_ms,
         sizes=tuple(each for each, _ in measured),
     )
 
 
-async def _measure_size(
-    runs: int, rss_mib: int, interval_ms: int, suspect_after_ms: int
-) -> tuple[Failovers, str]:
+async def _measure_size(runs: int, rss_mib: int, choice: Choice) -> tuple[Failovers, str]:
     async with Lab() as lab:
         spec = WorkloadSpec(
             name=_NAME,
@@ -141,11 +151,14 @@ async def _measure_size(
             command=("redis-server", "--port", str(PORT), "--protected-mode", "no", "--save", ""),
             vip=str(lab.vip()),
             health=HealthCheck(tcp=PORT),
-            right_to_lead="fence",
-            epoch_interval_ms=interval_ms,
+            right_to_lead=choice.right_to_lead,
+            epoch_interval_ms=choice.interval_ms,
         )
-        settings = {"heartbeat": {"suspect_after_ms": suspect_after_ms}}
-        nodes = await build_cluster(lab, spec.nodes, workloads=[spec], settings=settings)
+        settings: dict[str, dict[str, Any]] = {"heartbeat": {"suspect_after_ms": choice.suspect_after_ms}}
+        if leased := choice.right_to_lead == "etcd":
+            etcd = await LabEtcd.start(lab)
+            settings["etcd"] = {"endpoints": list(etcd.endpoints), "ttl_s": choice.ttl_s}
+        nodes = await build_cluster(lab, spec.nodes, workloads=[spec], settings=settings, fenced=not leased)
         scene = _Scene(lab, nodes, await lab.add_host("client"))
         await start_all(nodes)
         await nodes["a"].cli("start", _NAME)
@@ -238,18 +251,19 @@ def main() -> None:
     parser.add_argument("--sizes", default="64,256,1024", help="MiB of random values, one after the other")
     parser.add_argument("--interval-ms", type=int, default=200)
     parser.add_argument("--suspect-after-ms", type=int, default=300)
+    parser.add_argument("--right", choices=("fence", "etcd"), default="fence", help="to lead")
+    parser.add_argument("--ttl-s", type=int, default=2, help="of leases")
     parser.add_argument("--output", choices=("json", "table"), default="table")
     options = parser.parse_args()
     configure_logs("warning")
     sizes = tuple(int(size) for size in options.sizes.split(","))
-    report = run_to_end(
-        measure(
-            options.runs,
-            sizes,
-            interval_ms=options.interval_ms,
-            suspect_after_ms=options.suspect_after_ms,
-        )
+    choice = Choice(
+        right_to_lead=options.right,
+        ttl_s=options.ttl_s,
+        interval_ms=options.interval_ms,
+        suspect_after_ms=options.suspect_after_ms,
     )
+    report = run_to_end(measure(options.runs, sizes, choice))
     if options.output == "json":
         print(msgspec.json.encode(report).decode())
         return

@@ -124,6 +124,11 @@ class WorkloadPaths:
     @property
     def cgroup(self) -> str:
         """Cgroup of the workload, below every hierarchy's mount point."""
+        return f"{self.gate}/run"
+
+    @property
+    def gate(self) -> str:
+        """The cgroup around it, by which it is held while it may not run (`common.gate`)."""
         return f"{self.config.node.cgroup_parent.rstrip('/')}/{self.name}"
 
 

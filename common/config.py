@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -165,6 +166,22 @@ class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.command[0].rsplit("/", 1)[-1] if self.ssh is None else f"ssh to {self.ssh.host}"
 
 
+class Etcd(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[etcd]`: who gives the right to lead workloads with `right_to_lead = "etcd"`."""
+
+    endpoints: tuple[str, ...] = ()
+    """Client URLs of its members, by IP address: `http://10.0.0.5:2379`."""
+    ttl_s: int = 3
+    """Time to live of a lease: how long a leader that is lost keeps the right, at least. Whole seconds, 2 or
+    more."""
+    margin_ms: int = 500
+    """How long before a lease can be over the workload stands still."""
+    clock_drift_ppm: int = 1000
+    """How much slower than etcd's this node's clock may run."""
+    watchdog: str = ""
+    """A watchdog device, which resets the host if nothing could freeze the workload; empty: none."""
+
+
 class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole file."""
 
@@ -174,6 +191,7 @@ class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True
     heartbeat: Heartbeat = Heartbeat()
     peers: tuple[Peer, ...] = ()
     fences: tuple[Fence, ...] = ()
+    etcd: Etcd = Etcd()
     workloads: tuple[WorkloadSpec, ...] = ()
 
     @property
@@ -283,6 +301,12 @@ def _problems(config: NodeConfig) -> list[str]:
     ]
     if (config.store.encryption == "none") == bool(config.store.encryption_key_file):
         found.append('store.encryption_key_file: it belongs to store.encryption = "fscrypt", and that to it')
+    found += [f"etcd.{text}" for text in _etcd_problems(config.etcd)]
+    found += [
+        f"workload {workload.name!r}: its right_to_lead is etcd, so etcd.endpoints is needed"
+        for workload in config.workloads
+        if workload.right_to_lead == "etcd" and not config.etcd.endpoints
+    ]
     known = set(node_names)
     for fence in config.fences:
         if fence.node not in known:
@@ -296,6 +320,42 @@ def _problems(config: NodeConfig) -> list[str]:
         about = [*workload_problems(workload, known), *_vip_problems(config, workload)]
         found += [f"workload {workload.name!r}: {text}" for text in about]
     return found
+
+
+def _etcd_problems(etcd: Etcd) -> Iterator[str]:
+    for endpoint in etcd.endpoints:
+        if not _is_endpoint(endpoint):
+            yield (
+                f"endpoints: {endpoint!r} is not a URL of the form http://ADDRESS:PORT, with an IP address: "
+                "looking up a name may take longer than a lease lives"
+            )
+    if repeated := sorted(_repeated(list(etcd.endpoints))):
+        yield f"endpoints: {repeated[0]!r} stands there twice"
+    if etcd.ttl_s < 2:
+        yield f"ttl_s {etcd.ttl_s}: at least 2, etcd grants no shorter lease"
+    if etcd.margin_ms < 200:
+        yield f"margin_ms {etcd.margin_ms}: at least 200, to notice and to freeze within"
+    if not 0 <= etcd.clock_drift_ppm <= 50_000:
+        yield f"clock_drift_ppm {etcd.clock_drift_ppm}: between 0 and 50000 (5 %)"
+    if etcd.margin_ms > etcd.ttl_s * 400:
+        yield (
+            f"margin_ms {etcd.margin_ms} is more than two fifths of ttl_s ({etcd.ttl_s} s), which leaves no "
+            "time for a renewal that takes long: lower it or raise ttl_s"
+        )
+    if etcd.watchdog and not etcd.watchdog.startswith("/"):
+        yield f"watchdog {etcd.watchdog!r} must be an absolute path: {_RELATIVE}"
+    if etcd.watchdog and etcd.ttl_s < 4:
+        yield f"watchdog: it counts whole seconds, so ttl_s must be at least 4 (it is {etcd.ttl_s})"
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        well = url.scheme == "http" and url.port is not None and _is_port(url.port)
+    except ValueError:
+        return False
+    rest = url.path.rstrip("/") + url.query + url.fragment + (url.username or "")
+    return well and not rest and _is_address(url.hostname or "")
 
 
 def _fence_problems(fence: Fence) -> Iterator[str]:

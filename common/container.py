@@ -25,6 +25,7 @@ import msgspec
 from common.bundle import CRIU_RESTORE_SETTINGS, WorkloadPaths, bind_mounts, runtime_config
 from common.config import NodeConfig
 from common.errors import RestoreError, WorkloadError
+from common.gate import Gate, close_gate, gate_of, is_closed, open_gate
 from common.model import EpochId, WorkloadSpec
 from common.program import missing_program, runc_misses_program, surely_missing
 from common.scheduling import cpu_home
@@ -162,6 +163,20 @@ async def kill_workload(config: NodeConfig, name: str) -> None:
     Raises WorkloadError if something still runs after the deadline: then nobody may take it for dead.
     """
     paths = WorkloadPaths(config, name)
+    gate = gate_of(config, name)
+    closed = is_closed(gate)
+    try:
+        await _kill_all(config, name, gate)
+    finally:
+        if closed:  # killed processes of a frozen cgroup end only once it is thawed
+            close_gate(gate)
+    if (config.runc_root / name).exists():
+        await _runc(config, ["delete", "--force", name], timeout_s=_KILL_TIMEOUT_S, check=False)
+    with contextlib.suppress(OSError):
+        paths.pid_file.unlink(missing_ok=True)
+
+
+async def _kill_all(config: NodeConfig, name: str, gate: Gate) -> None:
     deadline_s = time.monotonic() + _KILL_TIMEOUT_S
     while pids := workload_pids(config, name):
         if time.monotonic() > deadline_s:
@@ -175,11 +190,8 @@ async def kill_workload(config: NodeConfig, name: str) -> None:
             except ProcessLookupError:
                 continue
         thaw_cgroup(config, name)  # after the signal: what was frozen ends before it runs again
+        open_gate(gate)
         await asyncio.sleep(0.005)
-    if (config.runc_root / name).exists():
-        await _runc(config, ["delete", "--force", name], timeout_s=_KILL_TIMEOUT_S, check=False)
-    with contextlib.suppress(OSError):
-        paths.pid_file.unlink(missing_ok=True)
 
 
 def workload_pids(config: NodeConfig, name: str) -> list[int]:

@@ -371,6 +371,24 @@ class TimelineEntry(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What this node knows of a workload's lease in etcd."""
+
+    holder: str
+    """Who holds it, as etcd said last; empty: nobody."""
+    term: int
+    good_for_s: float | None
+    """This node holds it, and the workload may run for so long without another renewal; None: it may not."""
+    ttl_s: int
+    """How long this node's lease lives at etcd without a renewal, at least."""
+    frozen: str = ""
+    """Why the workload is frozen here for the lack of a lease; empty: it isn't."""
+    problem: str = ""
+    """Why the last question to etcd has no good answer; empty: it has."""
+    etcd_silence_s: float | None = None
+    """Since etcd answered last; None: not since this keeper began."""
+
+
 class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One workload as this node sees it; what `outlive status` shows."""
 
@@ -413,6 +431,8 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Other nodes of it that were not heard to know what this one has recorded of pauses and resumes."""
     planned: PlannedSwitchover | None = None
     """The switchover that is planned on this node."""
+    lease: LeaseStatus | None = None
+    """None: its right to lead does not come from etcd."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -91,6 +91,8 @@ class Event(StrEnum):
     ADDRESS_MISPLACED = "address.misplaced"
     FENCE_ASKED = "fence.asked"
     FENCE_ANSWERED = "fence.answered"
+    LEASE_IN_DOUBT = "lease.in-doubt"
+    LEASE_STANDS = "lease.stands"
 
     PEER_SILENT = "peer.silent"
     PEER_HEARD = "peer.heard"

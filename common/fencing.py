@@ -163,7 +163,11 @@ def coverage(config: NodeConfig, spec: WorkloadSpec) -> list[str]:
             continue
         covered = {case for method in config.fences if method.node == node for case in method.covered}
         for case in SILENCES:
-            if spec.right_to_lead == "manual":
+            if spec.right_to_lead == "etcd":
+                verdict = (
+                    f"automatic takeover, once its lease in etcd is over ({config.etcd.ttl_s} s or more)"
+                )
+            elif spec.right_to_lead == "manual":
                 verdict = "no automatic takeover: right_to_lead is manual"
             elif case in covered:
                 verdict = "automatic takeover, once the fence confirms"

@@ -302,8 +302,8 @@ class BeatTakeover(msgspec.Struct, frozen=True, kw_only=True):
     """Why it would not take over; empty: it would."""
 
 
-class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """How one workload stands on the node that beats."""
+class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one workload stands on the node that beats. What has a default is not said unless it differs."""
 
     name: Name
     term: Count
@@ -316,6 +316,8 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True):
     pauses: Annotated[tuple[BeatPause, ...], Meta(max_length=64)]
     takeovers: Annotated[tuple[BeatTakeover, ...], Meta(max_length=3)]
     """Empty: it follows no leader."""
+    in_doubt: bool = False
+    """It leads, and has frozen the workload because its lease in etcd may be over. Since version 6."""
 
 
 class Beat(_Message, frozen=True, forbid_unknown_fields=False):

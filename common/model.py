@@ -94,7 +94,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     vip: str | None = None
     """Virtual address with prefix length, e.g. `10.0.0.100/24`; moves with the workload."""
     health: HealthCheck | None = None
-    right_to_lead: Literal["manual", "fence"] = "manual"
+    right_to_lead: Literal["manual", "fence", "etcd"] = "manual"
     on_exit: Literal["restart", "failover", "stop"] = "stop"
     """What to do when the workload ends by itself."""
     epoch_interval_ms: int = 0

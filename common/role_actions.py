@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from common.control import Done, Refused, TermHistory, TimelineEntry
 from common.role_events import (
     Answer,
+    ClaimTerm,
     DropVip,
     Effect,
     Event,
@@ -26,8 +27,18 @@ from common.role_events import (
     SaveSpec,
     StepFailed,
 )
-from common.roles import OWNING, Clean, Instant, Mark, Role, TermRecord
-from common.succession import contender, how_to_replace, last_heard_s, planned, right_stands
+from common.roles import OWNING, Clean, Instant, Mark, PeerView, Role, TermRecord
+from common.succession import (
+    all_accounted,
+    by_lease,
+    contender,
+    how_to_replace,
+    last_heard_s,
+    leads_nothing_newer,
+    planned,
+    right_stands,
+    unvouched,
+)
 
 Acted = tuple[Role, tuple[Effect, ...]]
 
@@ -78,15 +89,18 @@ def remark(role: Role, mark: Mark, *, heir: str = "") -> Acted:
     return persist(role, replace(role.newest, mark=mark, boot_id=boot_id, heir=heir))
 
 
-def next_term(role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False) -> Acted:
+def next_term(
+    role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False, given: int = 0
+) -> Acted:
     """Send a new term, led by this node, to the disk.
 
     Whoever holds the right, or took it from its holder by a fence, is the only one to create the next term.
     An operator's word is not as good: a node that is off may have led terms that nobody heard of. So a term
     that rests on it leaps over them, to the next hundred, and ten further for each place in the succession.
     (Operators who vouch on several nodes, each time without the others, can still go astray.)
+    `given` is a term that etcd gave this node: that one, for nobody else has it.
     """
-    term = _next_number(role, leap=leap)
+    term = given or _next_number(role, leap=leap)
     record = TermRecord(
         term=term,
         leader=role.me,
@@ -181,7 +195,13 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
     )
     refusal = Refused(error="NoRightToLeadError", message=f"{event.node} knows the newer term {event.term}")
     cleared = replace(
-        role, fence_attempt=role.fence_attempt + 1, retries=0, by_operator=False, step=None, heir=""
+        role,
+        fence_attempt=role.fence_attempt + 1,
+        retries=0,
+        by_operator=False,
+        step=None,
+        heir="",
+        starts_from=None,
     )
     told = answered(cleared, refusal)
     known = (SaveHistory(_heading(role, record)),) if record.leader else ()
@@ -235,13 +255,16 @@ def suspect(role: Role, event: Event, now: Instant) -> Acted:
     role = replace(role, timeline=(), timeline_from_s=began_s, retries=0, retry_at_s=0.0)
     role = noted(role, Instant(began_s, now.wall_s - ago_s), what, reason)
     limit_ms = role.timing.suspect_after_s * 1000
-    return noted(
-        role, now, "suspected", f"silent for {ago_s * 1000:.0f} ms; at most {limit_ms:.0f} allowed"
-    ), ()
+    why = f"silent for {ago_s * 1000:.0f} ms; at most {limit_ms:.0f} allowed"
+    if role.peers.get(who, PeerView()).in_doubt:
+        why = f"{who} says that its lease may be over"
+    return noted(role, now, "suspected", why), ()
 
 
 def pursue(role: Role, event: Event, now: Instant) -> Acted:
     """Fence whoever may lead, or record the new term at once if nobody may."""
+    if by_lease(role):
+        return claim(role, now, blank=_may_be_blank(role, now))
     rival = contender(role, now)
     if not rival:
         own = role.record.leader == role.me
@@ -255,19 +278,45 @@ def pursue(role: Role, event: Event, now: Instant) -> Acted:
     return role, (RunFence(rival, role.fence_attempt, role.record.term, up_to),)
 
 
+def _may_be_blank(role: Role, now: Instant) -> bool:
+    """Tell whether an operator has this node lead though etcd may have forgotten who led last."""
+    leads = role.record.leader == role.me and role.record.mark == "leads"
+    vouched = bool(role.vouched) and unvouched(role, role.vouched, now) is None
+    return role.by_operator and (leads or vouched)
+
+
+def claim(role: Role, now: Instant, *, blank: bool) -> Acted:
+    """Ask etcd for the next term."""
+    role = noted(role, now, "lease asked", f"attempt {role.retries + 1}: etcd has to give the next term")
+    role = replace(role, fence_attempt=role.fence_attempt + 1)
+    over = role.by_operator or role.starts_from is not None
+    return role, (
+        ClaimTerm(
+            attempt=role.fence_attempt,
+            term=_next_number(role, leap=False),
+            known=role.record.term,
+            unused=leads_nothing_newer(role, now),
+            over=over,
+            blank=blank,
+        ),
+    )
+
+
 def _next_may_have_begun(role: Role) -> bool:
     """Tell whether who is to be fenced may lead the next term already: the recorded one was given up."""
     return role.record.mark == "yielded"
 
 
-def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False) -> Acted:
+def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False, given: int = 0) -> Acted:
     """The right to lead is there: record the new term before anything else."""
     role = noted(role, now, "right acquired", reason)
-    return next_term(role, "taking_over", _cause(role, reason), now, leap=leap)
+    return next_term(role, "taking_over", _cause(role, reason), now, leap=leap, given=given)
 
 
 def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Go on with what the fence confirmed, or else with the operator's word."""
+    if event.term:
+        return acquired(role, now, event.reason, given=event.term)
     if event.outcome == "confirmed":
         return acquired(role, now, event.reason, leap=_next_may_have_begun(role))
     vouched = f"{event.reason}; the operator vouches that {event.node} is off"
@@ -277,13 +326,24 @@ def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
 def unfenced(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Wait and try again later, less and less often."""
     delay_s = min(role.timing.retry_first_s * 2**role.retries, role.timing.retry_most_s)
+    message = f"the fence of {event.node}: {event.outcome}: {event.reason}"
+    hint = how_to_replace(role, event.node, now)
+    if by_lease(role):
+        delay_s, message, hint = (
+            role.timing.claim_again_s,
+            f"etcd: {event.outcome}: {event.reason}",
+            _NO_LEASE,
+        )
     role = replace(role, retries=role.retries + 1, retry_at_s=now.monotonic_s + delay_s, by_operator=False)
     refusal = Refused(
         error="NoRightToLeadError",
-        message=f"the fence of {event.node}: {event.outcome}: {event.reason}",
-        hint=how_to_replace(role, event.node, now),
+        message=message,
+        hint=hint,
     )
     return answered(noted(role, now, "not fenced", event.reason), refusal)
+
+
+_NO_LEASE = "only etcd gives the right to lead it: docs/concepts/leases.md says what to do when it is gone"
 
 
 def halt(role: Role, event: FenceResult, now: Instant) -> Acted:
@@ -307,7 +367,7 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     role = replace(role, spec=event.spec, request=event.request)
     if not same:
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
-    lost = " (memory content of earlier terms is not restored)" if role.record.term else ""
+    lost = _lost(role)
     role = noted(role, now, "start", f"asked for by an operator{lost}")
     saved: Acted = (role, (SaveSpec(event.spec),))
     if same:
@@ -317,10 +377,43 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     return both(saved, next_term(role, "launching", f"started by an operator{lost}", now, leap=leap))
 
 
+def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
+    """Ask etcd for the term of a fresh start."""
+    role = replace(
+        role,
+        spec=event.spec,
+        request=event.request,
+        starts_from=role.name,
+        timeline=(),
+        timeline_from_s=now.monotonic_s,
+        retries=0,
+    )
+    role = noted(role, now, "start", f"asked for by an operator{_lost(role)}")
+    role, effects = claim(role, now, blank=all_accounted(role, event, now))
+    return role, (SaveSpec(event.spec), *effects)
+
+
+def start_by_lease(role: Role, event: FenceResult, now: Instant) -> Acted:
+    """Record the fresh start in the term that etcd gave."""
+    role = noted(replace(role, starts_from=None), now, "right acquired", event.reason)
+    return next_term(role, "launching", f"started by an operator{_lost(role)}", now, given=event.term)
+
+
+def start_denied(role: Role, event: FenceResult, now: Instant) -> Acted:
+    """Tell the operator; everything stays as it was."""
+    role = replace(role, starts_from=None)
+    message = f"etcd: {event.outcome}: {event.reason}"
+    return answered(role, Refused(error="NoRightToLeadError", message=message, hint=_NO_LEASE))
+
+
 def not_recorded(role: Role, event: StepFailed, now: Instant) -> Acted:
     """Tell the operator; it is tried again, for nobody knows whether the disk holds it after all."""
     message = f"this could not be recorded and is tried again: {event.reason}"
     return answered(role, Refused(error="StoreError", message=message))
+
+
+def _lost(role: Role) -> str:
+    return " (memory content of earlier terms is not restored)" if role.record.term else ""
 
 
 def _cause(role: Role, reason: str) -> str:

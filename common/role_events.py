@@ -47,6 +47,8 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     """Those that the peer has recorded."""
     takeovers: tuple[Takeover, ...] = ()
     """What it would do if its leader fell silent."""
+    in_doubt: bool = False
+    """It leads, and has frozen the workload because its lease in etcd may be over."""
 
 
 class AgentReport(msgspec.Struct, frozen=True):
@@ -101,12 +103,26 @@ class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FenceResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fence methods for `node` answered in that attempt."""
+    """What the fence methods for `node`, or etcd in their place, answered in that attempt."""
 
     node: str
     attempt: int
     outcome: Literal["confirmed", "refused", "unknown"]
     reason: str
+    term: int = 0
+    """The term that etcd gave this node; 0: it was not etcd, or it gave none."""
+
+
+class LeaseInDoubt(msgspec.Struct, frozen=True):
+    """The lease in etcd may be over before it is renewed, or is lost: the workload was frozen here."""
+
+    reason: str
+    claimed_by: str = ""
+    """The node that has claimed a newer term meanwhile; empty: none is known."""
+
+
+class LeaseStands(msgspec.Struct, frozen=True):
+    """The workload is not frozen any more for the lack of a lease."""
 
 
 class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +187,8 @@ Event = (
     | StepFailed
     | AddressLost
     | FenceResult
+    | LeaseInDoubt
+    | LeaseStands
     | OperatorFailover
     | OperatorSwitchover
     | OperatorStart
@@ -213,6 +231,22 @@ class RunFence(msgspec.Struct, frozen=True):
     """The newest term known here: the node is to lead nothing up to it."""
     up_to: int
     """Nor in a later one up to this, if it has begun that unheard: the last before this node's own."""
+
+
+class ClaimTerm(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask etcd for the right to lead a new term, then say `FenceResult` with this attempt."""
+
+    attempt: int
+    term: int
+    """The least that it may be."""
+    known: int
+    """The newest term known here; another node's that is newer is not passed over …"""
+    unused: tuple[str, ...]
+    """… unless it was claimed by one of these, which are heard, and lead nothing that is newer …"""
+    over: bool
+    """… or an operator accepts the loss of what was done in it."""
+    blank: bool
+    """Also if etcd knows of no term at all: every other node was heard, or an operator vouches for it."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):
@@ -283,6 +317,7 @@ Effect = (
     | PersistPauses
     | SaveSpec
     | RunFence
+    | ClaimTerm
     | HoldVip
     | AddVip
     | DropVip

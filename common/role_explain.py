@@ -16,14 +16,17 @@ from collections.abc import Iterator, Mapping
 from msgspec.structs import replace
 
 from common.control import Explanation, Prospect, ReplicaProgress, TakeoverOutcome
-from common.role_events import FenceResult, RunFence, TermPersisted, Tick, WorkloadEnded
+from common.role_events import ClaimTerm, FenceResult, RunFence, TermPersisted, Tick, WorkloadEnded
 from common.role_guards import leader_audible
 from common.role_table import step
 from common.roles import LEADING, PURSUING, SILENCES, Instant, PeerView, Role, Silence, Takeover
-from common.succession import keeper_speaks, obstacles, paused, ready, successor
+from common.succession import by_lease, keeper_speaks, obstacles, paused, ready, successor
 
 Covers = Mapping[str, frozenset[str]]
 """For each node: the failures in which a fence method can confirm that it is off."""
+
+ETCD = ""
+"""In `Covers` a name that no node has: the failures in which etcd gives this node a lease. Not there: all."""
 
 
 def takeovers(role: Role, now: Instant, covers: Covers) -> tuple[Takeover, ...]:
@@ -44,8 +47,7 @@ def explain(role: Role, now: Instant, covers: Covers) -> Explanation:
             failure=takeover.silence,
             outcome="failover" if not takeover.missing else "no failover",
             node=heir if not takeover.missing else "",
-            reason="; ".join(takeover.missing)
-            or f"{heir} takes over, once a fence confirms that {leader} is off",
+            reason="; ".join(takeover.missing) or _how(role, heir, leader),
         )
         for takeover in by_silence
     ]
@@ -63,6 +65,12 @@ def explain(role: Role, now: Instant, covers: Covers) -> Explanation:
         missing=missing,
         cases=(*cases, _agent_dead(role, leader, now), _workload_ended(role, leader, heir, now)),
     )
+
+
+def _how(role: Role, heir: str, leader: str) -> str:
+    if by_lease(role):
+        return f"{heir} takes over, once the lease of {leader} in etcd is over"
+    return f"{heir} takes over, once a fence confirms that {leader} is off"
 
 
 # --- the leader falls silent -------------------------------------------------------------------------
@@ -103,6 +111,16 @@ def _missing(role: Role, now: Instant, why: Silence, covers: Covers) -> tuple[st
     if role.name == "acquiring" and role.wanted is not None:
         return ()
     role, effects = step(_silenced(role, now), Tick(), now)
+    for claim in (effect for effect in effects if isinstance(effect, ClaimTerm)):
+        answers = why in covers.get(ETCD, frozenset(SILENCES))
+        given = FenceResult(
+            node="etcd",
+            attempt=claim.attempt,
+            outcome="confirmed" if answers else "unknown",
+            reason="as it answers" if answers else "it does not answer this node",
+            term=claim.term if answers else 0,
+        )
+        role, _ = step(role, given, now)
     for fence in (effect for effect in effects if isinstance(effect, RunFence)):
         covered = why in covers.get(fence.node, frozenset())
         answer = FenceResult(

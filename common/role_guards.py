@@ -16,15 +16,17 @@ from common.role_events import (
     FenceResult,
     Heard,
     KeeperStarted,
+    OperatorStart,
     StepDone,
     StepFailed,
     TermPersisted,
     WorkloadEnded,
 )
 from common.role_steps import following_step, how_it_ended, unanswered
-from common.roles import RUNS, Instant, Role
+from common.roles import RUNS, Instant, PeerView, Role, StateName
 from common.succession import (
     agent_alive,
+    by_lease,
     contender,
     disowned,
     fenced_by,
@@ -34,6 +36,7 @@ from common.succession import (
     is_silent,
     keeper_speaks,
     keeps_frozen,
+    leads_nothing_newer,
     obstacle,
     paused,
     planned,
@@ -155,6 +158,8 @@ def leader_silent(role: Role, event: Event, now: Instant) -> str:
         return ""
     if not leader or leader == role.me or not is_silent(role, leader, now):
         return ""
+    if role.peers.get(leader, PeerView()).in_doubt:
+        return f"{leader} has frozen it: its lease in etcd may be over"
     return (
         f"neither {leader}'s keeper nor its agent was heard for {silence_s(role, leader, now) * 1000:.0f} ms"
     )
@@ -187,6 +192,8 @@ def may_go_for_lead(role: Role, event: Event, now: Instant) -> str:
         return ""
     if (role.name == "following" and not _heir_of_yield(role)) or obstacle(role, now):
         return ""
+    if by_lease(role):
+        return f"etcd has to give this node the lease of {role.record.leader}"
     if not contender(role, now):
         return f"{role.record.leader} has given up term {role.record.term} in favour of this node"
     return f"{role.record.leader} has to be confirmed off before this node may lead"
@@ -204,6 +211,8 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     """The fence confirmed, or an operator vouches for what it could not confirm."""
     if not _answers_attempt(role, event):
         return ""
+    if by_lease(role):
+        return event.reason if event.outcome == "confirmed" else ""
     if event.outcome == "confirmed":
         return f"{event.node} is off: {event.reason}"
     if role.vouched and unvouched(role, role.vouched, now) is None:
@@ -213,7 +222,8 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
 
 def paused_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
     """The leader is off, but nobody asked for this takeover, and automatic ones were paused meanwhile."""
-    decided = role.by_operator or planned(role) or keeps_frozen(role)
+    leads = role.record.leader == role.me  # it runs here, frozen: no takeover
+    decided = role.by_operator or planned(role) or keeps_frozen(role) or leads
     confirmed = "" if decided else right_confirmed(role, event, now)
     return f"{confirmed}; but {pause}" if confirmed and (pause := paused(role)) else ""
 
@@ -222,14 +232,61 @@ def not_confirmed_and_audible(role: Role, event: FenceResult, now: Instant) -> s
     """The fence did not confirm, and the leader speaks again."""
     if not _answers_attempt(role, event) or not (heard := leader_audible(role, event, now)):
         return ""
-    return f"{heard}; its fence: {event.outcome}: {event.reason}"
+    return f"{heard}; {_asked_whom(role)}: {event.outcome}: {event.reason}"
 
 
 def not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     """The fence did not confirm."""
     if not _answers_attempt(role, event):
         return ""
+    if by_lease(role):
+        return f"etcd does not give the lease: {event.outcome}: {event.reason}"
     return f"{event.node} may still run it: the fence is {event.outcome}: {event.reason}"
+
+
+def _asked_whom(role: Role) -> str:
+    return "etcd" if by_lease(role) else "its fence"
+
+
+def own_not_confirmed(mark: str) -> Guard:
+    """Return a guard: etcd did not give the next term to the leader of this one, which is that far."""
+
+    def guard(role: Role, event: FenceResult, now: Instant) -> str:
+        own = role.record.leader == role.me and role.record.mark == mark
+        return not_confirmed(role, event, now) if own and by_lease(role) else ""
+
+    return guard
+
+
+def may_claim_anew(role: Role, event: Event, now: Instant) -> str:
+    """The node that claimed a newer term while the lease was in doubt is heard, and does not lead it.
+
+    It lost its keeper, or its lease, before it had recorded that term: nothing was done in it.
+    """
+    if not role.lost_to or role.wanted is not None or not role.alive or now.monotonic_s < role.retry_at_s:
+        return ""
+    if role.lost_to not in leads_nothing_newer(role, now):
+        return ""
+    return f"{role.lost_to} has claimed the next term, and does not lead it: etcd has to give another one"
+
+
+def starts_by_lease(role: Role, event: OperatorStart, now: Instant) -> str:
+    """An operator asked for a start, and etcd has to give the term for it."""
+    return asked(role, event, now) if event.spec.right_to_lead == "etcd" else ""
+
+
+def start_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
+    """Etcd has given the term for a start."""
+    return right_confirmed(role, event, now) if role.starts_from is not None else ""
+
+
+def start_not_confirmed(state: StateName) -> Guard:
+    """Return a guard: etcd has not given the term for a start that was asked for in that state."""
+
+    def guard(role: Role, event: FenceResult, now: Instant) -> str:
+        return not_confirmed(role, event, now) if role.starts_from == state else ""
+
+    return guard
 
 
 def asked(role: Role, event: Event, now: Instant) -> str:
@@ -426,6 +483,7 @@ def restart_due(role: Role, event: Event, now: Instant) -> str:
 def repair_due(role: Role, event: Event, now: Instant) -> str:
     """Something that did not succeed when the workload came up may be tried again."""
     faulty = role.unhealthy or role.vip_problem
+    faulty = "" if role.in_doubt else faulty
     return role.reason if faulty and now.monotonic_s >= role.retry_at_s and role.wanted is None else ""
 
 
@@ -452,12 +510,12 @@ def alone_after_boot(role: Role, event: Event, now: Instant) -> str:
 
 
 def _unheard(role: Role, now: Instant) -> str:
-    """Name a node that could lead it unheard: in fence mode the successor alone could have taken over."""
+    """Name a node that could lead it unheard: unless `manual`, only the successor could have taken over."""
     keeper = role.record.handed_by
     if keeper and not keeper_speaks(role, keeper, now):
         return keeper  # it may keep the workload still
     heir = successor(role.spec, role.me)
-    others = (heir,) if role.spec.right_to_lead == "fence" else role.spec.nodes
+    others = (heir,) if role.spec.right_to_lead != "manual" else role.spec.nodes
     for node in others:
         view = role.peers.get(node)
         follows = (

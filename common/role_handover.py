@@ -50,6 +50,7 @@ from common.role_guards import not_confirmed
 from common.roles import LEADING, Instant, PeerView, Role
 from common.succession import (
     agent_alive,
+    by_lease,
     holder,
     is_silent,
     keeper_speaks,
@@ -58,6 +59,7 @@ from common.succession import (
     obstacle,
     planned,
     ready,
+    replaceable,
     right_stands,
     successor,
     supersedes,
@@ -93,6 +95,8 @@ def switchover_refusal(role: Role, event: OperatorSwitchover, now: Instant) -> R
         )
     if role.name != "leading" or role.request is not None or role.wanted is not None:
         return _refused("another change of role is under way", "ask again in a moment")
+    if role.in_doubt:
+        return _refused(f"it is frozen here: {role.in_doubt}", "outlive status")
     if not role.alive:
         return _refused(f"{name} does not run at the moment", "ask again in a moment")
     if not agent_alive(role, now):
@@ -250,9 +254,16 @@ def may_take_back(role: Role, event: Event, now: Instant) -> str:
     rival = holder(role)
     if rival == role.me:
         return f"{role.record.leader} gave term {role.record.term} back"
+    if by_lease(role) and _kept_for_s(role, now) > 2 * role.timing.handover_s:
+        return f"{rival}, to which it was handed over, does not run it: etcd has to give the next term"
     if not is_silent(role, rival, now) or _not_by_itself(role):
         return ""
     return f"{rival}, to which it was handed over, is silent: it has to be confirmed off"
+
+
+def _kept_for_s(role: Role, now: Instant) -> float:
+    """Return for how long it was kept, as far as this keeper knows."""
+    return now.monotonic_s - max(role.launched_at_s, role.listening_since_s)
 
 
 def waits_for_heir(role: Role, event: Event, now: Instant) -> str:
@@ -272,7 +283,7 @@ def _not_by_itself(role: Role) -> str:
     failover = f"outlive failover {name} --accept-data-loss --old-primary-is-off {rival} thaws it here"
     if role.spec.right_to_lead == "manual":
         return f"right_to_lead is manual: {failover}"
-    return "" if rival in role.fenceable else f"no fence method is configured for {rival}: {failover}"
+    return "" if replaceable(role, rival) else f"no fence method is configured for {rival}: {failover}"
 
 
 def kept_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
@@ -326,8 +337,8 @@ def given_back_ended(role: Role, event: Event, now: Instant) -> str:
 def heir_cannot(role: Role, event: Event, now: Instant) -> str:
     """The right is this node's, it could not use it for long, and who handed it over may still have it."""
     waited_s = now.monotonic_s - role.launched_at_s
-    if not planned(role) or role.wanted is not None or waited_s < role.timing.handover_s:
-        return ""
+    if not planned(role) or role.wanted is not None or waited_s < role.timing.handover_s or by_lease(role):
+        return ""  # with leases, the node that keeps it takes it back by itself
     return obstacle(role, now)
 
 

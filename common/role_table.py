@@ -18,6 +18,7 @@ from common.control import Done, Order, Refused
 from common.role_actions import (
     Acted,
     ask_failover,
+    ask_lease_to_start,
     ask_start,
     depose,
     fenced,
@@ -31,6 +32,8 @@ from common.role_actions import (
     nothing,
     pursue,
     record_mark,
+    start_by_lease,
+    start_denied,
     suspect,
     undoing,
     unfenced,
@@ -39,12 +42,15 @@ from common.role_events import (
     AddressLost,
     AgentReport,
     Answer,
+    DropVip,
     Effect,
     Event,
     FenceResult,
     Forget,
     Heard,
     KeeperStarted,
+    LeaseInDoubt,
+    LeaseStands,
     Note,
     OperatorFailover,
     OperatorPause,
@@ -84,6 +90,7 @@ from common.role_guards import (
     leader_audible,
     leader_moved_on,
     leader_silent,
+    may_claim_anew,
     may_go_for_lead,
     may_not_lead,
     more_steps,
@@ -95,6 +102,7 @@ from common.role_guards import (
     order_failed,
     order_overdue,
     overdue,
+    own_not_confirmed,
     paused_meanwhile,
     recorded,
     repair_due,
@@ -103,6 +111,9 @@ from common.role_guards import (
     right_confirmed,
     runs_though_it_must_not,
     runs_without_right,
+    start_confirmed,
+    start_not_confirmed,
+    starts_by_lease,
     stop_recorded,
     undone,
     unreported_last_step,
@@ -321,6 +332,10 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             return replace(role, vip_problem=f"{failed}: {reason}"), ()
         case AddressLost(reason=reason) if role.name == "leading":
             return replace(role, vip_problem=reason, retry_at_s=now.monotonic_s), ()
+        case LeaseInDoubt():
+            return _learn_doubt(role, event, now)
+        case LeaseStands():
+            return _learn_lease(role, now)
         case StepFailed(step="persist") if role.wanted is not None:
             return replace(role, retry_at_s=now.monotonic_s + role.timing.retry_first_s), ()
         case Tick():
@@ -332,7 +347,9 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
     """Keep what a peer says; the states decide what follows from it."""
     view = role.peers.get(event.node, PeerView())
     if event.origin == "agent":
-        leads = view.claim in RUNS and view.boot_id == event.boot_id  # by its keeper's last word
+        leads = (
+            view.claim in RUNS and not view.in_doubt and view.boot_id == event.boot_id
+        )  # by its keeper's last word
         led_wall_s = event.wall_s if leads else view.led_wall_s
         view = replace(view, agent_at_s=now.monotonic_s, led_wall_s=led_wall_s)
     else:
@@ -347,9 +364,34 @@ def _learn_peer(role: Role, event: Heard, now: Instant) -> Role:
             alive=event.alive,
             pauses=event.pauses,
             takeovers=event.takeovers,
-            led_wall_s=event.wall_s if event.claim in RUNS else led_wall_s,
+            in_doubt=event.in_doubt,
+            led_wall_s=event.wall_s if event.claim in RUNS and not event.in_doubt else led_wall_s,
         )
     return replace(role, peers={**role.peers, event.node: view})
+
+
+def _learn_doubt(role: Role, event: LeaseInDoubt, now: Instant) -> Acted:
+    """The workload was frozen: take the address from this host, for another one may soon need it."""
+    known = bool(role.in_doubt) and role.lost_to == event.claimed_by
+    role = replace(role, in_doubt=event.reason, lost_to=event.claimed_by)
+    if known:
+        return role, ()
+    role = noted(role, now, "frozen: lease in doubt", event.reason)
+    note = Note(state=role.name, event="lease in doubt", reason=f"frozen: {event.reason}")
+    return role, (*((DropVip(),) if role.spec.vip is not None else ()), note)
+
+
+def _learn_lease(role: Role, now: Instant) -> Acted:
+    """The lease stands, or nothing needs it any more; who leads brings the address back at the next tick."""
+    if not role.in_doubt:
+        return role, ()
+    role = replace(role, in_doubt="", lost_to="")
+    if role.name in LEADING and role.spec.vip is not None:
+        role = replace(role, vip_problem="the address was dropped while the lease was in doubt")
+    if role.name == "leading":
+        role = replace(role, retry_at_s=now.monotonic_s)
+    role = noted(role, now, "lease stands", "the workload runs on")
+    return role, (Note(state=role.name, event="lease stands", reason="the workload is not frozen any more"),)
 
 
 def _learn_time(role: Role, now: Instant) -> Acted:
@@ -457,10 +499,17 @@ TABLE: tuple[Row, ...] = (
     Row(("following",), Tick, "silence", leader_silent, "suspecting", suspect),
     Row(_WATCHING, Tick, "may not lead", may_not_lead, "waiting", nothing),
     Row(_WATCHING, Tick, "may lead", may_go_for_lead, "acquiring", pursue),
+    Row(("acquiring",), FenceResult, "right acquired", start_confirmed, None, start_by_lease),
+    *(
+        Row(("acquiring",), FenceResult, "start refused", start_not_confirmed(state), state, start_denied)
+        for state in (*_AT_REST, *_WATCHING)
+    ),
     Row(("acquiring",), FenceResult, "leader is off, paused", paused_meanwhile, "waiting", halt),
     Row(("acquiring",), FenceResult, "leader is off", right_confirmed, None, fenced),
     Row(("acquiring",), FenceResult, "not confirmed, kept", kept_not_confirmed, "handed_over", unfenced),
     Row(("acquiring",), FenceResult, "not confirmed, given up", let_go_not_confirmed, "yielded", unfenced),
+    Row(("acquiring",), FenceResult, "no lease", own_not_confirmed("failed"), "failed", unfenced),
+    Row(("acquiring",), FenceResult, "no lease", own_not_confirmed("leads"), "leading", unfenced),
     Row(
         ("acquiring",), FenceResult, "not confirmed, heard", not_confirmed_and_audible, "following", unfenced
     ),
@@ -468,6 +517,9 @@ TABLE: tuple[Row, ...] = (
     Row(("acquiring",), TermPersisted, "term recorded", recorded("taking_over"), "taking_over", begin),
     Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin),
     # Operators; what they may not do was refused before.
+    Row((*_AT_REST, *_WATCHING), OperatorStart, "start", starts_by_lease, "acquiring", ask_lease_to_start),
+    Row(("leading",), Tick, "claim came to nothing", may_claim_anew, "acquiring", pursue),
+    Row(("leading",), OperatorFailover, "failover, lease in doubt", asked, "acquiring", ask_failover),
     Row((*_AT_REST, *_WATCHING), OperatorStart, "start", asked, "acquiring", ask_start),
     Row((*_WATCHING, "failed", "yielded"), OperatorFailover, "failover", asked, "acquiring", ask_failover),
     Row((*_LEADING, "starting", "failed"), OperatorStop, "stop", asked, None, stop),

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from common.control import ReplicaProgress, Verdict, WorkloadStatus
+from common.control import LeaseStatus, ReplicaProgress, Verdict, WorkloadStatus
 from common.objective import newest_elsewhere
 from common.pauses import in_force
 from common.role_pauses import unconfirmed_by
@@ -14,8 +14,10 @@ from common.roles import LEADING, Instant, Role
 from common.succession import agent_alive, of_this_term, ready
 
 
-def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> WorkloadStatus:
-    """Return what `status` shows of the workload on this node; `objective` is kept beside the role."""
+def workload_status(
+    role: Role, now: Instant, objective: Verdict = "none", lease: LeaseStatus | None = None
+) -> WorkloadStatus:
+    """Return what `status` shows of the workload on this node; the rest is kept beside the role."""
     report = role.report
     record = role.newest if role.name in ("following", "deposed") else role.record
     primary = record.term > 0 and record.leader == role.me
@@ -45,6 +47,7 @@ def workload_status(role: Role, now: Instant, objective: Verdict = "none") -> Wo
         aside=report.aside if report is not None else (),
         pauses=in_force(role.pauses),
         pauses_unconfirmed_by=unconfirmed_by(role),
+        lease=lease,
     )
 
 
@@ -110,5 +113,6 @@ def _reason(role: Role, now: Instant) -> str:
         protection = f"unprotected: {', '.join(syncing)} is being synchronised"
     else:
         protection = "unprotected: no replica is connected"
-    parts = (role.unhealthy, role.vip_problem, protection, role.reason)
+    frozen = f"frozen, nothing of it runs: {role.in_doubt}" if role.in_doubt else ""
+    parts = (frozen, role.unhealthy, role.vip_problem, protection, role.reason)
     return "; ".join(dict.fromkeys(part for part in parts if part))

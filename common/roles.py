@@ -116,6 +116,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """How long an order may take to bring it up: two restores of at most 300 s each, and cleaning up."""
     retry_first_s: float = 1.0
     retry_most_s: float = 30.0
+    claim_again_s: float = 0.5
+    """Between two claims of the lease in etcd: it may be over at any moment."""
     restarts: int = 5
     """Restarts of a workload that ends by itself within `restart_window_s` of its start, in a row."""
     restart_window_s: float = 60.0
@@ -173,6 +175,8 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     """Those that it has recorded."""
     takeovers: tuple[Takeover, ...] = ()
     """What it would do if the leader fell silent; empty: it does not follow one."""
+    in_doubt: bool = False
+    """It leads, and has frozen the workload because its lease in etcd may be over."""
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,6 +228,12 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The node to which it is being handed over."""
     by_operator: bool = False
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
+    in_doubt: str = ""
+    """Why the workload is frozen here for the lack of a lease in etcd; empty: it isn't."""
+    lost_to: str = ""
+    """The node that has claimed a newer term while this one's lease was in doubt; empty: none is known."""
+    starts_from: StateName | None = None
+    """The state in which an operator's start asked etcd for a term; where it goes if there is none."""
     timeline: tuple[TimelineEntry, ...] = ()
     timeline_from_s: float = 0.0
     pauses: Pauses = ()

@@ -63,6 +63,28 @@ def let_go(role: Role) -> bool:
     return by_name and not keeps_frozen(role)
 
 
+def by_lease(role: Role) -> bool:
+    """Tell whether etcd gives the right to lead: nobody has to be confirmed off, nor vouched for."""
+    return role.spec.right_to_lead == "etcd"
+
+
+def replaceable(role: Role, node: str) -> bool:
+    """Tell whether anything but an operator's word can give this node the right of that one."""
+    return by_lease(role) or node in role.fenceable
+
+
+def leads_nothing_newer(role: Role, now: Instant) -> tuple[str, ...]:
+    """Return the nodes that say, now, that they follow the very term that is the newest known here.
+
+    What they may have claimed of a later one came to nothing: who leads a term has it on disk, and says so.
+    """
+    return tuple(
+        node
+        for node, view in role.peers.items()
+        if view.claim == "following" and view.term == role.record.term and keeper_speaks(role, node, now)
+    )
+
+
 def contender(role: Role, now: Instant) -> str:
     """Return the node that has to be off before this one may lead; empty if none has to.
 
@@ -100,7 +122,12 @@ def silence_s(role: Role, node: str, now: Instant) -> float:
 
 
 def is_silent(role: Role, node: str, now: Instant) -> bool:
-    """Tell whether the node's silence is long enough to suspect it."""
+    """Tell whether the node's silence is long enough to suspect it.
+
+    A leader that says itself that its lease is in doubt, and that it has frozen the workload, is no better.
+    """
+    if by_lease(role) and node == role.record.leader and role.peers.get(node, _UNHEARD).in_doubt:
+        return True
     never = last_heard_s(role, node) is None
     limit_s = role.timing.listen_s if never else role.timing.suspect_after_s
     return silence_s(role, node, now) > limit_s
@@ -210,7 +237,7 @@ def _no_right(role: Role, rival: str, now: Instant) -> Iterator[str]:
     """Yield why this node may not lead whatever is stored here."""
     failover = f"outlive failover {role.spec.name} --accept-data-loss"
     if disowned(role, now):
-        if rival not in role.fenceable:
+        if not replaceable(role, rival):
             failover = (
                 f"systemctl stop outlive-keeper outlive-agent on {rival}, "
                 f"then: {failover} --old-primary-is-off {rival}"
@@ -225,7 +252,7 @@ def _no_right(role: Role, rival: str, now: Instant) -> Iterator[str]:
         yield f"right_to_lead is manual: {failover}"
     if rival and not is_silent(role, rival, now):
         yield f"{rival} is heard, and does not say that it has given up term {role.record.term}"
-    elif rival and rival not in role.fenceable:
+    elif rival and not replaceable(role, rival):
         yield f"no fence method is configured for {rival}: {failover} --old-primary-is-off {rival}"
 
 
@@ -293,14 +320,14 @@ def ready(role: Role, replica: ReplicaProgress) -> bool:
 def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
     """Return why the operator's failover cannot even begin."""
     record, spec = role.record, role.spec
-    if role.name in LEADING:
+    if role.name in LEADING and not (role.name == "leading" and role.in_doubt):
         return _refused("this node leads it already")
     if role.request is not None or role.wanted is not None or role.name == "acquiring":
         return _refused("another change of role is under way", "ask again in a moment")
     if role.name == "yielded" and let_go(role):
         if not is_silent(role, record.heir, now):
             return _refused(f"{record.heir} has the right to lead it, and is heard", "outlive status there")
-    elif role.name not in (*PURSUING, "failed", "handed_over"):
+    elif role.name not in (*PURSUING, "failed", "handed_over", "leading"):
         if record.term == 0:
             return _refused("it was never started anywhere", f"outlive start {spec.name} on {spec.nodes[0]}")
         return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")
@@ -316,7 +343,8 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
             f"run it on {record.leader}, which keeps it; if both are off: outlive start {spec.name} "
             f"--off {record.leader} --off {record.heir} (memory content is lost)",
         )
-    if not keeps_frozen(role) and (problem := unready(role, now)):
+    here = keeps_frozen(role) or role.name == "leading"
+    if not here and (problem := unready(role, now)):
         return Refused(error="RestoreError", message=problem)
     if not record.leader:
         return _refused(f"nobody here knows who led term {record.term}", "outlive status on the other nodes")
@@ -328,7 +356,7 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return _refused(f"{heir} may take over by itself at any time", f"run it on {heir}")
     if heir != role.me and keeper_speaks(role, heir, now):
         return _refused(f"{heir} is first in the line of succession and alive", f"run it on {heir}")
-    if rival not in role.fenceable:
+    if not replaceable(role, rival):
         return unvouched(role, event.old_primary_is_off, now)
     return None
 
@@ -406,6 +434,8 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
             )
         if not has_listened(role, now):
             return _refused("peers were not heard yet", "ask again")
+        if spec.right_to_lead == "etcd":
+            return None
         return _unaccounted(role, event, "", now)  # this node may have lost its state, and a peer may lead
     owner = holder(role)
     if owner == me and right_stands(role):
@@ -414,7 +444,15 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
         return _refused(
             f"the right to start it is {owner or 'unknown'}'s", f"run it on {owner or 'the leader'}"
         )
-    return _unaccounted(role, event, owner, now)
+    return None if spec.right_to_lead == "etcd" else _unaccounted(role, event, owner, now)
+
+
+def all_accounted(role: Role, event: OperatorStart, now: Instant) -> bool:
+    """Tell whether a start would be safe if nobody remembered who led: every other node spoke, or is off."""
+    owner = holder(role)
+    if role.record.term > 0 and owner == role.me and right_stands(role):
+        return True
+    return _unaccounted(role, event, owner if role.record.term else "", now) is None
 
 
 def _unaccounted(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:

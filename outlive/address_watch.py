@@ -42,6 +42,8 @@ def misplaced(role: Role, here: bool | None) -> Misplaced:
     """
     if here is None or role.undo or role.wanted is not None or role.record.term == 0:
         return ""
+    if role.in_doubt:  # what is frozen here may soon run elsewhere
+        return "not ours" if here else ""
     if role.name == "leading":
         return "missing" if role.alive and not role.vip_problem and not here else ""
     return "not ours" if here and role.name in _LED_ELSEWHERE else ""

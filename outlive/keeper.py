@@ -49,11 +49,13 @@ from common.control import (
 )
 from common.control_channel import ControlServer
 from common.errors import ProtocolError, StoreError, WorkloadError
+from common.etcd import EtcdClient
 from common.events import Event as LogEvent
 from common.events import EventLog, event_file
 from common.fencing import fenceable
 from common.heartbeat import BEAT_TIMING, Beater, BeatFilter, first_sequence, read_boot_id
 from common.keyring import read_keyring
+from common.lease import lease_terms
 from common.messages import Beat, VersionError
 from common.model import WorkloadSpec
 from common.private_directory import prepare_private_directory
@@ -70,7 +72,7 @@ from common.role_events import (
 from common.roles import LEADING, Instant, Timing
 from common.sd_notify import notify, watchdog_interval_s
 from common.state_format import check_state_format
-from common.succession import keeps_frozen
+from common.succession import by_lease, keeps_frozen
 from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
 from common.transport import Server
@@ -81,6 +83,8 @@ from outlive.keeper_effects import Hands, RealHands
 from outlive.keeper_process import lock_memory, log_to_stderr, rss_bytes
 from outlive.kept_workload import KeptWorkload
 from outlive.key_reload import reload_on_hangup
+from outlive.lease_guarding import LeaseGuard
+from outlive.lease_records import LeaseRecords
 from outlive.peers_heard import PeersHeard, heard_of
 from outlive.set_aside import SetAside
 
@@ -90,6 +94,7 @@ _AGENT_SILENT_S = 2.0
 _LISTEN_POLL_S = 0.05
 _USES_ADDRESS = LEADING | {"acquiring"}
 _FORGOTTEN_S = 0.5
+_GUARD_EVERY_S = 0.5
 _THAWS_LOOKS, _THAWS_PAUSE_S = 5, 0.01
 """How often to look whether a cgroup has come out of a freeze that is over, and the time between."""
 
@@ -148,6 +153,8 @@ class Keeper:
             released=self._released,
             records=FreezeRecords(Path(config.node.run_dir), self._boot_id),
         )
+        self._leases = LeaseRecords(config, self._boot_id)
+        self._etcd = EtcdClient(config.etcd, lease_terms(config.etcd).renew_every_s)
         self._workloads: dict[str, KeptWorkload] = {}
         self._aside = SetAside(lambda name: hands.init_pid(name) is not None)
         self._sequence = first_sequence()
@@ -181,6 +188,7 @@ class Keeper:
                 running = [
                     tasks.create_task(self._thaw_forgotten()),
                     tasks.create_task(self._watch_addresses()),
+                    tasks.create_task(self._have_guard()),
                     tasks.create_task(self._control.serve()),
                     tasks.create_task(self._server.serve()),
                     tasks.create_task(self._listen()),
@@ -237,6 +245,8 @@ class Keeper:
             files=self._files,
             tasks=self._tasks,
             events=self._events,
+            etcd=self._etcd,
+            leases=self._leases,
         )
         self._workloads[spec.name] = kept
         kept.begin()
@@ -364,6 +374,14 @@ class Keeper:
                 )
             frozen = now_frozen
 
+    async def _have_guard(self) -> None:
+        """See to it that somebody else closes the gates in time if this keeper does not."""
+        guard = LeaseGuard(self._config, self._leases.directory)
+        while True:
+            if any(by_lease(kept.role) for kept in self._workloads.values()):
+                guard.look()
+            await asyncio.sleep(_GUARD_EVERY_S)
+
     async def _watch_addresses(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
@@ -375,7 +393,7 @@ class Keeper:
     def _frozen_by_nobody(self, name: str) -> bool:
         """Tell whether it is led here and stands still, and no freeze of it is announced."""
         kept = self._workloads.get(name)
-        led = kept is not None and kept.role.name == "leading"
+        led = kept is not None and kept.role.name == "leading" and not kept.role.in_doubt
         return led and not self._freezes.watches(name) and self._hands.frozen(name)
 
     async def _announce(self, request: AnnounceFreeze) -> Done:
@@ -383,6 +401,9 @@ class Keeper:
 
         Raises WorkloadError if it is not watched: nothing may be frozen then.
         """
+        kept = self._workloads.get(request.workload)
+        if kept is not None and kept.role.in_doubt:
+            raise WorkloadError(f"{request.workload} stands still: {kept.role.in_doubt}")
         for _ in range(_THAWS_LOOKS):  # what was thawed just now still looks frozen (cgroup version 2)
             if not self._frozen_by_nobody(request.workload):
                 break

@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol
 from common.addresses import Vip, add_vip, announce, drop_vip, hold, holds_vip, is_local, lift
 from common.config import NodeConfig
 from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
-from common.errors import OutliveError
+from common.errors import OutliveError, WorkloadError
 from common.fence_request import FenceRequest
 from common.fencing import Verdict, fence_node
+from common.gate import Gate, gate_of
 from common.health import health_address, wait_healthy
 from common.model import WorkloadSpec
 from common.role_events import (
@@ -92,6 +93,10 @@ class Hands(Protocol):
         """Return the host PID of the workload's first process if it runs here. Does not raise."""
         ...
 
+    def gate(self, name: str) -> Gate:
+        """Return what holds the workload while it has no lease."""
+        ...
+
     def frozen(self, name: str) -> bool:
         """Tell whether the whole workload stands still. Does not raise."""
         ...
@@ -161,6 +166,10 @@ class RealHands:
         """See `Hands`."""
         return running_init_pid(self._config, name)
 
+    def gate(self, name: str) -> Gate:
+        """See `Hands`."""
+        return gate_of(self._config, name)
+
     def frozen(self, name: str) -> bool:
         """See `Hands`."""
         return cgroup_frozen(self._config, name)
@@ -194,13 +203,25 @@ _HOST: dict[type[Effect], _HostStep] = {
 }
 
 
+_SERVES: frozenset[_HostStep] = frozenset({"add_vip", "lift", "announce"})
+
 _DISK: dict[type[Effect], Literal["persist", "pauses"]] = {PersistTerm: "persist", PersistPauses: "pauses"}
 
 
 class Effects:
     """Carries out one workload's effects; what came of them goes to `feed`, in the event loop."""
 
-    def __init__(self, hands: Hands, files: TermFiles, feed: Feed, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self,
+        hands: Hands,
+        files: TermFiles,
+        feed: Feed,
+        tasks: asyncio.TaskGroup,
+        *,
+        no_address: Callable[[], str] = lambda: "",
+    ) -> None:
+        """`no_address` returns why this host may not serve the address at present; empty: it may."""
+        self._no_address = no_address
         self._hands = hands
         self._files = files
         self._feed = feed
@@ -245,6 +266,8 @@ class Effects:
         while True:
             step, spec = await self._host.get()
             try:
+                if step in _SERVES and (reason := self._no_address()):
+                    raise WorkloadError(f"not while the lease is in doubt: {reason}")
                 await acts[step](spec)
             except (OutliveError, OSError, ValueError) as error:
                 self._feed(StepFailed(step=step, reason=str(error)))

@@ -26,9 +26,11 @@ from common.control import (
     WorkloadStatus,
 )
 from common.errors import OutliveError
+from common.etcd import EtcdClient
 from common.events import Event as LogEvent
 from common.events import EventLog
 from common.fencing import covers
+from common.lease import Passed, lease_terms
 from common.messages import BeatPause, BeatTakeover, BeatWorkload
 from common.model import WorkloadSpec
 from common.objective import Objective, judged
@@ -38,6 +40,7 @@ from common.role_events import (
     AddressLost,
     AgentReport,
     Answer,
+    ClaimTerm,
     DropVip,
     Event,
     FenceResult,
@@ -45,6 +48,8 @@ from common.role_events import (
     ForgetFiles,
     KeeperStarted,
     KillWorkload,
+    LeaseInDoubt,
+    LeaseStands,
     Note,
     OperatorFailover,
     OperatorPause,
@@ -60,7 +65,7 @@ from common.role_events import (
     Told,
     WorkloadEnded,
 )
-from common.role_explain import explain, takeovers
+from common.role_explain import ETCD, Covers, explain, takeovers
 from common.role_handover import switchover_refusal
 from common.role_pauses import change_told
 from common.role_table import step
@@ -82,6 +87,8 @@ from common.terms_file import TermFiles
 from common.threads import in_thread
 from outlive.address_watch import AddressWatch, address_of, misplaced
 from outlive.keeper_effects import Effects, Hands
+from outlive.kept_lease import KeptLease
+from outlive.lease_records import LeaseRecords
 from outlive.planned import Planned
 
 log = logging.getLogger(__name__)
@@ -117,6 +124,8 @@ class KeptWorkload:
         files: TermFiles,
         tasks: asyncio.TaskGroup,
         events: EventLog,
+        etcd: EtcdClient,
+        leases: LeaseRecords,
     ) -> None:
         """`next_request` returns a number that no other operator's request has."""
         self._hands = hands
@@ -125,7 +134,7 @@ class KeptWorkload:
         self._takeovers_until_s = 0.0
         self._events = events
         self._tasks = tasks
-        self._effects = Effects(hands, files, self.feed, tasks)
+        self._effects = Effects(hands, files, self.feed, tasks, no_address=lambda: self.role.in_doubt)
         self._files = files
         self.planned = Planned(
             spec.name,
@@ -157,6 +166,15 @@ class KeptWorkload:
             pauses=pauses,
             refusal=refusal,
         )
+        self._lease = KeptLease(
+            lambda: self.role,
+            feed=self.feed,
+            terms=lease_terms(config.etcd),
+            etcd=etcd,
+            hands=hands,
+            records=leases,
+            tasks=tasks,
+        )
 
     def begin(self) -> None:
         """Look whether it runs here, and let the machine start."""
@@ -165,10 +183,12 @@ class KeptWorkload:
             self._hold(pid)
         frozen = self._hands.frozen(self.role.spec.name)
         self.feed(KeeperStarted(running=self._pidfd is not None, frozen=frozen))
+        self._lease.begin()
 
     def close(self) -> None:
         """Let go of it; nothing is done to it."""
         self._release()
+        self._lease.close()
         self._effects.close()
 
     # --- events in, effects out -------------------------------------------------------------------
@@ -179,6 +199,10 @@ class KeptWorkload:
             self._dropping = False
         before, paused_before = self.role.name, in_force(self.role.pauses)
         self.role, effects = step(self.role, event, _now())
+        if isinstance(event, LeaseInDoubt):
+            self._tell(LogEvent.LEASE_IN_DOUBT, f"the workload is frozen: {event.reason}")
+        elif isinstance(event, LeaseStands):
+            self._tell(LogEvent.LEASE_STANDS, "the workload is not frozen for the lack of a lease")
         if isinstance(event, FenceResult):
             self._tell(LogEvent.FENCE_ANSWERED, f"{event.node}: {event.outcome}: {event.reason}")
         if in_force(self.role.pauses) != paused_before:
@@ -191,6 +215,9 @@ class KeptWorkload:
                     self._tell_note(before, label, reason)
                 case Answer(request=number, answer=answer):
                     self._answer(number, answer)
+                case ClaimTerm():
+                    self._tell(LogEvent.FENCE_ASKED, f"etcd is asked for term {effect.term}", peer="etcd")
+                    self._lease.claim(effect)
                 case OrderAgent(order=order):
                     log.info(
                         "order.changed workload=%s number=%d role=%s action=%s term=%d",
@@ -209,6 +236,7 @@ class KeptWorkload:
         if isinstance(event, Tick):
             self._judge_objective(_now())
             self.planned.tick(self.role, _now())
+        self._lease.advance(Passed())
 
     async def ask(
         self,
@@ -324,24 +352,29 @@ class KeptWorkload:
                 for pause in self.role.pauses
             ),
             takeovers=self._beat_takeovers(_now()),
+            in_doubt=bool(self.role.in_doubt),
         )
 
     def _beat_takeovers(self, now: Instant) -> tuple[BeatTakeover, ...]:
         """Return what heartbeats say of a takeover by this node, worked out every now and then."""
         if now.monotonic_s >= self._takeovers_until_s:
-            self._takeovers = _told_once(takeovers(self.role, now, self._covers))
+            self._takeovers = _told_once(takeovers(self.role, now, self._covered()))
             self._takeovers_until_s = now.monotonic_s + _TAKEOVERS_S
         return self._takeovers
 
     def status(self) -> WorkloadStatus:
         """Return how it stands."""
-        status = workload_status(self.role, _now(), self._objective.verdict)
+        status = workload_status(self.role, _now(), self._objective.verdict, self._lease.status())
         return msgspec.structs.replace(status, planned=self.planned.plan)
 
     def explain(self) -> Explanation:
         """Return what would follow if something failed now."""
-        explanation = explain(self.role, _now(), self._covers)
+        explanation = explain(self.role, _now(), self._covered())
         return msgspec.structs.replace(explanation, planned=self.planned.plan)
+
+    def _covered(self) -> Covers:
+        """Return what fences cover, and whether etcd would give a lease now."""
+        return self._covers if self._lease.etcd_answers else {**self._covers, ETCD: frozenset()}
 
     def story(self) -> TermHistory | None:
         """Return the present term's story, if this node leads it; it may be newer than the one on disk."""

@@ -118,6 +118,7 @@ def heard_of(beat: Beat, workload: str) -> Heard:
         claim=said.state,
         heir=said.heir,
         alive=said.alive,
+        in_doubt=said.in_doubt,
         pauses=tuple(
             Pause(
                 node=pause.node,

@@ -46,6 +46,7 @@ class SetAside:
                 agent_alive=agent_alive,
                 pauses=(),
                 takeovers=(),
+                in_doubt=False,
             )
             for name in self._errors
         )

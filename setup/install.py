@@ -43,6 +43,7 @@ PROGRAMS = {
     "rsync": "rsync",
     "mkfs.xfs": "xfsprogs",
     "sshd": "openssh-server",
+    "etcd": "etcd-server",
     "cc": "gcc",
 }
 
@@ -60,7 +61,11 @@ if platform.machine() == "x86_64":
     FILES |= {"/usr/aarch64-linux-gnu/include/stdio.h": "libc6-dev-arm64-cross"}
 
 # Of those, the ones that would run a service from the next boot on: only the program is wanted.
-SERVICES = {"redis-server": ("redis-server",), "openssh-server": ("ssh.socket", "ssh.service")}
+SERVICES = {
+    "redis-server": ("redis-server",),
+    "openssh-server": ("ssh.socket", "ssh.service"),
+    "etcd-server": ("etcd",),
+}
 
 # Suites that may have a CRIU for a newer kernel, in the order in which they came to be.
 NEWER_SUITES = {"debian": ("trixie", "forky", "sid")}

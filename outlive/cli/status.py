@@ -14,6 +14,7 @@ from common.config import NodeConfig
 from common.control import (
     AgentMetrics,
     AskStatus,
+    LeaseStatus,
     NodeStatus,
     PeerStatus,
     PlannedSwitchover,
@@ -116,6 +117,7 @@ def status_answer(found: NodeStatus) -> StatusAnswer:
             if not workload.stopped
             and (
                 workload.state in DOWN
+                or (workload.lease is not None and workload.lease.frozen)
                 or (workload.role != "none" and not (workload.restorable and found.agent == "alive"))
             )
         ),
@@ -198,6 +200,8 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
     lines += pause_sentences(workload)
     if workload.planned is not None:
         lines.append(planned_sentence(name, workload.planned))
+    if workload.lease is not None:
+        lines.append(f"{name}: {lease_told(workload.lease)}")
     if workload.rpo == "missed":
         lines.append(
             f"{name}: more is, or was a moment ago, at risk than rpo_ms allows ({workload.rpo_ms / 1000:g} s)"
@@ -214,6 +218,23 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines.append(f"{name}: volatile: the store here is in memory and does not survive power loss")
     lines += [f"{name}: an epoch that nobody acknowledged is kept in {path}" for path in workload.aside]
     return lines
+
+
+def lease_told(lease: LeaseStatus) -> str:
+    """Say in a sentence how the lease stands, as this node knows it."""
+    holder = (
+        f"{lease.holder} holds the lease of term {lease.term}" if lease.holder else "nobody holds the lease"
+    )
+    parts = [f"lease: {holder} in etcd"]
+    if lease.good_for_s is not None:
+        parts.append(f"good for {lease.good_for_s:.1f} s, renewed for {lease.ttl_s} s at a time")
+    if lease.frozen:
+        parts.append("the workload is frozen until etcd says that nobody else leads")
+    if lease.problem:
+        parts.append(lease.problem)
+    elif lease.etcd_silence_s is None:
+        parts.append("etcd has not answered yet")
+    return "; ".join(parts)
 
 
 def pause_sentences(workload: WorkloadStatus) -> list[str]:

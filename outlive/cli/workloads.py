@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from typing import Literal
 
 import click
 
@@ -66,7 +67,9 @@ class WorkloadAnswer(Answer, frozen=True, kw_only=True):
     show_default="200 with the fast memory backend, 1000 with stock",
     help="Time between epochs.",
 )
-@click.option("--right-to-lead", type=click.Choice(["manual", "fence"]), default="manual", show_default=True)
+@click.option(
+    "--right-to-lead", type=click.Choice(["manual", "fence", "etcd"]), default="manual", show_default=True
+)
 @click.option(
     "--on-exit", type=click.Choice(["restart", "failover", "stop"]), default="stop", show_default=True
 )
@@ -87,7 +90,7 @@ def protect(
     files: tuple[str, ...],
     shared: tuple[str, ...],
     interval_ms: int,
-    right_to_lead: str,
+    right_to_lead: Literal["manual", "fence", "etcd"],
     on_exit: str,
     no_start: bool,
 ) -> None:
@@ -111,7 +114,7 @@ def protect(
         files=(*(FilePath(path=path) for path in files), *(FilePath(path=p, shared=True) for p in shared)),
         vip=vip,
         health=health,
-        right_to_lead="fence" if right_to_lead == "fence" else "manual",
+        right_to_lead=right_to_lead,
         on_exit="restart" if on_exit == "restart" else "failover" if on_exit == "failover" else "stop",
         epoch_interval_ms=interval_ms,
     )

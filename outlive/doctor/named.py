@@ -10,19 +10,23 @@ import asyncio
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 from common import keys
-from common.config import Fence, NodeConfig, SshFence
+from common.config import Etcd, Fence, NodeConfig, SshFence
 from common.control import AskStatus, NodeStatus
 from common.control_channel import ask
 from common.errors import OutliveError, UnreachableError
+from common.etcd import EtcdClient
 from common.fence_request import FenceRequest
+from common.lease_calls import LeaseKeys, Look, Seen, Unanswered
 from outlive.doctor.report import Check, node_check
 
 _PEER_DEADLINE_S = 1.0
 _KEEPER_DEADLINE_S = 1.0
 _FENCE_DEADLINE_S = 5.0
+_ETCD_DEADLINE_S = 1.0
 
 
 async def check_named(config: NodeConfig) -> list[Check]:
@@ -32,8 +36,20 @@ async def check_named(config: NodeConfig) -> list[Check]:
         found.append(_check_interface(config.node.vip_interface))
     found += await asyncio.gather(*(_check_fence(config, fence) for fence in config.fences))
     found += await asyncio.gather(*(_check_peer(p.name, p.address, p.agent_port) for p in config.peers))
+    found += await asyncio.gather(*(_check_etcd(each) for each in config.etcd.endpoints))
     found.append(await _check_keeper(config))
     return found
+
+
+async def _check_etcd(member: str) -> Check:
+    """Ask one member for what must go through all of them."""
+    keys = LeaseKeys("doctor", node="doctor", boot_id="", ttl_s=2, clock=time.monotonic)
+    answer = await EtcdClient(Etcd(endpoints=(member,)), _ETCD_DEADLINE_S).ask(keys, Look())
+    if isinstance(answer, Seen):
+        return node_check("etcd", "ok", f"{member} answers")
+    reason = answer.reason if isinstance(answer, Unanswered) else "it does not answer as etcd would"
+    hint = "is etcd running there, has it a leader (etcdctl endpoint status), does a firewall let us through?"
+    return node_check("etcd", "warn", reason, hint)
 
 
 def _check_address(address: str) -> Check:

@@ -60,12 +60,33 @@ def judge_tree(spec: WorkloadSpec, tree: TreeUse) -> list[Check]:
 def judge_fencing(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:
     """Say for each way in which another node can fail whether a takeover would follow by itself."""
     sentences = coverage(config, spec)
+    if spec.right_to_lead == "etcd":
+        return [_judge_lease(config, spec, sentences)]
     if spec.right_to_lead == "manual" or not sentences:
         detail = "takeovers are manual: after a failure, `outlive failover` is needed"
         return [Check(spec.name, "fencing", "ok", detail)]
     covered = not any("no automatic takeover" in sentence for sentence in sentences)
     hint = "" if covered else "configure a power or cloud fence for the node: [[fences]]"
     return [Check(spec.name, "fencing", "ok" if covered else "warn", "; ".join(sentences), hint)]
+
+
+def _judge_lease(config: NodeConfig, spec: WorkloadSpec, sentences: list[str]) -> Check:
+    """Say what a lease in etcd covers, and what it costs."""
+    etcd = config.etcd
+    if not etcd.endpoints:
+        detail = "its right to lead is a lease in etcd, and no etcd is configured here: this node never leads"
+        return Check(spec.name, "lease", "warn", detail, "give etcd.endpoints in this node's file")
+    frozen_s = etcd.ttl_s * (1 - etcd.clock_drift_ppm / 1e6) - etcd.margin_ms / 1000
+    detail = (
+        f"{'; '.join(sentences)}; a leader that does not reach etcd freezes the workload after "
+        f"{frozen_s:.1f} s; a keeper that hangs is covered by the guard beside it"
+    )
+    if not etcd.watchdog:
+        detail += "; both at once are not: no etcd.watchdog"
+    if len(etcd.endpoints) < 3:
+        hint = "name all members of an etcd of three: one alone is a single point of failure"
+        return Check(spec.name, "lease", "warn", detail, hint)
+    return Check(spec.name, "lease", "ok", detail)
 
 
 def judge_nodes(config: NodeConfig, spec: WorkloadSpec) -> list[Check]:

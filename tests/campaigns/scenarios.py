@@ -2,10 +2,11 @@
 
     python -m tests.campaigns.scenarios [--only power-loss-a,...] [--output json|table]
 
-Two hosts with the product, a client, a power switch as the fence (or sshd). The workload says on which host
-it runs and in which life, and counts. `vip_prober` on the client asks every 10 ms who has the address; beside
-it, this process looks as often where copies run that are not frozen. Each failure is one function that
-breaks something, waits for the state that a human should find, mends it, and waits until all is well again.
+Two hosts with the product, a client, a power switch as the fence (or sshd), or three members of etcd. The
+workload says on which host it runs and in which life, and counts. `vip_prober` on the client asks every 10 ms
+who has the address; beside it, this process looks as often where copies run that are not frozen. Each failure
+is one function that breaks something, waits for the state that a human should find, mends it, and waits until
+all is well again.
 
 Prints one JSON object, or a table for the docs. Exits with 1 if two answered, two ran, or a state was not
 reached.
@@ -25,6 +26,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,14 +38,18 @@ from common.threads import in_thread
 from outlive.cli.running import configure_logs
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.lab import Host, Lab
+from outlive.lab_etcd import LabEtcd
 from tests.campaigns.vip_prober import EVERY_S, WORKLOAD
 
-_NAME, _PORT = "witness", 7100
+NAME, _PORT = "witness", 7100
 _QUIET_S = 1.0
 """How long a state has to stay as it is before it counts as what a human finds."""
 _TOGETHER_S = 3 * EVERY_S
 """Answers of two hosts, one so soon after the other, are two that answer at once: no move is that fast."""
 _DISK_MIB = 96
+_TTL_S = 3
+_PF_EXITING = 4
+"""<linux/sched.h>; in proc(5)'s `stat`."""
 _STOLEN_ANSWERS = int(2 * 1.5 / EVERY_S)
 """Both hosts answer each question until it was looked at twice, a second later, and some time for it."""
 
@@ -93,6 +99,7 @@ class Pair:
     nodes: dict[str, Node]
     client: Host
     log: Path
+    etcd: LabEtcd | None = None
     two_ran: int = 0
     found: dict[str, str] = field(default_factory=dict)
     cause: str = ""
@@ -110,7 +117,7 @@ class Pair:
         """Wait until a node is in a state, and until its reason says so."""
         what = f"{state}{f', saying {says!r}' if says else ''}"
         await self.nodes[node].wait_for(
-            _NAME, lambda w: w.state == state and says in w.reason, what=what, timeout_s=45
+            NAME, lambda w: w.state == state and says in w.reason, what=what, timeout_s=45
         )
 
     async def leads(self, node: str, *, restorable: bool | None = None) -> None:
@@ -121,7 +128,7 @@ class Pair:
             return led and (restorable is None or status.restorable == restorable)
 
         what = "led" + ("" if restorable is None else ", protected" if restorable else ", unprotected")
-        await self.nodes[node].wait_for(_NAME, so, what=what, timeout_s=45)
+        await self.nodes[node].wait_for(NAME, so, what=what, timeout_s=45)
         await eventually(self._answers, what="it answers")
 
     async def now_found(self, broke: str) -> None:
@@ -135,7 +142,7 @@ class Pair:
         for name, node in self.nodes.items():
             states[name] = "no answer"
             with contextlib.suppress(OutliveError):
-                status = await node.workload(_NAME)
+                status = await node.workload(NAME)
                 states[name] = _told(status) if status is not None else "unknown there"
         return states
 
@@ -143,7 +150,7 @@ class Pair:
         terms: list[TermHistory] = []
         for node in self.nodes.values():
             with contextlib.suppress(OutliveError):
-                terms += (await node.history(_NAME)).terms
+                terms += (await node.history(NAME)).terms
         newest = max(terms, key=lambda each: each.term, default=None)
         return f"term {newest.term}, {newest.leader}: {newest.cause}" if newest is not None else ""
 
@@ -160,7 +167,7 @@ class Pair:
     async def watch_copies(self) -> None:
         """Count the looks at which two copies run."""
         while True:
-            running = [node for node in self.nodes.values() if await in_thread(_runs, node)]
+            running = [node for node in self.nodes.values() if await in_thread(runs, node)]
             self.two_ran += len(running) > 1
             await asyncio.sleep(EVERY_S)
 
@@ -171,8 +178,21 @@ def _told(status: WorkloadStatus) -> str:
     return f"{status.state}: {missed}{status.reason}{f' ({reasons})' if reasons else ''}"
 
 
-def _runs(node: Node) -> bool:
-    return running_init_pid(node.config, _NAME) is not None and not cgroup_frozen(node.config, _NAME)
+def runs(node: Node) -> bool:
+    """Tell whether a copy runs on a node: it is there, not frozen, and not killed."""
+    pid = running_init_pid(node.config, NAME)
+    return pid is not None and not cgroup_frozen(node.config, NAME) and not _dying(pid)
+
+
+def _dying(pid: int) -> bool:
+    """Tell whether it was killed, and so runs no more of its code, though it is there still."""
+    try:
+        lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+    except OSError:
+        return True
+    pending = int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)
+    return bool(pending & 1 << (signal.SIGKILL - 1)) or bool(flags & _PF_EXITING)
 
 
 # --- failures ---------------------------------------------------------------------------------------
@@ -236,7 +256,7 @@ async def keeper_killed(pair: Pair) -> None:
 async def partition_client_with_a(pair: Pair) -> None:
     """The standby is cut off; its power switch still reaches the other host, so it takes over."""
     await pair.lab.cut("b")
-    await pair.b.wait_for(_NAME, lambda w: w.state == "leading" and w.running, what="led", timeout_s=45)
+    await pair.b.wait_for(NAME, lambda w: w.state == "leading" and w.running, what="led", timeout_s=45)
     await pair.now_found("cut b off")
     await pair.lab.mend("b")
     await pair.restart("a")
@@ -291,7 +311,7 @@ async def address_stolen(pair: Pair) -> None:
 async def port_taken(pair: Pair) -> None:
     """The standby knows that it could not bring it up, and turns nothing off. The port is freed."""
     thief = await _take_port(pair)
-    await pair.b.wait_for(_NAME, lambda w: not w.restorable, what="not restorable")
+    await pair.b.wait_for(NAME, lambda w: not w.restorable, what="not restorable")
     await pair.lab.power_off("a")
     await pair.has("b", "waiting", "taken by something else")
     await pair.now_found("its port is taken on b; then power off a")
@@ -309,7 +329,7 @@ async def restore_fails(pair: Pair) -> None:
     await pair.now_found("power off a; its port is taken on b at the same moment")
     thief.kill()
     await thief.wait()
-    await pair.b.cli("failover", _NAME, "--accept-data-loss")
+    await pair.b.cli("failover", NAME, "--accept-data-loss")
     await pair.leads("b")
     await pair.restart("a")
     await pair.leads("b", restorable=True)
@@ -324,7 +344,7 @@ async def disk_full_on_b(pair: Pair) -> None:
     """The standby's disk is full: it keeps the epoch that it has, and says so."""
     with _full(Path(pair.b.config.node.state_dir)):
         await pair.a.wait_for(
-            _NAME,
+            NAME,
             lambda w: any("free" in reason for each in w.replicas for reason in each.reasons),
             what="told",
         )
@@ -348,13 +368,81 @@ async def sshd_down(pair: Pair) -> None:
     await pair.now_found("power off a; fence by SSH")
 
     async def vouched() -> bool:  # not while the next attempt to fence is under way
-        words = ("failover", _NAME, "--accept-data-loss", "--old-primary-is-off", "a")
+        words = ("failover", NAME, "--accept-data-loss", "--old-primary-is-off", "a")
         return (await pair.b.cli(*words, check=False)).returncode == 0
 
     await eventually(vouched, what="an operator's word counts")
     await pair.leads("b")
     await pair.restart("a")
     await pair.leads("b", restorable=True)
+
+
+async def etcd_gone(pair: Pair) -> None:
+    """Etcd is gone: the workload is frozen before its lease can be over, and runs on when etcd is back."""
+    etcd = _etcd_of(pair)
+    await etcd.go_away()
+    await pair.a.wait_for(NAME, is_frozen, what="frozen", timeout_s=45)
+    await asyncio.sleep(_TTL_S)
+    await pair.now_found("kill all three members of etcd, start them again")
+    await etcd.come_back()
+    await pair.leads("a", restorable=True)
+
+
+async def etcd_slow(pair: Pair) -> None:
+    """Etcd answers late, but in time: nothing happens."""
+    async with _etcd_of(pair).slow(stands_s=0.4, runs_s=0.1):
+        await asyncio.sleep(3 * _TTL_S)
+        await pair.leads("a", restorable=True)
+        await pair.now_found("etcd stands still 0.4 s of every 0.5 s")
+    await pair.leads("a", restorable=True)
+
+
+async def etcd_power_loss_a(pair: Pair) -> None:
+    """The host that runs it is lost, and nobody can turn it off: its lease runs out."""
+    await pair.lab.power_off("a")
+    await pair.leads("b", restorable=False)
+    await pair.now_found("power off a; the right to lead is a lease in etcd")
+    await pair.restart("a")
+    await pair.leads("b", restorable=True)
+
+
+async def etcd_partition_a(pair: Pair) -> None:
+    """The host that runs it is cut off from everybody: it freezes it before the other one takes over."""
+    await pair.lab.cut("a")
+    await pair.leads("b", restorable=False)
+    await pair.now_found("cut a off; the right to lead is a lease in etcd")
+    await pair.lab.mend("a")
+    await pair.leads("b", restorable=True)
+
+
+async def etcd_out_of_reach_of_a(pair: Pair) -> None:
+    """Only the host that runs it does not reach etcd: it freezes it and says so, and the other takes over."""
+    for member in _etcd_of(pair).names:
+        await pair.lab.cut_one_way("a", member)
+    await pair.leads("b", restorable=True)
+    await pair.now_found("cut a off from etcd")
+    await pair.lab.mend("a")
+    await pair.leads("b", restorable=True)
+
+
+async def etcd_keeper_stopped(pair: Pair) -> None:
+    """The keeper of a host that is cut off stands still: the guard beside it freezes the workload."""
+    pair.a.processes["keeper"].send_signal(signal.SIGSTOP)
+    await pair.lab.cut("a")
+    await pair.leads("b", restorable=False)
+    await pair.now_found("SIGSTOP of a's keeper, cut a off; the right to lead is a lease in etcd")
+    pair.a.processes["keeper"].send_signal(signal.SIGCONT)
+    await pair.lab.mend("a")
+    await pair.leads("b", restorable=True)
+
+
+def _etcd_of(pair: Pair) -> LabEtcd:
+    assert pair.etcd is not None
+    return pair.etcd
+
+
+def is_frozen(status: WorkloadStatus) -> bool:
+    return status.lease is not None and bool(status.lease.frozen)
 
 
 def _told_of_no_room(status: WorkloadStatus) -> bool:
@@ -397,6 +485,12 @@ SCENARIOS: dict[str, Scenario] = {
         disk_full_on_a,
         disk_full_on_b,
         sshd_down,
+        etcd_gone,
+        etcd_slow,
+        etcd_power_loss_a,
+        etcd_partition_a,
+        etcd_out_of_reach_of_a,
+        etcd_keeper_stopped,
     )
 }
 
@@ -405,28 +499,33 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 @contextlib.asynccontextmanager
-async def _pair(name: str) -> AsyncIterator[Pair]:
+async def pair_for(name: str) -> AsyncIterator[Pair]:
     async with Lab() as lab:
         spec = WorkloadSpec(
-            name=_NAME,
+            name=NAME,
             nodes=("a", "b"),
             command=(sys.executable, "-u", "-c", WORKLOAD, str(_PORT)),
             vip=str(lab.vip()),
-            right_to_lead="fence",
+            right_to_lead="etcd" if name.startswith("etcd") else "fence",
             epoch_interval_ms=200,
         )
-        settings = {"store": {"min_free_bytes": 32 << 20}} if "disk" in name else None
-        fenced = name != "sshd-down"
+        etcd = await LabEtcd.start(lab) if name.startswith("etcd") else None
+        settings: dict[str, dict[str, Any]] = {}
+        if etcd is not None:
+            settings["etcd"] = {"endpoints": list(etcd.endpoints), "ttl_s": _TTL_S}
+        if "disk" in name:
+            settings["store"] = {"min_free_bytes": 32 << 20}
+        fenced = name != "sshd-down" and etcd is None
         nodes = await build_cluster(lab, ("a", "b"), workloads=[spec], settings=settings, fenced=fenced)
-        if not fenced:
+        if name == "sshd-down":
             _fence_by_ssh(nodes)
         if "disk" in name:  # a disk of its own, that can be filled
             directory = nodes[name[-1]].config.node.state_dir
             await in_thread(_mount, directory)
         client = await lab.add_host("client")
-        pair = Pair(lab, nodes, client, client.dir / "answers")
+        pair = Pair(lab, nodes, client, client.dir / "answers", etcd)
         await start_all(nodes)
-        await nodes["a"].cli("start", _NAME)
+        await nodes["a"].cli("start", NAME)
         prober = await client.spawn(
             [
                 *(sys.executable, "-m", "tests.campaigns.vip_prober", client.interface),
@@ -471,7 +570,7 @@ def _fence_by_ssh(nodes: dict[str, Node]) -> None:
 async def run_one(name: str) -> Outcome:
     """Run one failure in a lab of its own."""
     problem, afterwards = "", {}
-    async with _pair(name) as pair:
+    async with pair_for(name) as pair:
         begun_s = time.time()
         try:
             await SCENARIOS[name](pair)

@@ -14,7 +14,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from common.model import WorkloadSpec
+from tests.sim.leases import FAULTS as ETCD_FAULTS
 from tests.sim.world import Host, Violation, Weather, World
 
 FAULTS = (
@@ -34,6 +37,8 @@ PAUSING = 0.3
 """Share of the runs in which operators pause and resume."""
 SWITCHING = 0.4
 """Share of the runs in which operators hand the workload over."""
+LEASING = 0.35
+"""Share of the runs in which etcd gives the right to lead."""
 MOVING = frozenset(
     {
         "suspecting",
@@ -85,10 +90,18 @@ def weather_of(rng: random.Random) -> Weather:
     )
 
 
-def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 20.0) -> Result:
-    """Run one cluster through trouble and let it come to rest. Raises Violation."""
+def run_seed(
+    seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 20.0, right: str = ""
+) -> Result:
+    """Run one cluster through trouble and let it come to rest. Raises Violation.
+
+    `right` is how the right to lead is had; empty: as the seed has it.
+    """
     rng = random.Random(f"plan-{seed}")
     spec, weather = spec_of(rng, seed), weather_of(rng)
+    leasing = random.Random(f"lease-{seed}")
+    right = right or ("etcd" if leasing.random() < LEASING else spec.right_to_lead)
+    spec = msgspec.structs.replace(spec, right_to_lead=right)
     by_ssh = random.Random(f"by-ssh-{seed}").choice([0.0, 0.5, 1.0])
     world = World(seed, spec, replace(weather, fence_by_ssh=by_ssh), bugs)
     world.run(2.5)
@@ -106,6 +119,9 @@ def run_seed(seed: int, bugs: frozenset[str] = frozenset(), trouble_s: float = 2
         if moves and moving.random() < 0.7:
             _switch_over(world, moving)
         _strike(world, rng)
+        if world.leases is not None and leasing.random() < 0.6:
+            host = world.hosts[leasing.choice(spec.nodes)]
+            world.leases.strike(host, leasing.choice(ETCD_FAULTS), leasing.uniform(0.1, 8.0))
     for _ in range(3):  # a fence that was asked for before may still turn a host off
         heal(world)
         world.run(SETTLE_S / 3)
@@ -117,6 +133,8 @@ def heal(world: World) -> None:
     world.tell("all is well from here on")
     world.blocked.clear()
     world.weather = Weather()
+    if world.leases is not None:
+        world.leases.heal()
     for host in world.hosts.values():
         world.power_on(host)
         world.boot_keeper(host)
@@ -132,7 +150,7 @@ def at_rest(world: World) -> Result:
     for host in world.hosts.values():
         if host.role is None:
             raise world.broken(f"{host.name} is off though nobody had a reason to fence it")
-        if host.role.name == "leading" and host.container is None:
+        if host.role.name == "leading" and (host.container is None or host.outer_frozen):
             raise world.broken(f"{host.name} leads and nothing runs")
         newest = max(other.record.term for other in world.hosts.values())
         if host.record.term != newest:
@@ -216,6 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--right", choices=("manual", "fence", "etcd"), default="", help="in every run")
     options = parser.parse_args()
     began_s = time.monotonic()
     states: Counter[str] = Counter()
@@ -223,7 +242,7 @@ def main() -> int:
     violations: list[str] = []
     for seed in range(options.start, options.start + options.seeds):
         try:
-            result = run_seed(seed)
+            result = run_seed(seed, right=options.right)
         except Violation as violation:
             violations.append(str(violation))
             continue

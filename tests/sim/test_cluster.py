@@ -9,12 +9,22 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from common import role_explain, role_guards, role_handover, role_pauses, role_table, succession
+from common import (
+    lease,
+    lease_calls,
+    role_explain,
+    role_guards,
+    role_handover,
+    role_pauses,
+    role_table,
+    succession,
+)
 from common.model import WorkloadSpec
 from common.pauses import in_force
 from common.role_events import ThawWorkload
 from common.roles import Instant, Role
 from tests.sim.campaign import run_seed
+from tests.sim.leases import Leases
 from tests.sim.world import TIMING, Violation, Weather, World
 
 CI_SEEDS = 240
@@ -478,6 +488,94 @@ def taken_back_from_an_heir_that_is_only_silent(monkeypatch: pytest.MonkeyPatch)
     return ""
 
 
+def lease_without_margin(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "no-margin"
+
+
+def lease_without_drift(monkeypatch: pytest.MonkeyPatch) -> str:
+    return "no-drift"
+
+
+def lease_counts_from_the_answer(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The clock is read when the answer is here, not before the question was sent."""
+    asked = lease_calls.LeaseKeys.ask
+
+    def ask(self: lease_calls.LeaseKeys, question: lease_calls.Question) -> lease_calls.Calls:
+        answer = yield from asked(self, question)
+        granted = isinstance(answer, lease_calls.Granted)
+        return msgspec.structs.replace(answer, sent_s=self._clock()) if granted else answer
+
+    monkeypatch.setattr(lease_calls.LeaseKeys, "ask", ask)
+    return ""
+
+
+def thaw_though_the_lease_was_lost(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whatever etcd answers to a renewal is taken for one."""
+    renewed = lease_calls.LeaseKeys._renew
+
+    def renew(self: lease_calls.LeaseKeys, held: lease_calls.Held) -> lease_calls.Calls:
+        sent_s = self._clock()
+        answer = yield from renewed(self, held)
+        if isinstance(answer, lease_calls.Denied):
+            return lease_calls.Granted(held=held, sent_s=sent_s, ttl_s=self._ttl_s)
+        return answer
+
+    monkeypatch.setattr(lease_calls.LeaseKeys, "_renew", renew)
+    return ""
+
+
+def comparison_ignored(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(lease_calls, "succeeded", lambda answer: True)
+    return ""
+
+
+def reclaim_though_another_has_claimed(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whoever finds the key absent takes it again, whatever term is the newest."""
+
+    def reclaim(self: lease_calls.LeaseKeys, term: int) -> lease_calls.Calls:
+        read = yield from self._read()
+        mine = lease_calls.Claimant(node=self._node, term=term, boot_id=self._boot_id)
+        return (yield from self._take(mine, read.term_revision, write_term=False))
+
+    monkeypatch.setattr(lease_calls.LeaseKeys, "_reclaim", reclaim)
+    return ""
+
+
+def nobody_guards_a_keeper_that_hangs(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(Leases, "_guard", lambda self, host, record: None)
+    return ""
+
+
+def the_switch_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> str:
+    perform = Leases._perform
+
+    def performed(self: Leases, host: object, effect: lease.Effect) -> None:
+        if not isinstance(effect, lease.Freeze):
+            perform(self, host, effect)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Leases, "_perform", performed)
+    return ""
+
+
+LEASE_BUGS = [
+    lease_without_margin,
+    lease_without_drift,
+    lease_counts_from_the_answer,
+    thaw_though_the_lease_was_lost,
+    comparison_ignored,
+    reclaim_though_another_has_claimed,
+    nobody_guards_a_keeper_that_hangs,
+    the_switch_is_not_closed,
+]
+
+
+@pytest.mark.parametrize("plant", LEASE_BUGS)
+def test_a_planted_bug_of_leases_is_found(
+    plant: Callable[[pytest.MonkeyPatch], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find(plant, monkeypatch, right="etcd", says="it runs on")
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -509,11 +607,23 @@ def taken_back_from_an_heir_that_is_only_silent(monkeypatch: pytest.MonkeyPatch)
 def test_a_planted_bug_is_found(
     plant: Callable[[pytest.MonkeyPatch], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    find(plant, monkeypatch)
+
+
+def find(
+    plant: Callable[[pytest.MonkeyPatch], str],
+    monkeypatch: pytest.MonkeyPatch,
+    right: str = "",
+    says: str = "",
+) -> None:
+    """Run seed after seed with the bug; fail if no invariant breaks, or not the one that `says` so."""
     bugs = frozenset({plant(monkeypatch)} - {""})
     for seed in range(BUG_SEEDS):
         try:
-            run_seed(seed, bugs)
+            run_seed(seed, bugs, right=right)
         except Violation as violation:
+            if says not in str(violation):
+                continue
             print(f"{plant.__name__}: found by seed {seed}: {str(violation).splitlines()[0]}")
             return
     pytest.fail(f"{BUG_SEEDS} runs did not find it")

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from common import lease
 from common.control import Done, Refused, ReplicaProgress, WorkloadReport
 from common.model import EpochId, WorkloadSpec
 from common.pauses import Pauses, joined
@@ -22,6 +23,7 @@ from common.role_events import (
     Announce,
     Answer,
     CheckHealth,
+    ClaimTerm,
     DropVip,
     Effect,
     Event,
@@ -65,6 +67,7 @@ from common.roles import (
     new_role,
 )
 from common.succession import is_silent, keeps_frozen, planned
+from tests.sim.leases import Leases
 
 TICK_S = 0.05
 BEAT_S = 0.1
@@ -133,6 +136,13 @@ class Host:
     frozen: bool = False
     """The container stands still, to be handed over."""
     frozen_since: float = 0.0
+    outer_frozen: bool = False
+    """It stands still for the lack of a lease, by another switch."""
+    lease: lease.Lease | None = None
+    lease_record: lease.LeaseRecord | None = None
+    """In memory, and so gone when its power is."""
+    delayed: list[Callable[[], None]] = field(default_factory=list)
+    """What etcd answered while the keeper stood still."""
     handing: int = 0
     """Number of the order to hand it over that the agent is carrying out; 0: none."""
     handed: EpochId | None = None
@@ -198,6 +208,7 @@ class World:
         self.taken_back = 0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
+        self.leases = Leases(self) if spec.right_to_lead == "etcd" else None
         for host in self.hosts.values():
             self.boot_keeper(host)
             self.boot_agent(host)
@@ -237,6 +248,7 @@ class World:
         host.starts += 1
         host.stands_still = False
         host.inbox.clear()
+        host.delayed.clear()
         host.newest_beat.clear()
         host.spoke_at.clear()
         host.led_at.clear()
@@ -261,7 +273,9 @@ class World:
             refusal=None if "forget-refusals" in self.bugs else host.refusal,
         )
         self.tell(f"{host.name}: keeper starts with {record.term}/{record.leader}/{record.mark}")
-        self.feed(host, KeeperStarted(host.container is not None, host.frozen))
+        if self.leases is not None:
+            self.leases.begin(host)
+        self.feed(host, KeeperStarted(host.container is not None, host.frozen or host.outer_frozen))
         self._every(host, host.keeper_life, TICK_S, lambda: self.feed(host, Tick()))
         self._every(host, host.keeper_life, BEAT_S, lambda: self.beat(host, "keeper"))
 
@@ -293,6 +307,9 @@ class World:
                 events, host.inbox = host.inbox, []
                 for event in events:
                     self.feed(host, event)
+                delayed, host.delayed = host.delayed, []
+                for go_on in delayed:
+                    go_on()
 
         self.later(for_s, resume)
 
@@ -315,6 +332,8 @@ class World:
         self._check_explained(host, before, event)
         for effect in effects:
             self.perform(host, effect)
+        if self.leases is not None:
+            self.leases.advance(host, lease.Passed())
 
     def perform(self, host: Host, effect: Effect) -> None:
         match effect:
@@ -324,6 +343,9 @@ class World:
                 self._persist_pauses(host, pauses)
             case RunFence():
                 self._fence(host, effect)
+            case ClaimTerm():
+                assert self.leases is not None
+                self.leases.claim(host, effect)
             case HoldVip():
                 self._on_host(host, "hold", lambda: setattr(host, "held", True))
             case LiftHold():
@@ -432,7 +454,8 @@ class World:
         def act() -> None:
             if not host.on or host.boot != boot or host.keeper_life != life or host.role is None:
                 return
-            if fails and self.chance(self.weather.effect_fails):
+            refused = host.role.in_doubt and name in ("add_vip", "lift", "announce")
+            if refused or (fails and self.chance(self.weather.effect_fails)):
                 self.feed(host, StepFailed(step=name, reason="it failed"))  # type: ignore[arg-type]
                 return
             what()
@@ -523,6 +546,7 @@ class World:
                     heir=heir_of(role),
                     alive=role.alive,
                     pauses=role.pauses,
+                    in_doubt=bool(role.in_doubt),
                 )
             sequence, boot = host.sequence, host.boot
             for _ in range(2 if self.chance(self.weather.double) else 1):
@@ -539,8 +563,10 @@ class World:
     def _leads(self, host: Host) -> int:
         """Return the term that the host leads, 0 for none; a dead keeper's agent looks after it still."""
         if host.role is not None:
-            return host.role.record.term if claim_of(host.role) in RUNS else 0
-        return host.record.term if host.container is not None and host.record.leader == host.name else 0
+            leads = claim_of(host.role) in RUNS and not host.outer_frozen
+            return host.role.record.term if leads else 0
+        runs = host.container is not None and not host.outer_frozen
+        return host.record.term if runs and host.record.leader == host.name else 0
 
     def _hear(self, host: Host, event: Heard, sequence: int, boot: int, sent: float, led: int) -> None:
         if not host.on or host.role is None or (event.node, host.name) in self.blocked:
@@ -550,7 +576,9 @@ class World:
             return
         host.newest_beat[key] = sequence
         host.spoke_at[event.node] = self.now
-        if led:
+        view = host.role.peers.get(event.node)
+        doubted = event.origin == "agent" and view is not None and view.in_doubt  # at its keeper's last word
+        if led and not doubted:
             host.led_at[(event.node, led)] = max(sent, host.led_at.get((event.node, led), 0.0))
         self.feed(host, event)
 
@@ -635,6 +663,9 @@ class World:
         def finish() -> None:
             if not host.on or host.agent_life != life:
                 return
+            if host.outer_frozen and order.role == "lead" and host.container is None:
+                self.later(0.2, finish)  # what is brought up does not get on while it is frozen
+                return
             host.busy = False
             if order.role == "keep":
                 pass
@@ -665,7 +696,7 @@ class World:
     def _hand_over(self, host: Host, order: int, heir: str) -> None:
         """It stands still; its last epoch reaches the heir after some time, or does not."""
         host.handing, life, container = order, host.agent_life, host.container
-        if host.frozen:  # by an agent that is gone: whose freeze that is nobody knows
+        if host.frozen or host.outer_frozen:  # by an agent that is gone: whose freeze that is nobody knows
             host.failed, host.busy, host.handing = order, False, 0
             return
         host.frozen, host.frozen_since = True, self.now
@@ -723,7 +754,7 @@ class World:
     def _capture(self, host: Host) -> None:
         """An epoch is captured; each replica that follows this term commits and acknowledges it, or not."""
         role = host.role
-        stands = host.container is None or host.frozen
+        stands = host.container is None or host.frozen or host.outer_frozen
         if stands or role is None or role.order.role != "lead" or host.busy:
             return
         host.epoch += 1
@@ -752,7 +783,8 @@ class World:
         host.role = None
         host.agent_on = False
         host.container = None
-        host.frozen = False
+        host.frozen = host.outer_frozen = False
+        host.lease = host.lease_record = None
         host.vip = host.held = False
         host.acked.clear()
 
@@ -814,16 +846,22 @@ class World:
         running = [
             host.name
             for host in self.hosts.values()
-            if host.on and host.container is not None and not host.frozen
+            if host.on and host.container is not None and not host.frozen and not host.outer_frozen
         ]
         if len(running) > 1:
             raise self.broken(f"it runs on {' and '.join(running)}")
         if self.spec.vip is not None:
-            served = [host.name for host in self.hosts.values() if host.on and host.vip and not host.held]
+            served = [
+                host.name
+                for host in self.hosts.values()
+                if host.on and host.vip and not host.held and not host.outer_frozen
+            ]
             if len(served) > 1:
                 raise self.broken(f"the address is on {' and '.join(served)}")
         for name in running:
             self._check_right(self.hosts[name])
+            if self.leases is not None:
+                self.leases.check(self.hosts[name])
         for host in self.hosts.values():
             self._check_refusal(host)
             self._check_thawed(host)
@@ -860,7 +898,7 @@ class World:
         role, limit_s = host.role, self.spec.max_takeover_lag_ms / 1000
         if role is None or role.name != "acquiring" or role.by_operator or role.request or not limit_s:
             return
-        if planned(role) or keeps_frozen(role):
+        if planned(role) or keeps_frozen(role) or role.record.leader == host.name:
             return  # nothing was captured since
         heard_at = host.led_at.get((role.record.leader, role.record.term))
         if heard_at is None or heard_at - host.stored_at > limit_s + LAG_TOLERANCE_S:
@@ -873,7 +911,7 @@ class World:
         role = host.role
         if role is None or role.by_operator or role.request is not None or not self.knows_pause(host):
             return
-        if planned(before) or keeps_frozen(before):
+        if planned(before) or keeps_frozen(before) or (self.leases and before.record.leader == host.name):
             return  # an operator asked for it, elsewhere
         begins = role.name == "acquiring" and before.name != "acquiring"
         records = role.wanted is not None and role.wanted.mark == "taking_over" and before.wanted is None

@@ -78,7 +78,7 @@ def test_a_user_without_a_group_has_the_group_of_the_same_number(user: str, uid:
 
 def test_limits_become_resources_of_the_nodes_own_cgroup() -> None:
     linux = runtime_config(RICH, paths_of("a", parent="/outlive/rack1/"))["linux"]
-    assert linux["cgroupsPath"] == "/outlive/rack1/shop"
+    assert linux["cgroupsPath"] == "/outlive/rack1/shop/run"
     assert linux["resources"]["memory"] == {"limit": 1 << 30}
     cpu = linux["resources"]["cpu"]
     assert cpu["quota"] / cpu["period"] == 1.5

@@ -86,6 +86,25 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + "[heartbeat]\ninterval_ms = 1\n", "heartbeat.interval_ms"),
         (NODE + "[heartbeat]\ninterval_ms = 200\n", "three times"),
         (NODE + "[store]\nmax_levels = 1\n", "store.max_levels"),
+        (NODE + "[etcd]\nttl_s = 1\n", "etcd.ttl_s 1: at least 2"),
+        (NODE + "[etcd]\nttl_s = 2.5\n", "int"),
+        (NODE + "[etcd]\nmargin_ms = 100\n", "etcd.margin_ms 100: at least 200"),
+        (NODE + "[etcd]\nttl_s = 2\nmargin_ms = 900\n", "more than two fifths of ttl_s"),
+        (NODE + "[etcd]\nclock_drift_ppm = 60000\n", "etcd.clock_drift_ppm 60000: between"),
+        (NODE + '[etcd]\nwatchdog = "watchdog"\n', "etcd.watchdog 'watchdog' must be an absolute"),
+        (NODE + '[etcd]\nwatchdog = "/dev/watchdog"\n', "ttl_s must be at least 4"),
+        *(
+            (NODE + f'[etcd]\nendpoints = ["{url}"]\n', "is not a URL of the form")
+            for url in ("10.0.0.5:2379", "https://10.0.0.5:2379", "http://etcd:2379", "http://10.0.0.5")
+        ),
+        (
+            NODE + '[etcd]\nendpoints = ["http://10.0.0.5:2379", "http://10.0.0.5:2379"]\n',
+            "stands there twice",
+        ),
+        (
+            NODE + '[[workloads]]\nname = "w"\nnodes = ["a"]\ncommand = ["x"]\nright_to_lead = "etcd"\n',
+            "so etcd.endpoints is needed",
+        ),
         (NODE + '[capture]\nbackend = "auto"\ntracker = "dirty"\n', "tracker"),
         (NODE + '[capture]\nbackend = "stock"\ntracker = "soft-dirty"\n', "capture.tracker"),
         (NODE + "[store]\nfold_mib_per_s = -1\n", "store.fold_mib_per_s"),

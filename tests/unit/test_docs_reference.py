@@ -29,6 +29,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "[[peers]]": config.Peer,
     "[[fences]]": config.Fence,
     "[fences.ssh]": config.SshFence,
+    "[etcd]": config.Etcd,
     "[[workloads]]": model.WorkloadSpec,
     "[[workloads.files]]": model.FilePath,
     "[workloads.health]": model.HealthCheck,
@@ -113,6 +114,7 @@ def test_the_status_page_has_every_json_key() -> None:
     kinds = [
         control.PeerStatus,
         control.WorkloadStatus,
+        control.LeaseStatus,
         control.CaptureStatus,
         pauses.Pause,
         control.ReplicaProgress,

@@ -185,6 +185,7 @@ VECTORS: dict[str, tuple[Message, tuple[bytes, ...]]] = {
                     heir="b",
                     alive=True,
                     agent_alive=False,
+                    in_doubt=True,
                     takeovers=(
                         BeatTakeover(
                             silences=("process failure", "host loss"), missing=("no epoch is stored here",)
@@ -225,6 +226,9 @@ def as_before(message: Message) -> Message:
             return msgspec.structs.replace(message, protocol=OLDEST)
         case Begin():
             return msgspec.structs.replace(message, last=None)
+        case Beat():
+            workloads = tuple(msgspec.structs.replace(each, in_doubt=False) for each in message.workloads)
+            return msgspec.structs.replace(message, workloads=workloads)
     return message
 
 

@@ -1,0 +1,200 @@
+"""The role machine where etcd gives the right to lead: it asks where it would ask a fence."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from common.control import Done, Refused
+from common.role_events import (
+    Answer,
+    ClaimTerm,
+    DropVip,
+    Effect,
+    FenceResult,
+    Heard,
+    LeaseInDoubt,
+    LeaseStands,
+    LiftHold,
+    OperatorFailover,
+    OperatorStart,
+    OperatorSwitchover,
+    PersistTerm,
+    RunFence,
+    StepDone,
+)
+from common.role_explain import ETCD, explain
+from common.role_view import workload_status
+from common.roles import TermRecord
+from tests.unit.test_roles import SPEC, Driver, follower, leader, ready_replica
+
+LEASED = replace(SPEC, right_to_lead="etcd")
+NO_FENCE: frozenset[str] = frozenset()
+
+
+def claims(effects: list[Effect]) -> list[ClaimTerm]:
+    return [effect for effect in effects if isinstance(effect, ClaimTerm)]
+
+
+def answers(effects: list[Effect]) -> list[Done | Refused]:
+    return [effect.answer for effect in effects if isinstance(effect, Answer)]
+
+
+def result(attempt: int, outcome: str = "confirmed", term: int = 2) -> FenceResult:
+    term = term if outcome == "confirmed" else 0
+    return FenceResult(node="etcd", attempt=attempt, outcome=outcome, reason="so", term=term)  # type: ignore[arg-type]
+
+
+def standby() -> Driver:
+    return follower(spec=LEASED, fenceable=NO_FENCE)
+
+
+def primary() -> Driver:
+    return leader(spec=LEASED, fenceable=NO_FENCE)
+
+
+def test_silence_leads_to_a_claim_and_no_fence_and_to_the_term_that_etcd_gave() -> None:
+    driver = standby()
+    asked = driver.after(0.4)
+    assert claims(asked) == [ClaimTerm(attempt=1, term=2, known=1, unused=(), over=False, blank=False)]
+    assert not any(isinstance(effect, RunFence) for effect in asked)
+    driver.feed(result(1, term=7))
+    assert driver.role.wanted is not None
+    assert (driver.role.wanted.term, driver.role.wanted.leader) == (7, "b")
+    driver.persisted()
+    assert driver.state == "taking_over"
+
+
+@pytest.mark.parametrize("outcome", ["refused", "unknown"])
+def test_a_claim_that_is_not_granted_means_waiting_and_asking_again_soon(outcome: str) -> None:
+    driver = standby()
+    driver.after(0.4)
+    driver.feed(result(1, outcome))
+    assert driver.state == "waiting"
+    assert outcome in driver.role.reason
+    driver.report(stored=driver.role.report.stored, restorable=True)  # type: ignore[union-attr]
+    assert len(claims(driver.after(0.6))) == 1
+
+
+def test_an_operators_word_does_not_pass_over_a_lease() -> None:
+    driver = standby()
+    driver.after(0.4)
+    driver.feed(result(1, "refused"))
+    request = OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="a")
+    (claim,) = claims(driver.feed(request))
+    assert claim.over
+    effects = driver.feed(result(claim.attempt, "refused"))
+    assert driver.state == "waiting"
+    (answer,) = answers(effects)
+    assert isinstance(answer, Refused)
+    assert driver.role.wanted is None
+
+
+def test_a_leader_that_says_that_it_is_frozen_is_no_better_than_a_silent_one() -> None:
+    driver = standby()
+    beat = Heard(node="a", origin="keeper", boot_id="boot-a", term=1, claim="leading", alive=True)
+    for _ in range(10):
+        driver.after(0.05)
+        driver.feed(replace(beat, in_doubt=True))
+    assert driver.state == "acquiring"
+    driver.feed(result(1, "refused"))
+    driver.feed(beat)
+    assert driver.state == "following"
+
+
+@pytest.mark.parametrize("mark", ["stopped", "failed"])
+def test_a_start_that_etcd_refuses_leaves_everything_as_it_was(mark: str) -> None:
+    record = TermRecord(term=3, leader="a", mark=mark, boot_id="boot-1")  # type: ignore[arg-type]
+    driver = Driver("a", record, spec=LEASED)
+    driver.feed(StepDone(step="kill"))
+    driver.hear("following", term=3, node="b")
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
+    assert driver.state == "acquiring"
+    (answer,) = answers(driver.feed(result(claim.attempt, "refused")))
+    assert isinstance(answer, Refused)
+    assert driver.state == mark
+    assert driver.role.record == record
+
+
+def test_a_start_takes_the_term_that_etcd_gives_and_needs_no_word_about_the_others() -> None:
+    driver = Driver("a", spec=LEASED)
+    driver.after(3.0)
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
+    assert (claim.term, claim.over, claim.blank) == (1, True, False), "b was not heard"
+    driver.feed(result(claim.attempt, term=4))
+    driver.persisted()
+    assert (driver.state, driver.role.record.term, driver.role.record.mark) == ("launching", 4, "launching")
+
+
+def test_where_etcd_may_have_forgotten_who_led_a_start_needs_the_others_heard_or_vouched_for() -> None:
+    driver = Driver("a", spec=LEASED)
+    driver.after(3.0)
+    asked = OperatorStart(request=1, spec=LEASED, peers_are_off=("b",))
+    (claim,) = claims(driver.feed(asked))
+    assert claim.blank
+    driver = Driver("a", spec=LEASED)
+    driver.hear("following", node="b", term=0)
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
+    assert claim.blank
+
+
+def test_a_lease_in_doubt_takes_the_address_away_until_it_stands_again() -> None:
+    driver = primary()
+    assert DropVip() in driver.feed(LeaseInDoubt("etcd does not answer"))
+    driver.feed(StepDone(step="drop_vip"))
+    driver.after(1.0)
+    assert driver.state == "leading"
+    status = workload_status(driver.role, driver.instant())
+    assert status.reason.startswith("frozen, nothing of it runs: etcd does not answer")
+    driver.feed(LeaseStands())
+    assert LiftHold() in driver.after(0.1), "the address is brought back at once"
+    assert not driver.role.in_doubt
+
+
+def test_what_is_frozen_is_not_switched_over() -> None:
+    driver = primary()
+    driver.report(running=True, replicas=(ready_replica(),))
+    driver.hear("following", node="b")
+    driver.feed(LeaseInDoubt("etcd does not answer"))
+    (answer,) = answers(driver.feed(OperatorSwitchover(request=1, to="b")))
+    assert isinstance(answer, Refused)
+    assert "frozen" in answer.message
+
+
+def test_a_claim_of_another_that_came_to_nothing_is_passed_over_and_one_that_may_not_have_is_not() -> None:
+    driver = primary()
+    driver.feed(LeaseInDoubt("the lease is lost: b has claimed term 2", "b"))
+    assert claims(driver.after(2.0)) == []
+    driver.hear("following", node="b", term=1)
+    (claim,) = claims(driver.after(0.05))
+    assert claim.unused == ("b",)
+    driver.feed(result(claim.attempt, "refused"))
+    assert driver.state == "leading"
+    found: list[ClaimTerm] = []
+    for _ in range(12):
+        driver.hear("following", node="b", term=1)
+        found += claims(driver.after(0.05))
+    (claim,) = found
+    driver.feed(result(claim.attempt, term=3))
+    driver.persisted()
+    assert (driver.state, driver.role.record.term) == ("taking_over", 3)
+
+
+def test_an_operator_may_have_a_frozen_leader_go_on_in_a_new_term() -> None:
+    driver = primary()
+    request = OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="")
+    (answer,) = answers(driver.feed(request))
+    assert isinstance(answer, Refused), "it leads, and runs"
+    driver.feed(LeaseInDoubt("the lease is lost: b has claimed term 2", "b"))
+    (claim,) = claims(driver.feed(replace(request, request=2)))
+    assert claim.over
+    effects = driver.feed(result(claim.attempt, term=3))
+    assert any(isinstance(effect, PersistTerm) for effect in effects)
+
+
+def test_explain_knows_whether_etcd_answers() -> None:
+    driver = standby()
+    assert explain(driver.role, driver.instant(), {}).would_fail_over
+    without = explain(driver.role, driver.instant(), {ETCD: frozenset()})
+    assert not without.would_fail_over
+    assert "does not answer" in without.missing[0]
