@@ -151,6 +151,8 @@ class Host:
     served: int = 0
     """The newest term in which a container of it ran."""
     order_of_run: int = 0
+    kills: int = 0
+    """How often everything of the workload was killed."""
     exit_code: int | None = None
     restored: EpochId | None = None
     epoch: int = 0
@@ -654,7 +656,7 @@ class World:
             return
         if order.role == "lead" and (host.record.term, host.record.leader) != (order.term, host.name):
             raise self.broken(f"{host.name} is to lead term {order.term}, its disk says {host.record}")
-        host.busy, life = True, host.agent_life
+        host.busy, life, kills = True, host.agent_life, host.kills
         host.handed = None
         if order.action == "hand_over" and host.container is not None:
             self._hand_over(host, order.number, order.heir)
@@ -664,7 +666,10 @@ class World:
             if not host.on or host.agent_life != life:
                 return
             if host.outer_frozen and order.role == "lead" and host.container is None:
-                self.later(0.2, finish)  # what is brought up does not get on while it is frozen
+                if host.kills > kills:  # what was half brought up is gone
+                    host.busy, host.failed = False, order.number
+                else:
+                    self.later(0.2, finish)  # what is brought up does not get on while it is frozen
                 return
             host.busy = False
             if order.role == "keep":
@@ -730,6 +735,7 @@ class World:
         host.frozen = False
 
     def _remove(self, host: Host, *, by_fence: bool = False) -> None:
+        host.kills += 1
         if host.container is not None:
             self.tell(f"{host.name}: container {host.container} is removed")
             if host.frozen and not by_fence:
