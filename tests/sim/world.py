@@ -682,9 +682,7 @@ class World:
                 ):
                     host.failed = order.number
                     return
-                if order.newest_only and host.stored != self.finals.get(
-                    host.stored.term if host.stored else 0
-                ):
+                if order.newest_only and not self._is_handed_over(host.stored):
                     raise self.broken(f"{host.name} restores {host.stored}, handed over was {self.finals}")
                 self.lives += 1
                 host.container, host.exit_code = self.lives, None
@@ -697,6 +695,16 @@ class World:
             host.done = order.number
 
         self.later(self.random.uniform(0.02, 0.4), finish)
+
+    def _is_handed_over(self, stored: EpochId | None) -> bool:
+        """Tell whether it is the last epoch of what was handed over, or of a newer term of who took it back.
+
+        Only etcd lets an operator pass over a term that was taken back unheard.
+        """
+        if stored is None:
+            return False
+        newer = self.leases is not None and stored.term > max(self.finals, default=stored.term)
+        return newer or stored == self.finals.get(stored.term)
 
     def _hand_over(self, host: Host, order: int, heir: str) -> None:
         """It stands still; its last epoch reaches the heir after some time, or does not."""
