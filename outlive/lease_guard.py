@@ -27,6 +27,8 @@ import time
 
 _LOOK_EVERY_S = 0.2
 """A lease that comes to be counts for longer than that."""
+_AFTER_S = 0.05
+"""The keeper comes first: after the recorded moment, and well within the least margin."""
 _LOCK_ALL = 7
 """MCL_CURRENT, MCL_FUTURE and MCL_ONFAULT of <sys/mman.h>."""
 _SET_TIMEOUT = 0xC0045706
@@ -89,7 +91,7 @@ def look(directory: str, closed: set[str], watchdog: Watchdog | None) -> float:
     now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     next_s, safe, found = now_s + _LOOK_EVERY_S, True, records(directory)
     for record in found:
-        until_s, gate = float(str(record["until_s"])), str(record["gate"])
+        until_s, gate = float(str(record["until_s"])) + _AFTER_S, str(record["gate"])
         if until_s <= now_s:
             key = f"{gate} {until_s}"
             if key not in closed and close(record):
@@ -98,7 +100,7 @@ def look(directory: str, closed: set[str], watchdog: Watchdog | None) -> float:
             continue
         next_s = min(next_s, until_s)
         # The watchdog may act up to half the margin after the gate should have been closed.
-        latest_s = until_s + float(str(record["margin_s"])) / 2
+        latest_s = until_s - _AFTER_S + float(str(record["margin_s"])) / 2
         safe = safe and (watchdog is None or now_s + watchdog.timeout_s <= latest_s)
     if watchdog is not None:
         if not found:

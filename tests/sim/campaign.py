@@ -254,6 +254,7 @@ def main() -> int:
         "seeds": options.seeds,
         "start": options.start,
         "violations": len(violations),
+        "violated": [each.splitlines()[0] for each in violations],
         "with_change_of_leadership": changes,
         "handovers": handovers,
         "handovers_given_back": taken_back,

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tests.sim.world import Host, World
 
 TERMS = lease.LeaseTerms(ttl_s=2, margin_s=0.2, drift=0.1)
-GUARD_LOOKS_S = 0.03
-"""How late the guard may be."""
+GUARD_AFTER_S, GUARD_LOOKS_S = 0.05, 0.03
+"""How long the guard leaves it to the keeper, and how late it may be then."""
 
 
 class Leases:
@@ -94,7 +94,8 @@ class Leases:
                 host.outer_frozen = True
 
         until_s = (record.until_s - self.clock_s(host)) / self.rates[host.name]
-        self.world.later(max(0.0, until_s) + self.random.uniform(0, GUARD_LOOKS_S), look)
+        after_s = GUARD_AFTER_S + self.random.uniform(0, GUARD_LOOKS_S)
+        self.world.later(max(0.0, until_s) + after_s, look)
 
     # --- calls on their way -----------------------------------------------------------------------
 

@@ -151,6 +151,8 @@ class Host:
     served: int = 0
     """The newest term in which a container of it ran."""
     order_of_run: int = 0
+    kills: int = 0
+    """How often everything of the workload was killed."""
     exit_code: int | None = None
     restored: EpochId | None = None
     epoch: int = 0
@@ -654,7 +656,7 @@ class World:
             return
         if order.role == "lead" and (host.record.term, host.record.leader) != (order.term, host.name):
             raise self.broken(f"{host.name} is to lead term {order.term}, its disk says {host.record}")
-        host.busy, life = True, host.agent_life
+        host.busy, life, kills = True, host.agent_life, host.kills
         host.handed = None
         if order.action == "hand_over" and host.container is not None:
             self._hand_over(host, order.number, order.heir)
@@ -664,7 +666,10 @@ class World:
             if not host.on or host.agent_life != life:
                 return
             if host.outer_frozen and order.role == "lead" and host.container is None:
-                self.later(0.2, finish)  # what is brought up does not get on while it is frozen
+                if host.kills > kills:  # what was half brought up is gone
+                    host.busy, host.failed = False, order.number
+                else:
+                    self.later(0.2, finish)  # what is brought up does not get on while it is frozen
                 return
             host.busy = False
             if order.role == "keep":
@@ -677,9 +682,7 @@ class World:
                 ):
                     host.failed = order.number
                     return
-                if order.newest_only and host.stored != self.finals.get(
-                    host.stored.term if host.stored else 0
-                ):
+                if order.newest_only and not self._is_handed_over(host.stored):
                     raise self.broken(f"{host.name} restores {host.stored}, handed over was {self.finals}")
                 self.lives += 1
                 host.container, host.exit_code = self.lives, None
@@ -692,6 +695,16 @@ class World:
             host.done = order.number
 
         self.later(self.random.uniform(0.02, 0.4), finish)
+
+    def _is_handed_over(self, stored: EpochId | None) -> bool:
+        """Tell whether it is the last epoch of what was handed over, or of a newer term of who took it back.
+
+        Only etcd lets an operator pass over a term that was taken back unheard.
+        """
+        if stored is None:
+            return False
+        newer = self.leases is not None and stored.term > max(self.finals, default=stored.term)
+        return newer or stored == self.finals.get(stored.term)
 
     def _hand_over(self, host: Host, order: int, heir: str) -> None:
         """It stands still; its last epoch reaches the heir after some time, or does not."""
@@ -730,6 +743,7 @@ class World:
         host.frozen = False
 
     def _remove(self, host: Host, *, by_fence: bool = False) -> None:
+        host.kills += 1
         if host.container is not None:
             self.tell(f"{host.name}: container {host.container} is removed")
             if host.frozen and not by_fence:

@@ -62,14 +62,14 @@ def test_a_gate_is_closed_when_the_recorded_moment_has_come_and_not_before(
     keep(records, gate, 5.0)
     assert 0 < lease_guard.look(str(records.directory), set(), None) < 0.25
     assert gate.file.read_text() == "THAWED"
-    keep(records, gate, -0.001)
+    keep(records, gate, -0.06)
     lease_guard.look(str(records.directory), set(), None)
     assert gate.file.read_text() == "FROZEN"
 
 
 def test_what_it_has_closed_it_leaves_to_the_keeper(records: LeaseRecords, gate: Gate) -> None:
     done: set[str] = set()
-    keep(records, gate, -0.001)
+    keep(records, gate, -0.06)
     lease_guard.look(str(records.directory), done, None)
     gate.file.write_text("THAWED")  # the keeper knows of a newer lease, and has it on record in a moment
     lease_guard.look(str(records.directory), done, None)
@@ -95,7 +95,7 @@ def test_a_watchdog_is_fed_only_while_it_would_act_in_time_or_the_gate_is_closed
     keep(records, gate, 1.0)  # it would act after two seconds, and half the margin later is too late
     lease_guard.look(directory, set(), watchdog)
     assert watchdog.fed == 1
-    keep(records, gate, -0.001)
+    keep(records, gate, -0.06)
     lease_guard.look(directory, set(), watchdog)
     assert watchdog.fed == 2
 
@@ -103,7 +103,7 @@ def test_a_watchdog_is_fed_only_while_it_would_act_in_time_or_the_gate_is_closed
 def test_a_gate_that_cannot_be_closed_lets_the_watchdog_act(records: LeaseRecords, tmp_path: Path) -> None:
     (tmp_path / "freezer.state").mkdir()  # a file that cannot be written
     watchdog = Fed(timeout_s=1)
-    keep(records, Gate(tmp_path / "freezer.state", "FROZEN", "THAWED"), -0.001)
+    keep(records, Gate(tmp_path / "freezer.state", "FROZEN", "THAWED"), -0.06)
     lease_guard.look(str(records.directory), set(), watchdog)
     assert watchdog.fed == 0
 
