@@ -33,6 +33,8 @@ from common.scheduling import cpu_home
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 300.0
 _KILL_TIMEOUT_S = 10.0
+_ENTER_ROUNDS = 20
+"""What forks while it is moved leaves a child behind, which is moved in the next round."""
 _RUNTIME_UMASK = 0o022
 """For runc: it may have to make mount points in the workload's root, which all users of it pass through."""
 _ANSWER_POLL_S = 0.005
@@ -203,6 +205,39 @@ def workload_pids(config: NodeConfig, name: str) -> list[int]:
         except OSError:
             continue  # removed in between, or threaded: another hierarchy names the processes
     return sorted(found - {0})
+
+
+def bring_inside(config: NodeConfig, name: str) -> None:
+    """Move what runs in the gate itself into the workload's own cgroup: earlier versions started it there.
+
+    It goes on as it is, frozen or not, and the gate is open then. Raises WorkloadError if that fails: what is
+    not found in its cgroup would be taken for ended.
+    """
+    gate = gate_of(config, name)
+    outside = [each for each in cgroup_directories(WorkloadPaths(config, name).gate) if _members(each)]
+    try:
+        for directory in outside:
+            inside = directory / "run"
+            inside.mkdir(exist_ok=True)
+            for file in ("cpuset.cpus", "cpuset.mems"):  # version 1: nothing may enter while they are empty
+                if (directory / file).exists() and "cpuset" in str(directory):
+                    (inside / file).write_text((directory / file).read_text())
+            if directory == gate.file.parent and is_closed(gate):
+                (inside / gate.file.name).write_text(gate.close)
+            for _ in range(_ENTER_ROUNDS):
+                for pid in _members(directory):
+                    with contextlib.suppress(ProcessLookupError):
+                        (inside / "cgroup.procs").write_text(pid)
+        if outside:
+            open_gate(gate)
+    except OSError as error:
+        raise WorkloadError(f"{name} cannot be moved into its cgroup: {error}") from error
+    if left := [pid for directory in outside for pid in _members(directory)]:
+        raise WorkloadError(f"{name} cannot be moved into its cgroup: {', '.join(left)} stayed outside")
+
+
+def _members(directory: Path) -> list[str]:
+    return (directory / "cgroup.procs").read_text().split()
 
 
 def thaw_cgroup(config: NodeConfig, name: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import zmq.asyncio
 
 from common.config import NodeConfig
-from common.container import thaw_cgroup
+from common.container import bring_inside, thaw_cgroup
 from common.control import (
     AnnounceFreeze,
     AskExplanation,
@@ -183,6 +183,7 @@ class Keeper:
                 for name, error in known.damaged.items():
                     self._set_aside(name, error)
                 for name in known.specs.keys() - known.damaged.keys():
+                    await in_thread(bring_inside, self._config, name)
                     await self._take_up(known.specs[name])
                 self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [

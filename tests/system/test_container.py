@@ -17,17 +17,22 @@ import pytest
 from common.bundle import WorkloadPaths
 from common.config import Node, NodeConfig
 from common.container import (
+    bring_inside,
     cgroup_directories,
+    cgroup_frozen,
     exit_code,
+    frozen_by,
     incarnation,
     kill_workload,
     restore_workload,
     running_init_pid,
     start_workload,
+    thaw_cgroup,
     workload_pids,
 )
 from common.criu.locate import locate_criu
 from common.errors import RestoreError, WorkloadError
+from common.gate import close_gate, gate_of, is_closed
 from common.identity import PageHasher
 from common.model import EpochId, FilePath, WorkloadSpec
 from primary.dumping import Dumper
@@ -462,3 +467,27 @@ def _last(lines: list[str], who: str) -> int:
 
 def _threads(lines: list[str]) -> int:
     return int([line for line in lines if line.startswith("parent")][-1].split()[3])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_what_a_version_before_gates_started_is_brought_inside_as_it_is(
+    places: list[Place], frozen: bool
+) -> None:
+    place = places[0]
+    await place.start(python(_COUNTER))
+    await place.says("child")
+    pid, pids = place.pid, workload_pids(place.config, NAME)
+    for directory in cgroup_directories(place.paths.cgroup):
+        for each in (directory / "cgroup.procs").read_text().split():
+            (directory.parent / "cgroup.procs").write_text(each)
+        directory.rmdir()
+    assert place.pid is None
+    if frozen:
+        close_gate(gate_of(place.config, NAME))
+        await soon(lambda: frozen_by(gate_of(place.config, NAME).file), "it is frozen")
+    bring_inside(place.config, NAME)
+    assert (place.pid, workload_pids(place.config, NAME)) == (pid, pids)
+    assert not is_closed(gate_of(place.config, NAME))
+    assert cgroup_frozen(place.config, NAME) is frozen
+    thaw_cgroup(place.config, NAME)
+    await place.says("parent", since=len(place.output()))
