@@ -324,6 +324,37 @@ static int new_child(enum child_type type)
 	return -1;
 }
 
+/* ---- who this process is ---- */
+
+static u64 birth;
+
+/* When the kernel made this process: the 22nd field of its stat (proc(5)). 0 if that cannot be read. */
+static u64 made_at(void)
+{
+	char text[1024] = "", *end;
+	int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC), field = 2;
+	if (fd >= 0 && read(fd, text, sizeof text - 1) < 0)
+		text[0] = 0;
+	if (fd >= 0)
+		close(fd);
+	if ((end = strrchr(text, ')')) == NULL)
+		return 0;
+	for (end++; *end && field < 22; end++)
+		field += *end == ' ';
+	return strtoull(end, NULL, 10);
+}
+
+void note_birth(void)
+{
+	birth = made_at();
+}
+
+/* Restored by CRIU: what mprotect(2) held apart then is several mappings for ever. */
+bool was_restored(void)
+{
+	return made_at() != birth;
+}
+
 /* What an exec'd child does to make its world are steps too. */
 void child_began(void)
 {
@@ -392,6 +423,7 @@ static void __attribute__((noreturn)) live_as_child(int number, struct worker *p
 	close(listener);
 	my_child = &control->child[number];
 	role = number + 1;
+	note_birth();
 	inherit(parent->number);
 	u64 sum = reg_sum;
 	child_worker.heap_ring = parent->heap_ring;

@@ -550,6 +550,7 @@ int main(int count, char **words)
 		return 0;
 	}
 	make_control();
+	note_birth();
 	ledger_make();
 	if (!options.small) {
 		scratch_make();

@@ -303,6 +303,8 @@ bool op_vfork_exec(struct worker *w, u64 v);
 bool op_thread(struct worker *w, u64 v);
 void park(struct worker *w);
 void child_began(void);
+void note_birth(void);
+bool was_restored(void);
 void child_stepped(void);
 void reap(void);
 void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));

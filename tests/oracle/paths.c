@@ -456,7 +456,7 @@ static bool op_mremap_grow(struct worker *w, u64 v)
 		unmap_guards(&r);
 		void *at = mremap((void *)r.addr, r.pages * PAGE, (r.pages + more) * PAGE, MREMAP_MAYMOVE);
 		can = at != MAP_FAILED;
-		if (!can && errno != ENOMEM)
+		if (!can && errno != ENOMEM && !(errno == EFAULT && was_restored()))
 			fail("mremap to grow %p, %llu pages: %s", (void *)r.addr, (unsigned long long)r.pages,
 			     strerror(errno));
 		if (can) {
@@ -497,14 +497,14 @@ static bool op_mremap_shrink(struct worker *w, u64 v)
 
 /* Move a mapping onto pages of ours. NULL if the kernel cannot: it has no memory for it, or no such flag. What was at
  * `to` may be gone then, and be another thread's by the time that anybody looks, so nobody does. EFAULT would tell that
- * the kernel holds for several mappings what we made one: somebody else has split it. */
+ * the kernel holds for several mappings what we made one: somebody else has split it, unless CRIU has made it. */
 static void *move_onto(void *from, u64 size, int flags, void *to)
 {
 	void *at = mremap(from, size, size, MREMAP_MAYMOVE | MREMAP_FIXED | flags, to);
 
 	if (at != MAP_FAILED)
 		return at;
-	if (errno != ENOMEM && !(errno == EINVAL && flags))
+	if (errno != ENOMEM && !(errno == EINVAL && flags) && !(errno == EFAULT && was_restored()))
 		fail("mremap to move %p, %llu bytes, to %p, flags %d: %s", from, (unsigned long long)size, to, flags,
 		     strerror(errno));
 	return NULL;

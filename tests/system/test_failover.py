@@ -129,7 +129,8 @@ async def test_what_a_cut_off_primary_captured_last_is_kept_and_can_be_restored_
         listed = json.loads((await first.cli("store", "aside", "--output", "json")).stdout)["epochs"]
         assert [each["path"] for each in listed] == list(told.aside)
         kept = Path(listed[0]["path"])
-        assert (listed[0]["needs"] is None) == (backend == "stock"), "all pages are at hand of a whole dump"
+        if backend == "stock":
+            assert listed[0]["needs"] is None, "all pages are at hand of a whole dump"
         if listed[0]["needs"] is not None:
             await second.stop("agent")  # it folds levels away
             shutil.copytree(second.config.store_dir / NAME, kept, symlinks=True, dirs_exist_ok=True)

@@ -578,7 +578,8 @@ async def test_a_planned_switchover_outlives_the_keeper_and_begins_when_it_is_du
         assert (await a.status()).planned is None
         history = await a.ask(AskHistory(workload="w"))
         assert isinstance(history, History)
-        told = [each.reason for each in history.terms[-1].timeline if each.event == "planned switchover"]
+        steps = (*history.terms[-1].timeline, *history.terms[-1].handover)
+        told = [each.reason for each in steps if each.event == "planned switchover"]
         assert told == ["to b, planned by root: it is due, and begins"]
 
 
