@@ -254,12 +254,13 @@ def _claimed(lease: Lease, question: Claim, answer: Answer, now_s: float, effect
     lease = replace(lease, claim=None)
     outcome: Outcome = "refused" if isinstance(answer, Denied) else "unknown"
     reason, term = "" if isinstance(answer, Granted | Seen) else answer.reason, 0
-    if isinstance(answer, Granted):
+    if isinstance(answer, Granted) and now_s < counts_until_s(lease.terms, answer):
         lease = _renewed(lease, answer, effects)
-        reason = "etcd was too slow"
-        if may_run(lease, now_s):
-            outcome, term = "confirmed", answer.held.term
-            reason = f"etcd has given this node the lease of term {term}"
+        outcome, term = "confirmed", answer.held.term
+        reason = f"etcd has given this node the lease of term {term}"
+    elif isinstance(answer, Granted):
+        lease = replace(lease, leftover=answer.held.lease_id)
+        reason = "etcd was too slow: the lease that it gave counts no more"
     told = FenceResult(node="etcd", attempt=claim.attempt, outcome=outcome, reason=reason, term=term)
     effects.append(Tell(told))
     return lease
@@ -285,14 +286,21 @@ def counts_until_s(terms: LeaseTerms, answer: Granted) -> float:
 
 
 def _released(lease: Lease, need: Need, effects: list[Effect]) -> Lease:
-    """Let go of a lease that nobody needs."""
-    if need.held or lease.claim is not None:
+    """Let go of a lease that nobody needs: of a term, too, that this node claimed and never recorded."""
+    held = lease.held
+    strange = need.guarded and need.term > 0 and held is not None and held.term != need.term
+    if not strange and (need.held or lease.claim is not None):
         return lease
     if lease.held is not None or lease.until_s:
         effects.append(Drop())
         leftover = lease.held.lease_id if lease.held is not None else lease.leftover
         lease = replace(lease, held=None, until_s=0.0, leftover=leftover, next_at_s=0.0)
     return lease
+
+
+def unrecorded(lease: Lease, reason: str) -> Lease:
+    """Return a lease that does not count, because it could not be put on record."""
+    return replace(lease, until_s=0.0, problem=f"the lease cannot be put on record: {reason}")
 
 
 def _switched(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> Lease:

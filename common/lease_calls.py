@@ -147,6 +147,7 @@ Calls = Generator[Call, Any, Answer]
 
 class _Header(msgspec.Struct, frozen=True):
     revision: int = 0
+    raft_term: int = 0
 
 
 class _Pair(msgspec.Struct, frozen=True):
@@ -177,6 +178,7 @@ class LeaseAnswer(msgspec.Struct, frozen=True):
 
     ID: int = 0
     TTL: int = 0
+    header: _Header = _Header()
 
 
 class KeepaliveAnswer(msgspec.Struct, frozen=True):
@@ -195,6 +197,7 @@ class _Read(msgspec.Struct, frozen=True, kw_only=True):
     standing: Standing
     leader: _Pair | None
     term_revision: int
+    raft_term: int
 
 
 # --- the calls --------------------------------------------------------------------------------------
@@ -256,7 +259,10 @@ class LeaseKeys:
         alive = yield _call("lease/keepalive", {"ID": str(held.lease_id)}, KeepaliveAnswer)
         if alive.result.TTL <= 0:
             return Denied(reason="the lease is over")
-        pair = (yield from self._read()).leader
+        read = yield from self._read()
+        if 0 < alive.result.header.raft_term < read.raft_term:
+            return Unanswered(reason="etcd has a new leader, which may not know of the renewal")
+        pair = read.leader
         if pair is None or (pair.lease, pair.mod_revision) != (held.lease_id, held.revision):
             return Denied(reason="the key is not the one that was written with this lease")
         return Granted(held=held, sent_s=sent_s, ttl_s=min(self._ttl_s, alive.result.TTL))
@@ -312,6 +318,7 @@ class LeaseKeys:
             standing=Standing(leader=_claimant(leader), newest=_claimant(term)),
             leader=leader,
             term_revision=term.mod_revision if term is not None else 0,
+            raft_term=answer.header.raft_term,
         )
 
 

@@ -379,6 +379,8 @@ _SINCE: Final[dict[type[Message], dict[str, int]]] = {Hello: {"oldest": 6}, Begi
 """Fields that are not said in a version before that one."""
 _SPEC_SINCE: Final[dict[str, int]] = {}
 """Fields of `WorkloadSpec` that did not exist before that version: who sets one can only greet in a newer."""
+_SPEC_VALUES_SINCE: Final[dict[tuple[str, str], int]] = {("right_to_lead", "etcd"): 6}
+"""Values of such fields, likewise."""
 
 
 class VersionError(ProtocolError):
@@ -423,6 +425,12 @@ def _spec_as_of(version: int, spec: WorkloadSpec, fields: dict[str, Any]) -> dic
                 hint="upgrade the other nodes of the workload, or leave it at its default until then",
             )
         del known[name]
+    for (name, value), since in _SPEC_VALUES_SINCE.items():
+        if since > version and getattr(spec, name) == value:
+            raise ProtocolError(
+                f"`{name} = {value!r}` of {spec.name} is not known to version {version} of the wire format",
+                hint="upgrade the other nodes of the workload",
+            )
     return known
 
 

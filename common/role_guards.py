@@ -261,11 +261,12 @@ def own_not_confirmed(mark: str) -> Guard:
 def may_claim_anew(role: Role, event: Event, now: Instant) -> str:
     """The node that claimed a newer term while the lease was in doubt is heard, and does not lead it.
 
-    It lost its keeper, or its lease, before it had recorded that term: nothing was done in it.
+    It lost its keeper, or its lease, before it had recorded that term: nothing was done in it. So did this
+    node itself, if etcd's answer to its own claim was lost.
     """
     if not role.lost_to or role.wanted is not None or not role.alive or now.monotonic_s < role.retry_at_s:
         return ""
-    if role.lost_to not in leads_nothing_newer(role, now):
+    if role.lost_to != role.me and role.lost_to not in leads_nothing_newer(role, now):
         return ""
     return f"{role.lost_to} has claimed the next term, and does not lead it: etcd has to give another one"
 

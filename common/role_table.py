@@ -305,7 +305,8 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             )
             if report.exit_code is not None and not report.running:
                 known = replace(known, exit_code=report.exit_code)
-            if report.spec != role.spec and role.name in PURSUING and role.newest.leader != role.me:
+            declared = role.newest.leader == role.me or role.starts_from is not None
+            if report.spec != role.spec and role.name in PURSUING and not declared:
                 return replace(known, spec=report.spec), (SaveSpec(report.spec),)
             return known, ()
         case Told(event=what, reason=why):

@@ -134,7 +134,8 @@ class TermFiles:
         self._write(self._path(spec.name) / "spec.json", spec, "term.spec")
 
     def forget_spec(self, workload: str) -> None:
-        """Remove the declaration; term, history and pauses stay, for a term is never used twice."""
+        """Remove the declaration and what is planned; all else stays, for a term is never used twice."""
+        (self._path(workload) / "planned.json").unlink(missing_ok=True)
         (self._path(workload) / "spec.json").unlink(missing_ok=True)
 
     def history(self, workload: str) -> tuple[TermHistory, ...]:

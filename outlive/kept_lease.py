@@ -12,6 +12,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from common.control import LeaseStatus
 from common.etcd import EtcdClient
 from common.gate import close_gate, is_closed, open_gate
@@ -32,9 +34,10 @@ from common.lease import (
     found,
     may_run,
     need_of,
+    unrecorded,
 )
 from common.lease_calls import LeaseKeys, Question, Unanswered
-from common.role_events import ClaimTerm
+from common.role_events import ClaimTerm, FenceResult
 from common.role_events import Event as RoleEvent
 from common.roles import Role
 from common.succession import by_lease
@@ -78,7 +81,10 @@ class KeptLease:
         self._keys = LeaseKeys(
             name, node=role().me, boot_id=role().boot_id, ttl_s=terms.ttl_s, clock=boottime_s
         )
+        self._terms = terms
         self._lease = found(terms, records.left(name))
+        self._in_use = False
+        """The right to lead came from etcd when something happened last."""
         self._on_record = True
         """The guard knows until when the lease counts; else the gate stays closed."""
         self._watching: asyncio.Task[None] | None = None
@@ -86,9 +92,7 @@ class KeptLease:
 
     def begin(self) -> None:
         """Take over the gate, and watch over the lease from now on."""
-        if not by_lease(self._role()) and is_closed(self._gate):
-            open_gate(self._gate)  # another right to lead was declared
-            self._records.drop(self._role().spec.name)
+        self._in_use = True  # perhaps it was, with the keeper before this one
         self.advance(Passed())
         self._watching = self._tasks.create_task(self._watch())
 
@@ -105,10 +109,33 @@ class KeptLease:
     def advance(self, event: Event) -> None:
         """Let the machine take an event in, and do what it wants."""
         if not by_lease(self._role()):
+            self._end()
             return
+        self._in_use = True
         self._lease, effects = advance(self._lease, need_of(self._role()), event, boottime_s())
         for effect in effects:
             self._perform(effect)
+
+    def _end(self) -> None:
+        """Another right to lead is declared: forget the lease, and open the gate.
+
+        Not for what another node leads now: that is being killed. The record goes first, or the guard would
+        close the gate again.
+        """
+        role = self._role()
+        if self._in_use:
+            self._in_use = False
+            claim, asked = self._lease.claim, self._lease.asked
+            self._records.drop(role.spec.name)
+            self._lease = replace(found(self._terms, None), asked=asked)
+            if claim is not None:
+                reason = "the right to lead does not come from etcd any more"
+                self._feed(FenceResult(node="etcd", attempt=claim.attempt, outcome="unknown", reason=reason))
+        if is_closed(self._gate) and (role.record.leader == role.me or not role.alive):
+            try:
+                open_gate(self._gate)
+            except OSError as error:
+                log.error("lease.gate workload=%s reason=%r", role.spec.name, str(error))
 
     @property
     def etcd_answers(self) -> bool:
@@ -147,6 +174,7 @@ class KeptLease:
                     self._on_record = True
                 except OSError as error:
                     self._on_record = False
+                    self._lease = unrecorded(self._lease, str(error))
                     log.error("lease.not-on-record workload=%s reason=%r", role.spec.name, str(error))
             case Drop():
                 self._records.drop(role.spec.name)
@@ -171,8 +199,8 @@ class KeptLease:
 
     async def _watch(self) -> None:
         while True:
+            self.advance(Passed())
             if by_lease(self._role()):
-                self.advance(Passed())
                 self._set_gate()
             left_s = self._lease.until_s - boottime_s()
             await asyncio.sleep(left_s if 0 < left_s < _LOOK_EVERY_S else _LOOK_EVERY_S)

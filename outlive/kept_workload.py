@@ -277,7 +277,7 @@ class KeptWorkload:
         return Done(detail="it takes the place of the one that was planned" if replaced else "")
 
     async def _remember(self, plan: PlannedSwitchover, reason: str) -> None:
-        """Add what became of a plan to its term's history. The term may be over, or older than this keeper."""
+        """Add what became of a plan to its term's history; that may be older than this keeper."""
         record, what = self.role.record, "planned switchover"
         if record.term == plan.term and record.leader == self.role.me and self.role.timeline:
             self.feed(Told(event=what, reason=reason))

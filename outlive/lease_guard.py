@@ -37,8 +37,12 @@ _SET_TIMEOUT = 0xC0045706
 
 def records(directory: str) -> list[dict[str, object]]:
     """Return what is on record; what cannot be read is not there yet, or not any more."""
-    found = []
-    for name in os.listdir(directory):
+    found: list[dict[str, object]] = []
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return found
+    for name in names:
         if name.endswith(".json"):
             with contextlib.suppress(OSError, ValueError), open(os.path.join(directory, name), "rb") as file:
                 found.append(json.loads(file.read()))
@@ -46,7 +50,7 @@ def records(directory: str) -> list[dict[str, object]]:
 
 
 def close(record: dict[str, object]) -> bool:
-    """Close a gate, and take the address away; return whether the gate is closed. Repeated until it is."""
+    """Close a gate; return whether it is closed."""
     try:
         with open(str(record["gate"]), "w") as file:
             file.write(str(record["word"]))
@@ -54,11 +58,15 @@ def close(record: dict[str, object]) -> bool:
         return True  # there is no cgroup, and nothing in it
     except OSError:
         return False
+    return True
+
+
+def drop_address(record: dict[str, object]) -> None:
+    """Take the address from the host, and wait for nothing: another gate may have to be closed."""
     drop = record.get("drop")
     if isinstance(drop, list) and drop:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(drop, stdin=-3, stdout=-3, stderr=-3, timeout=1.0, check=False)
-    return True
+            subprocess.Popen(drop, stdin=-3, stdout=-3, stderr=-3)
 
 
 class Watchdog:
@@ -86,22 +94,28 @@ class Watchdog:
             self._file = None
 
 
-def look(directory: str, closed: set[str], watchdog: Watchdog | None) -> float:
-    """Do what is due; return in how many seconds something may be due again. `closed` is what was done."""
+def look(directory: str, dropped: set[str], watchdog: Watchdog | None) -> float:
+    """Do what is due; return in how many seconds something may be due again.
+
+    A gate is closed at every look while its record is over: a kill opens it for moments, and whoever was to
+    close it again may have ended. All gates first; addresses after, each once (`dropped`).
+    """
     now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     next_s, safe, found = now_s + _LOOK_EVERY_S, True, records(directory)
+    over: dict[str, dict[str, object]] = {}
     for record in found:
-        until_s, gate = float(str(record["until_s"])) + _AFTER_S, str(record["gate"])
+        until_s = float(str(record["until_s"])) + _AFTER_S
         if until_s <= now_s:
-            key = f"{gate} {until_s}"
-            if key not in closed and close(record):
-                closed.add(key)
-            safe = safe and key in closed
+            safe = close(record) and safe
+            over[f"{record['gate']} {until_s}"] = record
             continue
         next_s = min(next_s, until_s)
         # The watchdog may act up to half the margin after the gate should have been closed.
         latest_s = until_s - _AFTER_S + float(str(record["margin_s"])) / 2
         safe = safe and (watchdog is None or now_s + watchdog.timeout_s <= latest_s)
+    for key in over.keys() - dropped:
+        drop_address(over[key])
+    dropped.update(over)
     if watchdog is not None:
         if not found:
             watchdog.rest()
@@ -124,9 +138,10 @@ def main(directory: str, *device: str) -> int:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     keeper = os.getppid()
     watchdog = Watchdog(device[0], int(device[1])) if device else None
-    closed: set[str] = set()
+    dropped: set[str] = set()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who takes addresses away
     while os.getppid() == keeper or records(directory):
-        time.sleep(look(directory, closed, watchdog))
+        time.sleep(look(directory, dropped, watchdog))
     if watchdog is not None:
         watchdog.rest()
     return 0

@@ -41,7 +41,7 @@ class UnacknowledgedEpochs:
         self._term = 0
         self._left: dict[str, Unacknowledged] = {}
         self._forgetting: asyncio.TimerHandle | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._keeping: set[asyncio.Task[None]] = set()
 
     def hold(self, term: int, left: Mapping[str, Unacknowledged]) -> None:
         """Hold what was left by the streams to these nodes when capturing ended in that term."""
@@ -65,7 +65,9 @@ class UnacknowledgedEpochs:
         kept = left.pop(newest)
         for each in left.values():
             each.shared.drop()
-        self._keeping = asyncio.create_task(self._keep(kept, term, leader))
+        keeping = asyncio.create_task(self._keep(kept, term, leader))
+        self._keeping.add(keeping)
+        keeping.add_done_callback(self._keeping.discard)
 
     async def look(self) -> None:
         """See again what lies aside: a human may have removed some. Raises StoreError."""
@@ -75,8 +77,8 @@ class UnacknowledgedEpochs:
     async def close(self) -> None:
         """Give back what is held, once what is being written is."""
         self.forget()
-        if self._keeping is not None:
-            await asyncio.wait([self._keeping])
+        if self._keeping:
+            await asyncio.wait(self._keeping)
 
     def _take(self) -> dict[str, Unacknowledged]:
         if self._forgetting is not None:

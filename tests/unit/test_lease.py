@@ -26,6 +26,7 @@ from common.lease import (
     Wanted,
     advance,
     found,
+    unrecorded,
 )
 from common.lease_calls import (
     Answer,
@@ -130,8 +131,6 @@ def test_a_grant_that_took_longer_than_it_counts_is_no_right_to_lead() -> None:
     (result,) = told(driver.answer(Granted(held=HELD, sent_s=100.0, ttl_s=2), 100.0 + GOOD_FOR_S))
     assert isinstance(result, FenceResult)
     assert result.outcome == "unknown"
-    driver.feed(Passed(), 102.0, IDLE)
-    driver.answer(Unanswered(reason="no answer"), 102.0)  # to the renewal that was begun
     assert driver.question == Revoke(lease_id=7)
 
 
@@ -349,3 +348,37 @@ def test_what_stands_there_can_be_looked_at() -> None:
     answer = b.ask(Look())
     assert isinstance(answer, Seen)
     assert answer.standing.leader == Claimant(node="a", term=1, boot_id="boot")
+
+
+def test_a_grant_that_counts_no_more_is_given_back_and_not_kept() -> None:
+    driver = Driver()
+    driver.feed(Passed(), 97.0)
+    driver.answer(Seen(standing=driver.lease.standing), 97.0)
+    driver.feed(Wanted(CLAIM), 100.0, CLAIMING)
+    effects = driver.answer(Granted(held=HELD, sent_s=100.0, ttl_s=2), 101.9)
+    (answer,) = told(effects)
+    assert isinstance(answer, FenceResult)
+    assert (answer.outcome, answer.term) == ("unknown", 0)
+    assert not [effect for effect in effects if isinstance(effect, Keep)]
+    assert driver.question == Revoke(lease_id=HELD.lease_id)
+
+
+def test_a_lease_of_a_term_that_was_never_recorded_lets_nothing_run() -> None:
+    claimed = LeaseRecord(held=Held(lease_id=9, revision=8, term=2), until_s=105.0)
+    driver = Driver(found(TERMS, claimed))
+    effects = driver.feed(Passed(), 100.0, LEADING)
+    assert Thaw() not in effects
+    assert Drop() in effects
+    assert driver.question == Revoke(lease_id=9)
+    driver.answer(Seen(standing=driver.lease.standing), 100.1)
+    assert driver.question == Reclaim(term=1)
+
+
+def test_a_lease_that_cannot_be_put_on_record_does_not_count() -> None:
+    driver = leading()
+    driver.lease = unrecorded(driver.lease, "the disk is full")
+    effects = driver.feed(Passed(), 100.2)
+    assert Freeze() in effects
+    (doubt,) = told(effects)
+    assert isinstance(doubt, LeaseInDoubt)
+    assert "the disk is full" in doubt.reason

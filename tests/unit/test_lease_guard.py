@@ -67,11 +67,20 @@ def test_a_gate_is_closed_when_the_recorded_moment_has_come_and_not_before(
     assert gate.file.read_text() == "FROZEN"
 
 
-def test_what_it_has_closed_it_leaves_to_the_keeper(records: LeaseRecords, gate: Gate) -> None:
+def test_it_stays_closed_until_a_newer_lease_is_on_record(
+    records: LeaseRecords, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: set[str] = set()
+    asked: list[object] = []
+    monkeypatch.setattr(lease_guard, "drop_address", asked.append)
     keep(records, gate, -0.06)
     lease_guard.look(str(records.directory), done, None)
-    gate.file.write_text("THAWED")  # the keeper knows of a newer lease, and has it on record in a moment
+    gate.file.write_text("THAWED")  # by a kill that was to close it again, and was killed itself
+    lease_guard.look(str(records.directory), done, None)
+    assert gate.file.read_text() == "FROZEN"
+    assert len(asked) == 1, "the address goes once"
+    keep(records, gate, 5.0)
+    gate.file.write_text("THAWED")
     lease_guard.look(str(records.directory), done, None)
     assert gate.file.read_text() == "THAWED"
 

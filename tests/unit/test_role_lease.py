@@ -198,3 +198,23 @@ def test_explain_knows_whether_etcd_answers() -> None:
     without = explain(driver.role, driver.instant(), {ETCD: frozenset()})
     assert not without.would_fail_over
     assert "does not answer" in without.missing[0]
+
+
+def test_a_claim_of_its_own_that_came_to_nothing_is_made_again() -> None:
+    driver = primary()
+    driver.feed(LeaseInDoubt("the lease is lost: a has claimed term 2", "a"))
+    (claim,) = claims(driver.after(2.0))
+    assert claim.term == 2
+    driver.feed(result(claim.attempt, term=3))
+    assert driver.role.wanted is not None
+    assert driver.role.wanted.term == 3
+
+
+def test_what_an_operator_starts_by_a_lease_is_not_what_the_agent_had_before() -> None:
+    driver = Driver("a", spec=SPEC)
+    driver.hear("following", node="b", term=0)
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
+    driver.report(running=False, spec=SPEC)
+    assert driver.role.spec == LEASED
+    driver.feed(result(claim.attempt, term=1))
+    assert driver.role.wanted is not None
