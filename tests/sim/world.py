@@ -889,12 +889,18 @@ class World:
             raise self.broken(f"{host.name} is {role.name} in term {role.record.term}, fenced: {refusal}")
 
     def _check_not_the_last(self, host: Host) -> None:
-        """What is kept frozen is not ended before it runs elsewhere, or was stopped or started there."""
+        """What is kept frozen is not ended before it runs elsewhere, or was stopped or started there.
+
+        With leases a node that did not hear of the hand-over may take over in its own right, and fail: its
+        store has the last epoch, and only it knows what was done in its term.
+        """
         others = [other for other in self.hosts.values() if other is not host]
-        stopped = any(
-            other.record.mark == "stopped" for other in others if other.record.term > host.handed_term
+        later = [other for other in others if other.record.term > host.handed_term]
+        stopped = any(other.record.mark == "stopped" for other in later)
+        unaware = self.leases is not None and any(
+            other.record.mark == "failed" and not other.record.handed_by for other in later
         )
-        ran = stopped or any(other.served > host.handed_term for other in others)
+        ran = stopped or unaware or any(other.served > host.handed_term for other in others)
         if not ran:
             raise self.broken(f"{host.name} ends what it keeps, and it did not run elsewhere")
 
