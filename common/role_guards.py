@@ -222,7 +222,7 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
 
 def paused_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
     """The leader is off, but nobody asked for this takeover, and automatic ones were paused meanwhile."""
-    leads = role.record.leader == role.me  # it runs here, frozen: no takeover
+    leads = by_lease(role) and role.record.leader == role.me  # it runs here, frozen: no takeover
     decided = role.by_operator or planned(role) or keeps_frozen(role) or leads
     confirmed = "" if decided else right_confirmed(role, event, now)
     return f"{confirmed}; but {pause}" if confirmed and (pause := paused(role)) else ""

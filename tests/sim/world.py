@@ -124,6 +124,8 @@ class Host:
     stored: EpochId | None = None
     role: Role | None = None
     stands_still: bool = False
+    waking: bool = False
+    """It goes on, and has not read what came meanwhile."""
     inbox: list[Event] = field(default_factory=list)
     keeper_life: int = 0
     agent_on: bool = True
@@ -305,7 +307,9 @@ class World:
         def resume() -> None:
             if host.role is not None and host.keeper_life == life:
                 host.stands_still = False
+                host.waking = True
                 self.feed(host, Tick())  # the worst order: it looks at the clock before it reads its mail
+                host.waking = False
                 events, host.inbox = host.inbox, []
                 for event in events:
                     self.feed(host, event)
@@ -474,6 +478,7 @@ class World:
             and self.now - heard < TIMING.suspect_after_s * 0.9
             and not asked
             and not host.stands_still
+            and not host.waking
         ):
             raise self.broken(f"{host.name} fences {node}, heard {self.now - heard:.3f} s ago")
         self.tell(f"{host.name}: fences {node}")
@@ -892,11 +897,14 @@ class World:
         """What is kept frozen is not ended before it runs elsewhere, or was stopped or started there.
 
         With leases a node that did not hear of the hand-over may take over in its own right, and fail: its
-        store has the last epoch, and only it knows what was done in its term.
+        store has the last epoch, and only it knows what was done in its term. And who loses the lease before
+        it has recorded that it gives its term up, is replaced like any leader.
         """
+        if self.leases is not None and host.record.mark != "yielded":
+            return
         others = [other for other in self.hosts.values() if other is not host]
         later = [other for other in others if other.record.term > host.handed_term]
-        stopped = any(other.record.mark == "stopped" for other in later)
+        stopped = any(other.record.mark == "stopped" for other in (*later, host))
         unaware = self.leases is not None and any(
             other.record.mark == "failed" and not other.record.handed_by for other in later
         )
