@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import time
@@ -150,11 +151,12 @@ async def test_a_switchover_and_a_stop_end_the_lease_so_that_nobody_waits() -> N
         assert at["right acquired"] - at["lease asked"] < 1000 * TTL_S / 2
         await pair.b.cli("stop", NAME)
         await pair.b.wait_for(NAME, lambda w: w.lease is not None and not w.lease.holder, what="no lease")
-        began_s = time.monotonic()
         await pair.a.cli("start", NAME)
         await pair.leads("a")
-        assert time.monotonic() - began_s < 4.0
-        assert rss_mib(pair.a.processes["keeper"].pid) < 32
+        at = {step.event: step.at_ms for step in (await pair.a.history(NAME)).terms[-1].timeline}
+        assert at["right acquired"] < 1000 * TTL_S / 2
+        if not any(name.startswith("COVERAGE_PROCESS") for name in os.environ):  # that takes memory, too
+            assert rss_mib(pair.a.processes["keeper"].pid) < 32
 
 
 async def test_when_etcd_is_gone_for_good_an_operator_has_it_run_on_without() -> None:
