@@ -26,9 +26,10 @@ check: setup  ## lint, types, import rules, unit and sim tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/coverage erase
-	$(PYTEST) $(wildcard tests/unit tests/sim)
+	$(PYTEST) tests/unit
+	$(BIN)/pytest tests/sim
 
-test: check  ## check and the system tests, with branch coverage of all of them
+test: check  ## check and the system tests, with branch coverage of unit and system tests
 	$(PYTEST) tests/system
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report

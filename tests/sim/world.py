@@ -124,8 +124,8 @@ class Host:
     stored: EpochId | None = None
     role: Role | None = None
     stands_still: bool = False
-    waking: bool = False
-    """It goes on, and has not read what came meanwhile."""
+    heard_before: dict[str, float] | None = None
+    """It goes on, and has not read what came meanwhile: for how long each node was silent before."""
     inbox: list[Event] = field(default_factory=list)
     keeper_life: int = 0
     agent_on: bool = True
@@ -303,13 +303,14 @@ class World:
             return
         self.tell(f"{host.name}: keeper stands still for {for_s:.2f} s")
         host.stands_still, life = True, host.keeper_life
+        since_s, spoke_at = self.now, dict(host.spoke_at)
 
         def resume() -> None:
             if host.role is not None and host.keeper_life == life:
                 host.stands_still = False
-                host.waking = True
+                host.heard_before = {node: since_s - at for node, at in spoke_at.items()}
                 self.feed(host, Tick())  # the worst order: it looks at the clock before it reads its mail
-                host.waking = False
+                host.heard_before = None
                 events, host.inbox = host.inbox, []
                 for event in events:
                     self.feed(host, event)
@@ -469,6 +470,12 @@ class World:
 
         self.later(host.host_free_at - self.now, act)
 
+    def _silent_before(self, host: Host, node: str) -> bool:
+        """Tell whether a keeper that has just stood still had reason to fence that node before it did."""
+        if host.heard_before is None:
+            return False
+        return host.heard_before.get(node, TIMING.suspect_after_s) >= TIMING.suspect_after_s
+
     def _fence(self, host: Host, asked_for: RunFence) -> None:
         node, attempt = asked_for.node, asked_for.attempt
         target, heard = self.hosts[node], host.spoke_at.get(node)
@@ -478,7 +485,7 @@ class World:
             and self.now - heard < TIMING.suspect_after_s * 0.9
             and not asked
             and not host.stands_still
-            and not host.waking
+            and not self._silent_before(host, node)
         ):
             raise self.broken(f"{host.name} fences {node}, heard {self.now - heard:.3f} s ago")
         self.tell(f"{host.name}: fences {node}")
