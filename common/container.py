@@ -220,7 +220,7 @@ def bring_inside(config: NodeConfig, name: str) -> None:
             inside = directory / "run"
             inside.mkdir(exist_ok=True)
             for file in ("cpuset.cpus", "cpuset.mems"):  # version 1: nothing may enter while they are empty
-                if (directory / file).exists() and "cpuset" in str(directory):
+                if (inside / file).exists() and not (inside / file).read_text().strip():
                     (inside / file).write_text((directory / file).read_text())
             if directory == gate.file.parent and is_closed(gate):
                 (inside / gate.file.name).write_text(gate.close)

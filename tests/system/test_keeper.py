@@ -19,6 +19,7 @@ import zmq.asyncio
 from msgspec.structs import replace
 
 from common.config import Fence, Heartbeat, Node, NodeConfig, Peer
+from common.container import workload_pids
 from common.control import (
     AnnounceFreeze,
     AskExplanation,
@@ -47,6 +48,7 @@ from common.control import (
     WorkloadStatus,
 )
 from common.control_channel import ask
+from common.gate import gate_of
 from common.heartbeat import AgentBeater
 from common.keyring import read_keyring
 from common.keys import KeyPair, generate
@@ -693,3 +695,21 @@ async def test_a_freeze_that_ends_in_time_is_left_alone() -> None:
             finally:
                 criu.kill()
                 criu.wait()
+
+
+async def test_what_an_earlier_version_started_is_found_by_the_keeper_of_this_one() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        a.kill_keeper(signal.SIGTERM)
+        outside = gate_of(a.config, "w").file.parent
+        outside.mkdir(parents=True, exist_ok=True)
+        with subprocess.Popen(["sleep", "100"]) as workload:
+            try:
+                (outside / "cgroup.procs").write_text(str(workload.pid))
+                await a.start_keeper()
+                assert workload_pids(a.config, "w") == [workload.pid]
+            finally:
+                workload.kill()
+                workload.wait()
+                for group in (outside / "run", outside):
+                    group.rmdir()

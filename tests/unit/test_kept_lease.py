@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from common.config import Etcd, Node, NodeConfig
 from common.etcd import EtcdClient
 from common.gate import Gate
-from common.lease import LeaseRecord, LeaseTerms
+from common.lease import Keep, LeaseRecord, LeaseTerms
 from common.lease_calls import Held
 from common.role_events import ClaimTerm, FenceResult
 from common.roles import Role
@@ -103,4 +103,25 @@ async def test_a_record_of_before_is_dropped_whatever_the_gate_is(tmp_path: Path
         scene.kept.begin()
         assert not scene.closed
         assert scene.records.left(SPEC.name) is None
+        scene.kept.close()
+
+
+async def test_a_lease_that_cannot_be_put_on_record_lets_nothing_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with asyncio.TaskGroup() as tasks:
+        scene = _Scene(tmp_path, tasks)
+        scene.kept.begin()
+        record = LeaseRecord(held=Held(lease_id=1, revision=1, term=1), until_s=boottime_s() + 60)
+        monkeypatch.setattr(scene.records, "keep", full)
+        scene.kept._lease = replace(scene.kept._lease, held=record.held, until_s=record.until_s)
+        scene.kept._perform(Keep(record))
+        status = scene.kept.status()
+        assert status is not None
+        assert status.good_for_s is None
+        assert "No space left" in status.problem
+        assert scene.closed
         scene.kept.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from common.errors import UnreachableError
@@ -35,6 +37,7 @@ from common.lease_calls import (
     Denied,
     Granted,
     Held,
+    KeepaliveAnswer,
     LeaseKeys,
     Look,
     Question,
@@ -42,6 +45,7 @@ from common.lease_calls import (
     Renew,
     Revoke,
     Seen,
+    TxnAnswer,
     Unanswered,
 )
 from common.role_events import ClaimTerm, FenceResult, LeaseInDoubt, LeaseStands
@@ -382,3 +386,22 @@ def test_a_lease_that_cannot_be_put_on_record_does_not_count() -> None:
     (doubt,) = told(effects)
     assert isinstance(doubt, LeaseInDoubt)
     assert "the disk is full" in doubt.reason
+
+
+def test_a_renewal_that_the_leader_of_etcd_may_not_know_of_does_not_count() -> None:
+    def renewed(by: int, seen_by: int) -> Answer:
+        asking = LeaseKeys("w", node="a", boot_id="boot", ttl_s=2, clock=lambda: 100.0).ask(Renew(held=HELD))
+        next(asking)
+        alive = {"result": {"ID": 7, "TTL": 2, "header": {"raft_term": by}}}
+        pair = {"key": base64.b64encode(b"/outlive/w/leader").decode(), "mod_revision": 3, "lease": 7}
+        mine = Claimant(node="a", term=1, boot_id="boot")
+        pair["value"] = base64.b64encode(msgspec.json.encode(mine)).decode()
+        read = {"header": {"raft_term": seen_by}, "responses": [{"response_range": {"kvs": [pair]}}]}
+        asking.send(msgspec.convert(alive, KeepaliveAnswer))
+        with pytest.raises(StopIteration) as ended:
+            asking.send(msgspec.convert(read, TxnAnswer))
+        answer: Answer = ended.value.value
+        return answer
+
+    assert isinstance(renewed(4, 4), Granted)
+    assert isinstance(renewed(4, 5), Unanswered)

@@ -573,3 +573,12 @@ def test_the_page_on_the_wire_format_names_every_message_field_and_limit() -> No
     assert f"{FRAME_COST_BYTES} more (`FRAME_COST_BYTES`" in text
     assert f"**protocol\n{PROTOCOL}**" in text
     assert f"reads **{OLDEST}** as well" in text
+
+
+def test_a_right_to_lead_that_the_previous_version_does_not_know_is_not_said_in_it() -> None:
+    hello = VECTORS["hello"][0]
+    assert isinstance(hello, Hello)
+    leased = msgspec.structs.replace(hello, spec=msgspec.structs.replace(SPEC, right_to_lead="etcd"))
+    assert encode(leased)
+    with pytest.raises(ProtocolError, match="right_to_lead"):
+        encode(leased, version=OLDEST)

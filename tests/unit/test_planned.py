@@ -190,3 +190,10 @@ def test_a_line_is_added_to_the_story_of_a_term_that_is_over(tmp_path: Path) -> 
     third, fourth = files.history("redis")
     assert [(each.at_ms, each.event) for each in third.timeline] == [(1500.0, "planned switchover")]
     assert fourth.timeline == ()
+
+
+def test_what_is_planned_goes_with_the_declaration(tmp_path: Path) -> None:
+    files = TermFiles(tmp_path, "a")
+    files.record_plan("redis", PLAN)
+    files.forget_spec("redis")
+    assert files.load_plan("redis") is None

@@ -23,6 +23,7 @@ from common.role_events import (
     StepFailed,
     WorkloadEnded,
 )
+from common.role_guards import paused_meanwhile
 from common.role_view import workload_status
 from common.roles import Claim, TermRecord
 from tests.unit.test_roles import SPEC, Driver, follower, leader, ready_replica
@@ -248,3 +249,12 @@ def test_a_dead_agent_of_the_leader_is_still_no_reason_and_replicas_are_still_ju
     driver.report(replicas=(ReplicaProgress(node="b", connected=True),), running=True)
     status = workload_status(driver.role, driver.instant())
     assert (status.state, status.restorable) == ("leading", False)
+
+
+def test_a_pause_holds_where_what_was_kept_frozen_has_ended() -> None:
+    driver = paused(follower())
+    record = TermRecord(term=1, leader="b", mark="yielded", boot_id="boot-1", heir="a")
+    role = replace(driver.role, name="acquiring", record=record, fence_attempt=1, alive=True)
+    off = FenceResult(node="a", attempt=1, outcome="confirmed", reason="by SSH")
+    assert paused_meanwhile(role, off, driver.instant()) == "", "it runs on here: no takeover"
+    assert "is paused" in paused_meanwhile(replace(role, alive=False), off, driver.instant())

@@ -951,3 +951,9 @@ def test_what_is_told_from_beside_the_machine_is_in_the_story_and_changes_nothin
     (saved,) = effects
     assert isinstance(saved, SaveHistory)
     assert saved.history.timeline[-1].reason == "cancelled by eve"
+
+
+def test_a_term_that_another_node_leads_is_told_in_the_history_too() -> None:
+    driver = follower()
+    stories = [each.history for each in driver.hear("leading", term=7) if isinstance(each, SaveHistory)]
+    assert [(each.term, each.leader, each.timeline) for each in stories] == [(7, "a", ())]
