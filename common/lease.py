@@ -50,6 +50,8 @@ _LOOK_EVERY_S = 2.0
 """How often a node that does not lead asks etcd how things stand, for people to see."""
 _RENEWALS = 4
 """In each time to live; and an answer may take as long as lies between two of them."""
+_CLAIM_WAITS_S = 1.0
+"""How long a claim may wait for earlier questions: what it says of this node must not be old news."""
 
 
 class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +106,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """It has not been answered yet."""
     claim: ClaimTerm | None = None
     """What the role machine asked for, and has no answer to."""
+    claimed_at_s: float = 0.0
     leftover: int = 0
     """A lease that is still to be ended."""
     next_at_s: float = 0.0
@@ -209,10 +212,11 @@ def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
     """Take in one event."""
     effects: list[Effect] = []
     if isinstance(event, Wanted):
-        lease = replace(lease, claim=event.claim)
+        lease = replace(lease, claim=event.claim, claimed_at_s=now_s)
     elif isinstance(event, Answered) and event.number == lease.asked and lease.question is not None:
         question, lease = lease.question, replace(lease, question=None)
         lease = _taken_in(lease, question, event.answer, now_s, effects)
+    lease = _given_up(lease, now_s, effects)
     lease = _released(lease, need, effects)
     lease = _switched(lease, need, now_s, effects)
     return _asked_next(lease, need, now_s, effects), tuple(effects)
@@ -266,6 +270,17 @@ def _claimed(lease: Lease, question: Claim, answer: Answer, now_s: float, effect
     return lease
 
 
+def _given_up(lease: Lease, now_s: float, effects: list[Effect]) -> Lease:
+    """Do not ask for a claim any more that earlier questions have held up."""
+    claim = lease.claim
+    if claim is None or lease.question == _question_of(claim) or now_s < lease.claimed_at_s + _CLAIM_WAITS_S:
+        return lease
+    reason = "etcd is slow: the claim was not asked for, because an earlier question has no answer yet"
+    told = FenceResult(node="etcd", attempt=claim.attempt, outcome="unknown", reason=reason)
+    effects.append(Tell(told))
+    return replace(lease, claim=None)
+
+
 def _question_of(claim: ClaimTerm) -> Claim:
     return Claim(term=claim.term, known=claim.known, unused=claim.unused, over=claim.over, blank=claim.blank)
 
@@ -314,7 +329,7 @@ def _switched(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> 
         reason = lease.problem or "the lease was not renewed in time"
         effects.append(Tell(LeaseInDoubt(reason)))
         return replace(lease, doubt=reason)
-    if lease.doubt and (good or not need.guarded):
+    if lease.doubt and (good or not need.held):
         effects.append(Tell(LeaseStands()))
         return replace(lease, doubt="")
     return lease

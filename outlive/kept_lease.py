@@ -87,6 +87,8 @@ class KeptLease:
         """The right to lead came from etcd when something happened last."""
         self._on_record = True
         """The guard knows until when the lease counts; else the gate stays closed."""
+        self._gate_problem = ""
+        """Why the gate could not be set at the last look; logged once."""
         self._watching: asyncio.Task[None] | None = None
         self._asking: set[asyncio.Task[None]] = set()
 
@@ -132,10 +134,7 @@ class KeptLease:
                 reason = "the right to lead does not come from etcd any more"
                 self._feed(FenceResult(node="etcd", attempt=claim.attempt, outcome="unknown", reason=reason))
         if is_closed(self._gate) and (role.record.leader == role.me or not role.alive):
-            try:
-                open_gate(self._gate)
-            except OSError as error:
-                log.error("lease.gate workload=%s reason=%r", role.spec.name, str(error))
+            self._set_gate(closed=False)
 
     @property
     def etcd_answers(self) -> bool:
@@ -155,7 +154,7 @@ class KeptLease:
             good_for_s=round(lease.until_s - now_s, 3) if may_run(lease, now_s) else None,
             ttl_s=lease.terms.ttl_s,
             frozen=lease.doubt,
-            problem=lease.problem,
+            problem=lease.problem or self._gate_problem,
             etcd_silence_s=round(now_s - lease.seen_at_s, 3) if lease.seen_at_s is not None else None,
         )
 
@@ -167,7 +166,7 @@ class KeptLease:
                 self._asking.add(task)
                 task.add_done_callback(self._asking.discard)
             case Freeze() | Thaw():
-                self._set_gate()
+                self._set_as_wanted()
             case Keep(record=record):
                 try:
                     self._records.keep(role.spec.name, record, self._gate, role.spec.vip)
@@ -181,15 +180,22 @@ class KeptLease:
             case Tell(event=event):
                 self._feed(event)
 
-    def _set_gate(self) -> None:
-        """Have the gate as the machine wants it; tried again at the next look if that fails."""
-        wanted = self._lease.closed is not False or not self._on_record
-        if wanted == is_closed(self._gate):
+    def _set_as_wanted(self) -> None:
+        """Have the gate as the machine wants it."""
+        self._set_gate(closed=self._lease.closed is not False or not self._on_record)
+
+    def _set_gate(self, *, closed: bool) -> None:
+        """Close or open the gate; tried again at the next look if that fails."""
+        if closed == is_closed(self._gate):
+            self._gate_problem = ""
             return
         try:
-            (close_gate if wanted else open_gate)(self._gate)
+            (close_gate if closed else open_gate)(self._gate)
         except OSError as error:
-            log.error("lease.gate workload=%s reason=%r", self._role().spec.name, str(error))
+            problem = f"the gate cannot be {'closed' if closed else 'opened'}: {error}"
+            if problem != self._gate_problem:
+                log.error("lease.gate workload=%s reason=%r", self._role().spec.name, problem)
+            self._gate_problem = problem
 
     async def _ask(self, number: int, question: Question) -> None:
         answer = await self._etcd.ask(self._keys, question)
@@ -201,6 +207,6 @@ class KeptLease:
         while True:
             self.advance(Passed())
             if by_lease(self._role()):
-                self._set_gate()
+                self._set_as_wanted()
             left_s = self._lease.until_s - boottime_s()
             await asyncio.sleep(left_s if 0 < left_s < _LOOK_EVERY_S else _LOOK_EVERY_S)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
@@ -53,11 +56,16 @@ MOVING = frozenset(
 )
 
 
+MOVES = 4
+"""How often an operator tries to have another node lead, in a run that had no change of leadership."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What one run came to."""
 
-    terms: int
+    changes: int
+    """How often another node than before led it."""
     states: tuple[str, ...]
     handovers: int = 0
     taken_back: int = 0
@@ -122,10 +130,39 @@ def run_seed(
         if world.leases is not None and leasing.random() < 0.6:
             host = world.hosts[leasing.choice(spec.nodes)]
             world.leases.strike(host, leasing.choice(ETCD_FAULTS), leasing.uniform(0.1, 8.0))
-    for _ in range(3):  # a fence that was asked for before may still turn a host off
+    settle(world)
+    result = at_rest(world)
+    if result.changes:
+        return result
+    move_by_hand(world)
+    settle(world)
+    return at_rest(world)
+
+
+def settle(world: World) -> None:
+    """Let it come to rest without trouble; a fence that was asked for before may still turn a host off."""
+    for _ in range(3):
         heal(world)
         world.run(SETTLE_S / 3)
-    return at_rest(world)
+
+
+def move_by_hand(world: World) -> None:
+    """Let an operator have another node lead, in a healthy cluster; raise Violation if it cannot be done."""
+    for name in world.spec.nodes:
+        world.resume(name)
+    for _ in range(MOVES):
+        before = world.leaders[max(world.leaders)] if world.leaders else "a"
+        to = next(name for name in world.spec.nodes if name != before)
+        if any(host.role is not None and host.role.name == "leading" for host in world.hosts.values()):
+            request = world.switchover(before, to)
+        else:
+            request = world.start(to)
+        if world.refused(request):
+            world.failover(to)
+        world.run(SETTLE_S / 3)
+        if world.changes_of_leader:
+            return
+    raise world.broken(f"an operator could not have another node than {before} lead")
 
 
 def heal(world: World) -> None:
@@ -158,7 +195,7 @@ def at_rest(world: World) -> Result:
     pauses = {host.pauses for host in world.hosts.values()}
     if len(pauses) > 1:
         raise world.broken(f"the nodes do not agree on what is paused: {pauses}")
-    return Result(world.leaderships, states, world.handovers, world.taken_back)
+    return Result(world.changes_of_leader, states, world.handovers, world.taken_back)
 
 
 def _strike(world: World, rng: random.Random) -> None:
@@ -229,42 +266,75 @@ def _cut(world: World, host: Host, rng: random.Random, *, both: bool, for_s: flo
     world.later(for_s, lambda: world.blocked.difference_update(cut))
 
 
+@dataclass
+class Summary:
+    """What many runs came to."""
+
+    runs: int = 0
+    changed: int = 0
+    changes: int = 0
+    handovers: int = 0
+    taken_back: int = 0
+    states: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+
+    def add(self, outcome: Result | str) -> None:
+        """Count a run: its result, or how it broke an invariant."""
+        self.runs += 1
+        if isinstance(outcome, str):
+            self.violations.append(outcome)
+            return
+        self.changed += outcome.changes > 0
+        self.changes += outcome.changes
+        self.handovers += outcome.handovers
+        self.taken_back += outcome.taken_back
+        self.states[" ".join(sorted(outcome.states))] += 1
+
+
+def outcome_of(seed: int, right: str) -> Result | str:
+    """Run one seed; return its result, or the story of its violation."""
+    try:
+        return run_seed(seed, right=right)
+    except Violation as violation:
+        return str(violation)
+
+
 def main() -> int:
     """Run a campaign from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--right", choices=("manual", "fence", "etcd"), default="", help="in every run")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes; default: one a processor"
+    )
     options = parser.parse_args()
     began_s = time.monotonic()
-    states: Counter[str] = Counter()
-    changes = handovers = taken_back = 0
-    violations: list[str] = []
-    for seed in range(options.start, options.start + options.seeds):
-        try:
-            result = run_seed(seed, right=options.right)
-        except Violation as violation:
-            violations.append(str(violation))
-            continue
-        states[" ".join(sorted(result.states))] += 1
-        changes += result.terms > 1
-        handovers += result.handovers
-        taken_back += result.taken_back
-    summary = {
+    summary = Summary()
+    seeds = range(options.start, options.start + options.seeds)
+    with multiprocessing.Pool(options.jobs) as pool:
+        for outcome in pool.imap(partial(outcome_of, right=options.right), seeds, chunksize=20):
+            summary.add(outcome)
+            if isinstance(outcome, str):
+                print(outcome, file=sys.stderr, flush=True)
+            if summary.runs % 1000 == 0:
+                told = f"{summary.runs} of {len(seeds)} runs, {len(summary.violations)} violations"
+                print(told, file=sys.stderr, flush=True)
+    printed = {
         "seeds": options.seeds,
         "start": options.start,
-        "violations": len(violations),
-        "violated": [each.splitlines()[0] for each in violations],
-        "with_change_of_leadership": changes,
-        "handovers": handovers,
-        "handovers_given_back": taken_back,
-        "end_states": dict(states.most_common()),
+        "right": options.right or "as the seed has it",
+        "violations": len(summary.violations),
+        "violated": [each.splitlines()[0] for each in summary.violations],
+        "with_change_of_leadership": summary.changed,
+        "changes_of_leadership": summary.changes,
+        "handovers": summary.handovers,
+        "handovers_given_back": summary.taken_back,
+        "end_states": dict(summary.states.most_common()),
         "seconds": round(time.monotonic() - began_s, 1),
     }
-    print(json.dumps(summary, indent=2))
-    if violations:
-        print(violations[0], file=sys.stderr)
-    return 1 if violations else 0
+    print(json.dumps(printed, indent=2))
+    return 1 if summary.violations else 0
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def role_of(world: World, name: str) -> Role:
 def test_no_seed_breaks_an_invariant_and_every_cluster_comes_to_rest() -> None:
     start = int(os.environ.get("SIM_START", "0"))
     print(f"seeds {start} to {start + CI_SEEDS - 1}")
-    changes = sum(run_seed(seed).terms > 1 for seed in range(start, start + CI_SEEDS))
-    assert changes > CI_SEEDS // 4, "the world is too kind to test anything"
+    for seed in range(start, start + CI_SEEDS):
+        assert run_seed(seed).changes, "the world is too kind to test anything"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -12,6 +12,8 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 from common import lease
 from common.control import Done, Refused, ReplicaProgress, WorkloadReport
@@ -205,7 +207,6 @@ class World:
         self.answers: dict[int, object] = {}
         self.pausing: dict[int, bool] = {}
         """Requests to pause (True) or to resume."""
-        self.leaderships = 0
         self.finals: dict[int, EpochId] = {}
         """The epoch from which on a workload stood still to be handed over, by term."""
         self.handovers = 0
@@ -446,12 +447,10 @@ class World:
         if record.term < host.record.term and "forget-terms" not in self.bugs:
             raise self.broken(f"{host.name} lowers its term from {host.record.term} to {record.term}")
         host.record = record
-        if record.leader == host.name:
-            if self.leaders.setdefault(record.term, host.name) != host.name:
-                raise self.broken(
-                    f"term {record.term} has two leaders: {self.leaders[record.term]}, {host.name}"
-                )
-            self.leaderships = max(self.leaderships, record.term)
+        if record.leader != host.name:
+            return
+        if (other := self.leaders.setdefault(record.term, host.name)) != host.name:
+            raise self.broken(f"term {record.term} has two leaders: {other}, {host.name}")
 
     def _on_host(self, host: Host, name: str, what: Callable[[], None], *, fails: bool = True) -> None:
         """Host effects of one keeper are done one after the other."""
@@ -562,17 +561,10 @@ class World:
                     pauses=role.pauses,
                     in_doubt=bool(role.in_doubt),
                 )
-            sequence, boot = host.sequence, host.boot
+            hear = partial(self._hear, other, event, host.sequence, host.boot, self.now, self._leads(host))
             for _ in range(2 if self.chance(self.weather.double) else 1):
                 if not self.chance(self.weather.loss):
-                    delay_s = self.random.uniform(0.001, self.weather.delay_s)
-                    sent, led = self.now, self._leads(host)
-                    self.later(
-                        delay_s,
-                        lambda o=other, e=event, s=sequence, b=boot, a=sent, t=led: self._hear(
-                            o, e, s, b, a, t
-                        ),
-                    )
+                    self.later(self.random.uniform(0.001, self.weather.delay_s), hear)
 
     def _leads(self, host: Host) -> int:
         """Return the term that the host leads, 0 for none; a dead keeper's agent looks after it still."""
@@ -760,9 +752,7 @@ class World:
             self.tell(f"{host.name}: container {host.container} is removed")
             if host.frozen and not by_fence:
                 self._check_not_the_last(host)
-            life, host.container = host.container, None
-            host.frozen = False
-            del life
+            host.container, host.frozen = None, False
             if host.role is not None:
                 self.feed(host, WorkloadEnded(137))
 
@@ -863,41 +853,43 @@ class World:
     def refused(self, request: int) -> bool:
         return isinstance(self.answers.get(request), Refused)
 
+    @property
+    def changes_of_leader(self) -> int:
+        """How often a term's leader was another node than the last one's."""
+        leaders = [name for _, name in sorted(self.leaders.items())]
+        return sum(one != next_one for one, next_one in pairwise(leaders))
+
     # --- invariants -------------------------------------------------------------------------------
 
     def broken(self, what: str) -> Violation:
         return Violation(f"seed {self.seed}, at {self.now:.3f} s: {what}\n" + "\n".join(self.story))
 
     def check(self) -> None:
-        running = [
-            host.name
-            for host in self.hosts.values()
-            if host.on and host.container is not None and not host.frozen and not host.outer_frozen
-        ]
-        if len(running) > 1:
-            raise self.broken(f"it runs on {' and '.join(running)}")
-        if self.spec.vip is not None:
-            served = [
-                host.name
-                for host in self.hosts.values()
-                if host.on and host.vip and not host.held and not host.outer_frozen
-            ]
-            if len(served) > 1:
-                raise self.broken(f"the address is on {' and '.join(served)}")
-        for name in running:
-            self._check_right(self.hosts[name])
-            if self.leases is not None:
-                self.leases.check(self.hosts[name])
+        """Raise Violation if an invariant is broken. Called after every event, and therefore spare."""
+        running = served = None
         for host in self.hosts.values():
-            self._check_refusal(host)
-            self._check_thawed(host)
+            if host.on and not host.outer_frozen:
+                if host.container is not None and not host.frozen:
+                    if running is not None:
+                        raise self.broken(f"it runs on {running.name} and {host.name}")
+                    running = host
+                if host.vip and not host.held and self.spec.vip is not None:
+                    if served is not None:
+                        raise self.broken(f"the address is on {served.name} and {host.name}")
+                    served = host
+            if host.refusal is not None:
+                self._check_refusal(host, host.refusal)
+            if host.frozen:
+                self._check_thawed(host)
+        if running is not None:
+            self._check_right(running)
+            if self.leases is not None:
+                self.leases.check(running)
 
-    def _check_refusal(self, host: Host) -> None:
+    def _check_refusal(self, host: Host, refusal: Refusal) -> None:
         """A node that was fenced leads nothing under a term up to the fenced one, whatever starts again."""
-        role, refusal = host.role, host.refusal
-        if role is None or refusal is None or role.name not in LEADING:
-            return
-        if role.record.term <= refusal.term:
+        role = host.role
+        if role is not None and role.name in LEADING and role.record.term <= refusal.term:
             raise self.broken(f"{host.name} is {role.name} in term {role.record.term}, fenced: {refusal}")
 
     def _check_not_the_last(self, host: Host) -> None:
@@ -922,8 +914,7 @@ class World:
     def _check_thawed(self, host: Host) -> None:
         """Who leads does not leave its workload frozen."""
         role = host.role
-        leads = role is not None and role.name == "leading" and not host.stands_still
-        if not (host.frozen and leads):
+        if role is None or role.name != "leading" or host.stands_still:
             host.frozen_since = self.now
         elif self.now - host.frozen_since > RUNS_WITHOUT_RIGHT_S:
             raise self.broken(f"{host.name} leads, and its workload is frozen")
@@ -955,11 +946,12 @@ class World:
 
     def _check_explained(self, host: Host, before: Role, event: Event) -> None:
         """What a follower does once its leader is silent is what it would have said a moment before."""
-        role, now = host.role, self.instant(host)
-        moved = role is not None and before.name == "following" and role.name in ("acquiring", "waiting")
-        if not moved or not isinstance(event, Tick) or before.record.mark == "yielded":
+        role = host.role
+        if role is None or before.name != "following" or role.name not in ("acquiring", "waiting"):
             return
-        assert role is not None
+        if not isinstance(event, Tick) or before.record.mark == "yielded":
+            return
+        now = self.instant(host)
         if not is_silent(before, before.record.leader, now):
             return
         covers = {name: frozenset(SILENCES) for name in self.spec.nodes}

@@ -216,6 +216,35 @@ def test_who_does_not_lead_looks_every_now_and_then() -> None:
     assert driver.question == Look()
 
 
+def test_a_claim_that_earlier_questions_held_up_is_not_asked_for_any_more() -> None:
+    driver = Driver()
+    driver.feed(Passed(), 97.0)
+    assert driver.question == Look()
+    assert told(driver.feed(Wanted(CLAIM), 100.0, CLAIMING)) == []
+    assert told(driver.feed(Passed(), 100.9)) == []
+    (answer,) = told(driver.feed(Passed(), 101.0))
+    assert isinstance(answer, FenceResult)
+    assert (answer.outcome, answer.attempt) == ("unknown", 1)
+    driver.answer(Seen(standing=driver.lease.standing), 101.1)
+    assert not isinstance(driver.question, Claim)
+
+
+def test_a_claim_that_is_being_asked_for_is_waited_for() -> None:
+    driver = Driver()
+    driver.feed(Passed(), 97.0)
+    driver.answer(Seen(standing=driver.lease.standing), 97.0)
+    driver.feed(Wanted(CLAIM), 100.0, CLAIMING)
+    assert told(driver.feed(Passed(), 102.0)) == []
+    assert driver.lease.claim == CLAIM
+
+
+def test_who_claims_anew_after_it_lost_its_lease_is_told_nothing_until_it_has_one() -> None:
+    driver = leading()
+    assert [type(each) for each in told(driver.feed(Passed(), 100.0 + GOOD_FOR_S))] == [LeaseInDoubt]
+    assert told(driver.feed(Passed(), 102.0, CLAIMING)) == [], "it still stands still for the lack of one"
+    assert LeaseStands() in told(driver.feed(Passed(), 102.1, IDLE))
+
+
 def test_only_one_question_is_asked_at_a_time() -> None:
     driver = leading()
     first = [
