@@ -170,7 +170,15 @@ class Etcd(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[etcd]`: who gives the right to lead workloads with `right_to_lead = "etcd"`."""
 
     endpoints: tuple[str, ...] = ()
-    """Client URLs of its members, by IP address: `http://10.0.0.5:2379`."""
+    """Client URLs of its members, by IP address: `https://10.0.0.5:2379`."""
+    ca_file: str = ""
+    """Who signs the certificates of its members (PEM); needed with https, and nobody else is believed."""
+    cert_file: str = ""
+    key_file: str = ""
+    """This node's own certificate and its key (PEM), if etcd asks for one."""
+    user: str = ""
+    password_file: str = ""
+    """As whom this node logs in, if etcd's authentication is on; a file with the password alone."""
     ttl_s: int = 3
     """Time to live of a lease: how long a leader that is lost keeps the right, at least. Whole seconds, 2 or
     more."""
@@ -326,11 +334,23 @@ def _etcd_problems(etcd: Etcd) -> Iterator[str]:
     for endpoint in etcd.endpoints:
         if not _is_endpoint(endpoint):
             yield (
-                f"endpoints: {endpoint!r} is not a URL of the form http://ADDRESS:PORT, with an IP address: "
+                f"endpoints: {endpoint!r} is not a URL of the form https://ADDRESS:PORT, with an IP address: "
                 "looking up a name may take longer than a lease lives"
             )
     if repeated := sorted(_repeated(list(etcd.endpoints))):
         yield f"endpoints: {repeated[0]!r} stands there twice"
+    if len({urlsplit(endpoint).scheme for endpoint in etcd.endpoints}) > 1:
+        yield "endpoints: some are http and some https: whoever reads one of them reads the password"
+    if (tls := any(each.startswith("https:") for each in etcd.endpoints)) != bool(etcd.ca_file):
+        yield "ca_file: it belongs to endpoints with https, and those to it"
+    if bool(etcd.cert_file) != bool(etcd.key_file) or (etcd.cert_file and not tls):
+        yield "cert_file and key_file: they belong together, and to endpoints with https"
+    if bool(etcd.user) != bool(etcd.password_file):
+        yield "user and password_file: they belong together"
+    for key in ("ca_file", "cert_file", "key_file", "password_file"):
+        path = getattr(etcd, key)
+        if path and not path.startswith("/"):
+            yield f"{key} {path!r} must be an absolute path: {_RELATIVE}"
     if etcd.ttl_s < 2:
         yield f"ttl_s {etcd.ttl_s}: at least 2, etcd grants no shorter lease"
     if etcd.margin_ms < 200:
@@ -351,7 +371,7 @@ def _etcd_problems(etcd: Etcd) -> Iterator[str]:
 def _is_endpoint(text: str) -> bool:
     try:
         url = urlsplit(text)
-        well = url.scheme == "http" and url.port is not None and _is_port(url.port)
+        well = url.scheme in ("http", "https") and url.port is not None and _is_port(url.port)
     except ValueError:
         return False
     rest = url.path.rstrip("/") + url.query + url.fragment + (url.username or "")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import LabError
 from outlive.lab import Host, Lab
@@ -19,17 +21,36 @@ _READY_WITHIN_S = 20.0
 _POLL_S = 0.05
 
 
+class TlsFiles(NamedTuple):
+    """A certificate with its key, and who signed it; PEM."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+
 class LabEtcd:
     """The members. Made by `start`."""
 
-    def __init__(self, hosts: tuple[Host, ...]) -> None:
+    def __init__(self, hosts: tuple[Host, ...], tls: TlsFiles | None = None) -> None:
         self._hosts = hosts
+        self._tls = tls
         self._members: list[asyncio.subprocess.Process] = []
 
     @classmethod
-    async def start(cls, lab: Lab, names: tuple[str, ...] = ("e1", "e2", "e3")) -> LabEtcd:
-        """Add the hosts, start a member on each, wait until they have a leader. Raises LabError."""
-        etcd = cls(tuple([await lab.add_host(name) for name in names]))
+    async def start(
+        cls,
+        lab: Lab,
+        names: tuple[str, ...] = ("e1", "e2", "e3"),
+        certify: Callable[[Sequence[str]], TlsFiles] | None = None,
+    ) -> LabEtcd:
+        """Add the hosts, start a member on each, wait until they have a leader. Raises LabError.
+
+        With `certify`, which makes a certificate for their addresses, clients need TLS and one of their own.
+        """
+        hosts = tuple([await lab.add_host(name) for name in names])
+        tls = certify([str(host.address.ip) for host in hosts]) if certify is not None else None
+        etcd = cls(hosts, tls)
         await etcd.come_back()
         return etcd
 
@@ -41,7 +62,7 @@ class LabEtcd:
     @property
     def endpoints(self) -> tuple[str, ...]:
         """What nodes are told."""
-        return tuple(_url(host, _CLIENT_PORT) for host in self._hosts)
+        return tuple(self._client_url(host) for host in self._hosts)
 
     async def go_away(self) -> None:
         """Kill every member; what they have written stays."""
@@ -54,7 +75,7 @@ class LabEtcd:
         """Start every member, and wait until they have a leader. Raises LabError."""
         everybody = ",".join(f"{host.name}={_url(host, _PEER_PORT)}" for host in self._hosts)
         for host in self._hosts:
-            own = _url(host, _CLIENT_PORT)
+            own = self._client_url(host)
             words = {
                 "name": host.name,
                 "data-dir": str(host.state_dir / "etcd"),
@@ -64,7 +85,14 @@ class LabEtcd:
                 "initial-advertise-peer-urls": _url(host, _PEER_PORT),
                 "initial-cluster": everybody,
             }
-            command = ["etcd", *(part for key, value in words.items() for part in (f"--{key}", value))]
+            if self._tls is not None:
+                words |= {
+                    "cert-file": str(self._tls.certificate),
+                    "key-file": str(self._tls.key),
+                    "trusted-ca-file": str(self._tls.authority),
+                    "client-cert-auth": "true",
+                }
+            command = ["etcd", *(f"--{key}={value}" for key, value in words.items())]
             self._members.append(await host.spawn(command, log=host.log_dir / "etcd.log"))
         try:
             async with asyncio.timeout(_READY_WITHIN_S):
@@ -99,12 +127,19 @@ class LabEtcd:
                 member.send_signal(number)
 
     async def _answers(self) -> bool:
-        """Tell whether the members agree on something: a read that goes through their log."""
-        host = self._hosts[0]
-        body = '{"key": "AA=="}'
-        words = ["curl", "-s", "-m", "1", "-d", body, f"{self.endpoints[0]}/v3/kv/range"]
-        finished = await host.run(words, check=False)
-        return '"header"' in finished.stdout
+        """Tell whether the members agree on something: it reads through their log."""
+        return '"true"' in await self.say("/health")
+
+    async def say(self, path: str, body: str = "") -> str:
+        """Say something to the first member, from its own host; return what it answers."""
+        words = ["curl", "-s", "-m", "1", f"{self.endpoints[0]}{path}", *(["-d", body] if body else [])]
+        if (tls := self._tls) is not None:
+            words += ["--cacert", str(tls.authority), "--cert", str(tls.certificate), "--key", str(tls.key)]
+        return (await self._hosts[0].run(words, check=False)).stdout
+
+    def _client_url(self, host: Host) -> str:
+        url = _url(host, _CLIENT_PORT)
+        return url if self._tls is None else url.replace("http:", "https:")
 
 
 def _url(host: Host, port: int) -> str:

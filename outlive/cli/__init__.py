@@ -15,7 +15,10 @@ CONFIG_VARIABLE = "OUTLIVE_CONFIG"
 DEBUG_VARIABLE = "OUTLIVE_DEBUG"
 
 _NOT_FOR_THE_KEEPER = ("rich", "ssl", "_hashlib")
-"""What structlog, asyncio and hashlib load where they find it and do without where not: 8 of 34 MiB."""
+"""What structlog, asyncio and hashlib load where they find it and do without where not: 8 of 34 MiB.
+
+`ssl` is loaded where an etcd is spoken to by https.
+"""
 
 
 def main() -> None:
@@ -24,13 +27,26 @@ def main() -> None:
     config_path = keeper_config(arguments)
     if config_path is not None:
         for name in _NOT_FOR_THE_KEEPER:
-            sys.modules[name] = None  # type: ignore[assignment]  # its import fails as if not installed
+            if name != "ssl" or not _speaks_https(config_path):
+                sys.modules[name] = None  # type: ignore[assignment]  # its import fails as if not installed
         from outlive.cli.running import run_keeper_process
 
         sys.exit(run_keeper_process(config_path))
     from outlive.cli.app import run
 
     sys.exit(run(arguments))
+
+
+def _speaks_https(config_path: Path) -> bool:
+    """Tell whether the configuration names an etcd by https; not if it cannot be read: that is told later."""
+    from common.config import load_config
+    from common.errors import OutliveError
+
+    try:
+        endpoints = load_config(config_path).etcd.endpoints
+    except OutliveError:
+        return False
+    return any(endpoint.startswith("https:") for endpoint in endpoints)
 
 
 def keeper_config(arguments: Sequence[str]) -> Path | None:

@@ -13,6 +13,8 @@ import socket
 import time
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from common import keys
 from common.config import Etcd, Fence, NodeConfig, SshFence
 from common.control import AskStatus, NodeStatus
@@ -36,15 +38,15 @@ async def check_named(config: NodeConfig) -> list[Check]:
         found.append(_check_interface(config.node.vip_interface))
     found += await asyncio.gather(*(_check_fence(config, fence) for fence in config.fences))
     found += await asyncio.gather(*(_check_peer(p.name, p.address, p.agent_port) for p in config.peers))
-    found += await asyncio.gather(*(_check_etcd(each) for each in config.etcd.endpoints))
+    found += await asyncio.gather(*(_check_etcd(config.etcd, each) for each in config.etcd.endpoints))
     found.append(await _check_keeper(config))
     return found
 
 
-async def _check_etcd(member: str) -> Check:
+async def _check_etcd(etcd: Etcd, member: str) -> Check:
     """Ask one member for what must go through all of them."""
     keys = LeaseKeys("doctor", node="doctor", boot_id="", ttl_s=2, clock=time.monotonic)
-    answer = await EtcdClient(Etcd(endpoints=(member,)), _ETCD_DEADLINE_S).ask(keys, Look())
+    answer = await EtcdClient(replace(etcd, endpoints=(member,)), _ETCD_DEADLINE_S).ask(keys, Look())
     if isinstance(answer, Seen):
         return node_check("etcd", "ok", f"{member} answers")
     reason = answer.reason if isinstance(answer, Unanswered) else "it does not answer as etcd would"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import os
 import shutil
 import signal
@@ -12,8 +14,14 @@ from pathlib import Path
 import pytest
 
 from common.container import cgroup_frozen, running_init_pid
+from common.control import WorkloadStatus
 from common.gate import gate_of, is_closed
+from common.model import WorkloadSpec
+from outlive.cluster import build_cluster, start_all
+from outlive.lab import Lab
+from outlive.lab_etcd import LabEtcd
 from tests.campaigns.scenarios import NAME, SCENARIOS, Pair, is_frozen, pair_for, read_answers, run_one, runs
+from tests.certificates import Authority
 
 pytestmark = [
     pytest.mark.system,
@@ -50,6 +58,14 @@ class Witness:
     def first_of(self, name: str, since_s: float) -> float:
         """Return when a node ran it first, after that moment."""
         return next(at for at, running in self.changes if at >= since_s and name in running)
+
+
+def leads(status: WorkloadStatus) -> bool:
+    return status.state == "leading" and status.running
+
+
+def leads_with_a_standby(status: WorkloadStatus) -> bool:
+    return leads(status) and status.restorable
 
 
 def rss_mib(pid: int) -> float:
@@ -177,3 +193,67 @@ async def test_when_etcd_is_gone_for_good_an_operator_has_it_run_on_without() ->
 
 def test_every_scenario_of_etcd_is_there() -> None:
     assert {"etcd-gone", "etcd-slow"} <= set(SCENARIOS)
+
+
+async def test_leases_are_had_by_tls_as_a_user_and_etcd_may_forget_who_is_logged_in(tmp_path: Path) -> None:
+    authority, password = Authority(tmp_path), tmp_path / "password"
+    password.write_text("secret\n")
+    own = authority.issue("node")
+    async with Lab() as lab:
+        etcd = await LabEtcd.start(lab, certify=lambda addresses: authority.issue("etcd", addresses))
+        await turn_authentication_on(etcd)
+        access = {
+            "endpoints": list(etcd.endpoints),
+            "ttl_s": int(TTL_S),
+            "ca_file": str(own.authority),
+            "cert_file": str(own.certificate),
+            "key_file": str(own.key),
+            "user": "outlive",
+            "password_file": str(password),
+        }
+        spec = WorkloadSpec(name=NAME, nodes=("a", "b"), command=("sleep", "inf"), right_to_lead="etcd")
+        nodes = await build_cluster(
+            lab, ("a", "b"), workloads=[spec], settings={"etcd": access}, fenced=False
+        )
+        await start_all(nodes)
+        told = await nodes["a"].cli("doctor", "--output", "json", check=False)
+        assert all(f"{member} answers" in told.stdout for member in etcd.endpoints), told.stdout
+        await nodes["a"].cli("start", NAME)
+        await nodes["a"].wait_for(NAME, leads_with_a_standby, what="protected")
+        print(f"keeper: {rss_mib(nodes['a'].processes['keeper'].pid):.1f} MiB")
+        await etcd.go_away()
+        await nodes["a"].wait_for(NAME, is_frozen, what="frozen", timeout_s=20)
+        await etcd.come_back()
+        await nodes["a"].wait_for(NAME, leads_with_a_standby, what="logged in again")
+        await lab.power_off("a")
+        await nodes["b"].wait_for(NAME, leads, what="b leads", timeout_s=20)
+
+
+async def turn_authentication_on(etcd: LabEtcd) -> None:
+    """Have one user who may do all, as etcd wants it, and one who may write what nodes write."""
+
+    def encoded(key: str) -> str:
+        return base64.b64encode(key.encode()).decode()
+
+    steps: tuple[tuple[str, dict[str, object]], ...] = (
+        ("user/add", {"name": "root", "password": "rooted"}),
+        ("user/grant", {"user": "root", "role": "root"}),
+        ("role/add", {"name": "outlive"}),
+        (
+            "role/grant",
+            {
+                "name": "outlive",
+                "perm": {
+                    "permType": "READWRITE",
+                    "key": encoded("/outlive/"),
+                    "range_end": encoded("/outlive0"),
+                },
+            },
+        ),
+        ("user/add", {"name": "outlive", "password": "secret"}),
+        ("user/grant", {"user": "outlive", "role": "outlive"}),
+        ("enable", {}),
+    )
+    for what, body in steps:
+        said = await etcd.say(f"/v3/auth/{what}", json.dumps(body))
+        assert '"error"' not in said, said

@@ -95,8 +95,23 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + '[etcd]\nwatchdog = "/dev/watchdog"\n', "ttl_s must be at least 4"),
         *(
             (NODE + f'[etcd]\nendpoints = ["{url}"]\n', "is not a URL of the form")
-            for url in ("10.0.0.5:2379", "https://10.0.0.5:2379", "http://etcd:2379", "http://10.0.0.5")
+            for url in ("10.0.0.5:2379", "ftp://10.0.0.5:2379", "http://etcd:2379", "https://10.0.0.5")
         ),
+        (NODE + '[etcd]\nendpoints = ["https://10.0.0.5:2379"]\n', "etcd.ca_file: it belongs to"),
+        (
+            NODE + '[etcd]\nendpoints = ["http://10.0.0.5:2379"]\nca_file = "/ca"\n',
+            "etcd.ca_file: it belongs",
+        ),
+        (
+            NODE + '[etcd]\nendpoints = ["https://10.0.0.5:1", "http://10.0.0.6:1"]\nca_file = "/ca"\n',
+            "some are http and some https",
+        ),
+        (
+            NODE + '[etcd]\nendpoints = ["https://10.0.0.5:1"]\nca_file = "/ca"\ncert_file = "/c"\n',
+            "cert_file and key_file: they belong together",
+        ),
+        (NODE + '[etcd]\nuser = "outlive"\n', "user and password_file: they belong together"),
+        (NODE + '[etcd]\nuser = "u"\npassword_file = "p"\n', "password_file 'p' must be an absolute path"),
         (
             NODE + '[etcd]\nendpoints = ["http://10.0.0.5:2379", "http://10.0.0.5:2379"]\n',
             "stands there twice",
