@@ -206,10 +206,14 @@ def stop(role: Role, event: Event, now: Instant) -> Acted:
 
 
 def stopped(role: Role, event: Event, now: Instant) -> Acted:
-    """End it: the agent gracefully, the keeper by force if that takes too long."""
+    """End it: the agent gracefully, the keeper by force if that takes too long.
+
+    What does not run yet may be half brought up, and wait for a gate to open: that is not left for later.
+    """
     grace_s = role.timing.stop_grace_s if role.alive else 0.0
     role = replace(role, stop_deadline_s=now.monotonic_s + grace_s, step=None)
-    cleaning = undo(role, "drop_vip", "lift")
+    half = not role.alive and role.record.term > 0
+    cleaning = undo(role, *(("kill",) if half else ()), "drop_vip", "lift")
     return both(cleaning, answered(cleaning[0], Done(detail="it is being ended and stays so")))
 
 

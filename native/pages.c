@@ -4,6 +4,7 @@
  * primary/pages.py, because a freeze has no room for Python: the whole of what is done inside it is one call.
  *
  *   running   outlive_maps        the mappings
+ *             outlive_written     how much was written since the last protection, about
  *             outlive_protect     what was written since the last protection, and protect it anew
  *             outlive_read        copy pages; says of each whether it could be read (copy.c)
  *   frozen    outlive_early       while CRIU is at work: which pages there are where CRIU never writes, which of them
@@ -371,6 +372,36 @@ EXPORTED int64_t outlive_count(int fd, const struct vma *vmas, uint64_t count, u
 				.return_mask = PAGE_IS_PRESENT,
 			};
 			const long got = scan_content(fd, &ask, vmas[at].flags & VMA_FILE);
+			if (got < 0)
+				return got;
+			for (long each = 0; each < got; each++)
+				pages += (regions[each].end - regions[each].start) / PAGE;
+			if (ask.walk_end <= start)
+				return -EIO;
+			start = ask.walk_end;
+		}
+	return (int64_t)pages;
+}
+
+/* Running: how many pages were written in tracked mappings since they were protected, counted up to `most`; -errno.
+ * Unless it is to be `exact`, entries of page tables that are empty count as well: it takes a fifth of the time.
+ * Nothing is protected. */
+EXPORTED int64_t outlive_written(int fd, const struct vma *vmas, uint64_t count, uint64_t most, int exact)
+{
+	uint64_t pages = 0;
+
+	for (uint64_t at = 0; at < count; at++)
+		for (uint64_t start = vmas[at].start; start < vmas[at].end && pages < most;) {
+			struct page_region regions[REGIONS];
+			struct pm_scan_arg ask = ask_unprotected(start, vmas[at].end, regions, REGIONS);
+			ask.max_pages = most - pages;
+			/* What was never written of a file is not protected either. */
+			const int file = vmas[at].flags & VMA_FILE;
+			long got = exact || file ? scan_content(fd, &ask, file) : ioctl(fd, PAGEMAP_SCAN, &ask);
+			if (got == -1)
+				got = -errno;
+			if (got == -EPERM)
+				break; /* it is another one by now, and not tracked */
 			if (got < 0)
 				return got;
 			for (long each = 0; each < got; each++)

@@ -143,12 +143,14 @@ class FastBackend:
                 self._room_pages = min(self._room_pages, _MOST_FROZEN_PAGES)
 
     async def _attempts(self, epoch: EpochId, since: EpochId | None) -> CapturedEpoch:
+        too_dirty = False
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return await self._attempt(epoch, since)
+                return await self._attempt(epoch, since, again=too_dirty)
             except UnseenWriteError:
                 continue
             except TooDirtyError as error:
+                too_dirty = True
                 log.info("capture.too_dirty", workload=self._workload, epoch=str(epoch), pages=error.pages)
                 if attempt == _ATTEMPTS - 1:
                     self._room_pages = max(self._room_pages, min(error.pages * 2, _MOST_BUFFER_PAGES))
@@ -175,14 +177,14 @@ class FastBackend:
 
     # --- one attempt --------------------------------------------------------------------------------
 
-    async def _attempt(self, epoch: EpochId, since: EpochId | None) -> CapturedEpoch:
+    async def _attempt(self, epoch: EpochId, since: EpochId | None, *, again: bool) -> CapturedEpoch:
         directory = self._dumper.directory / str(epoch)
         try:
             directory = await in_thread(self._dumper.make_room, epoch, self._metadata_bytes)
             await self._find_processes()
             await in_thread(self._begin, since)
             processes = list(self._processes.values())
-            await self._tracker.copy_ahead(processes, self._hasher, self._writer_of())
+            await self._tracker.copy_ahead(processes, self._hasher, self._writer_of(), again=again)
             await in_thread(self._backfill, since)
             await in_thread(self._look)
             channel = await self._dumper.spawned()

@@ -102,6 +102,8 @@ def _library() -> ctypes.CDLL:
     library.outlive_untracked.restype = None
     library.outlive_count.argtypes = [ctypes.c_int, pointer, u64, u64]
     library.outlive_count.restype = ctypes.c_int64
+    library.outlive_written.argtypes = [ctypes.c_int, pointer, u64, u64, ctypes.c_int]
+    library.outlive_written.restype = ctypes.c_int64
     library.outlive_lift.argtypes = [ctypes.c_int, ctypes.c_int, u64, u64]
     library.outlive_read.argtypes = [ctypes.c_int, pointer, u64, pointer, pointer]
     library.outlive_read.restype = ctypes.c_int64
@@ -456,6 +458,21 @@ def count_pages(pagemap: int, vmas: NDArray[np.void], most: int) -> int:
     count = int(_library().outlive_count(pagemap, vmas.ctypes.data, len(vmas), most))
     if count < 0:
         raise CaptureError(f"pages cannot be counted: {os.strerror(-count)}")
+    return count
+
+
+def count_written(pagemap: int, vmas: NDArray[np.void], most: int) -> int:
+    """Return how many pages were written in tracked mappings since they were protected, or `most`.
+
+    Nothing is protected. Raises CaptureError.
+    """
+    vmas = np.ascontiguousarray(vmas)
+    for exact in (False, True):  # the first count is never too small, and enough if it is small
+        count = int(_library().outlive_written(pagemap, vmas.ctypes.data, len(vmas), most, exact))
+        if count < 0:
+            raise CaptureError(f"written pages cannot be counted: {os.strerror(-count)}")
+        if count < most:
+            break
     return count
 
 

@@ -109,7 +109,12 @@ class SoftDirtyTracker:
         """Do nothing."""
 
     async def copy_ahead(
-        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+        self,
+        processes: Iterable[TrackedProcess],
+        hasher: PageHasher,
+        writer: LayerWriter,
+        *,
+        again: bool = False,
     ) -> None:
         """See `primary.tracking.Tracker.copy_ahead`."""
         here = [process for process in processes if not process.borrows]

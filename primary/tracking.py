@@ -56,9 +56,14 @@ class Tracker(Protocol):
         ...
 
     async def copy_ahead(
-        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+        self,
+        processes: Iterable[TrackedProcess],
+        hasher: PageHasher,
+        writer: LayerWriter,
+        *,
+        again: bool = False,
     ) -> None:
-        """Copy what was written, while it runs.
+        """Copy what was written, while it runs; `again`: the last freeze found too much for that.
 
         Processes that end meanwhile are passed over. Raises CaptureError.
         """
@@ -98,7 +103,12 @@ class NoTracker:
         """Do nothing."""
 
     async def copy_ahead(
-        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+        self,
+        processes: Iterable[TrackedProcess],
+        hasher: PageHasher,
+        writer: LayerWriter,
+        *,
+        again: bool = False,
     ) -> None:
         """Copy nothing: it would have to be copied again."""
 

@@ -3,9 +3,14 @@
 In: the processes of a workload. Out: copies of what they wrote, made while they ran. One userfaultfd for each
 process, taken out of it; `primary.userfault` says what it tells, and of what.
 
-    look     running: which mappings are not tracked; what was written in the others, which is protected again
-    stop     it pays: the cgroup stands still, and what was not tracked is from now on
+    survey   running: which mappings are not tracked; about how much was written in the others
+    protect  it pays: what was written there, which is protected again
+    stop     the cgroup stands still, and what was not tracked is from now on
     copy     running again: what was protected before the stop
+
+It does not pay for few pages: CRIU takes as long to dump everything else, and they are copied beside it. Nor
+for a hot set, pages that are written again as fast as they are copied: what is copied ahead is copied once
+more in the freeze, each stop costs the workload as much as a short freeze, and each protected page a fault.
 
 What must hold:
 - A mapping that was not tracked a moment ago has pages of which nothing is known, whatever stood at its place
@@ -40,7 +45,7 @@ from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
 from primary.layers import LayerWriter
 from primary.page_set import NO_PAGES, PageSet
-from primary.pages import OWNED, VMA, Space, pages_in, reads_directly, untracked
+from primary.pages import OWNED, VMA, Space, count_written, pages_in, reads_directly, untracked
 from primary.process import TrackedProcess, open_of, resident_pages
 from primary.userfault import Userfault
 
@@ -50,8 +55,12 @@ _TRACK_AGAIN_S: Final = 5.0
 _SMALL_PAGES: Final = 1024
 """A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 _ROUNDS: Final = 4
-_FEW_PAGES: Final = 512
-"""No pre-copy for so few: copying them beside CRIU takes less than 2 ms."""
+_FEW_PAGES: Final = 2048
+"""No pre-copy for so few: copying them takes about 6 ms, and CRIU longer than that for the rest."""
+_MOST_HOT_PAGES: Final = 8192
+"""A hot set that is larger is copied ahead all the same: within the freeze it would take more than 25 ms."""
+_HOT_EPOCHS: Final = 32
+"""After so many, whether pre-copy pays is found out again."""
 _COVER_S: Final = 0.02
 """Mappings are tracked for so long in one stop, 5 µs each; the others in the next one."""
 
@@ -90,21 +99,46 @@ class _Watched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ahead:
-    """What a look found of one process."""
+class _Survey:
+    """What there is to one process, before anything is done about it."""
 
-    wanted: PageSet
-    """What is to be copied."""
     tracked: NDArray[np.void]
     """The mappings (`VMA`) that are tracked."""
     fresh: NDArray[np.void]
     """Those that are not."""
     gain: int
     """How many pages it would spare the freeze to track those; see `Userfault.gain`."""
+    dirty: int
+    """How many pages of the tracked ones would have to be copied now; perhaps fewer."""
 
-    def shrinks(self, before: int) -> bool:
-        """Whether another round pays: it is the first (0 `before`), or there was much less to copy."""
-        return len(self.wanted) > _FEW_PAGES and (not before or len(self.wanted) <= before // 2)
+
+def _shrinks(before: int, wanted: int) -> bool:
+    """Tell whether another round pays: it is the first (0 `before`), or there was much less to copy."""
+    return wanted > _FEW_PAGES and (not before or wanted <= before // 2)
+
+
+class _HotSet:
+    """Pages that are written as fast as they are copied: how many, as pre-copy has shown."""
+
+    def __init__(self) -> None:
+        self._pages = 0
+        self._epochs_left = 0
+
+    def next_epoch(self) -> None:
+        """Forget it after a while: what is hot changes."""
+        self._epochs_left -= 1
+        if self._epochs_left <= 0:
+            self._pages = 0
+
+    def found(self, before: int, after: int) -> None:
+        """Take note of a round: how many pages were copied in it, and how many of all were written again."""
+        if after > before // 2:
+            self._pages, self._epochs_left = max(before, after), _HOT_EPOCHS
+
+    @property
+    def bound(self) -> int:
+        """How many pages are left to the freeze: what was hot, and a quarter more; few in any case."""
+        return max(_FEW_PAGES, min(self._pages * 5 // 4, _MOST_HOT_PAGES))
 
 
 class UserfaultTracker:
@@ -116,6 +150,7 @@ class UserfaultTracker:
     def __init__(self, stand_still: StandStill) -> None:
         self._stand_still = stand_still
         self._watched: dict[TrackedProcess, _Watched] = {}
+        self._hot = _HotSet()
 
     def space(self, pid: int) -> Space:
         """See `primary.tracking.Tracker.space`."""
@@ -150,28 +185,38 @@ class UserfaultTracker:
             watched.userfault.close()
 
     async def copy_ahead(
-        self, processes: Iterable[TrackedProcess], hasher: PageHasher, writer: LayerWriter
+        self,
+        processes: Iterable[TrackedProcess],
+        hasher: PageHasher,
+        writer: LayerWriter,
+        *,
+        again: bool = False,
     ) -> None:
         """See `primary.tracking.Tracker.copy_ahead`. What a stop has tracked is copied in the next round."""
         todo = dict.fromkeys(processes, 0)
+        self._hot.next_epoch()
         try:
             for each in range(_ROUNDS):
-                found = await in_thread(self._each, self._look, list(todo))
-                fresh = {process: ahead for process, ahead in found.items() if ahead.gain}
+                surveys = await in_thread(self._each, self._survey, list(todo))
+                dirty = sum(survey.dirty for survey in surveys.values())
+                if each and all(todo.values()):
+                    self._hot.found(sum(todo.values()), dirty)
                 # What came since the first round is no reason for another stop.
-                gains = 0 if each else sum(ahead.gain for ahead in fresh.values())
-                if sum(len(ahead.wanted) for ahead in found.values()) + gains <= _FEW_PAGES:
+                gains = 0 if each else sum(survey.gain for survey in surveys.values())
+                if dirty + gains <= (_FEW_PAGES if again else self._hot.bound):
                     return
+                found = await in_thread(self._each, partial(self._protect, surveys), list(surveys))
+                fresh = {process: survey for process, survey in surveys.items() if survey.gain}
                 still = await self._stop(fresh)
                 if not still:
                     return
                 await in_thread(self._lift_all, fresh)
-                copy = partial(self._copy, found, hasher, writer)
+                copy = partial(self._copy, surveys, found, hasher, writer)
                 await in_thread(self._each, copy, [process for process in found if process.pid in still])
                 todo = {
-                    process: 0 if process in fresh else len(ahead.wanted)
-                    for process, ahead in found.items()
-                    if process.pid in still and (process in fresh or ahead.shrinks(todo[process]))
+                    process: 0 if process in fresh else len(wanted)
+                    for process, wanted in found.items()
+                    if process.pid in still and (process in fresh or _shrinks(todo[process], len(wanted)))
                 }
         finally:
             for process, watched in self._watched.items():
@@ -179,7 +224,7 @@ class UserfaultTracker:
                     watched.again_s = time.monotonic() + _TRACK_AGAIN_S
                     watched.give_up(process)
 
-    async def _stop(self, fresh: Mapping[TrackedProcess, _Ahead]) -> frozenset[int]:
+    async def _stop(self, fresh: Mapping[TrackedProcess, _Survey]) -> frozenset[int]:
         """Track what is fresh while all stands still; return who stood still (PIDs)."""
         still: frozenset[int] = frozenset()
 
@@ -218,39 +263,51 @@ class UserfaultTracker:
                 log.debug("capture.process_ended", pid=process.pid, error=str(error))
         return done
 
-    def _look(self, process: TrackedProcess) -> _Ahead:
-        """Find what was written where writes are tracked, and protect it; forget all else."""
+    def _survey(self, process: TrackedProcess) -> _Survey:
+        """Find out what is tracked, and how much was written there; forget all else."""
         watched = self._watched.get(process)
         nothing = np.empty(0, dtype=VMA)
         space, book = process.space, process.book
         if watched is None or watched.userfault is None:
-            return _Ahead(NO_PAGES, nothing, nothing, 0)
+            return _Survey(nothing, nothing, 0, 0)
         vmas = space.mappings()
         with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
             fresh = watched.userfault.fresh(pagemap, vmas)
             for start, end in fresh[["start", "end"]].tolist():
                 book.forget_range(start, end)
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
-            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, fresh, tracked, _FEW_PAGES + 1)
+            most = _MOST_HOT_PAGES + 1
+            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, fresh, tracked, most)
             space.protects = watched.reads_directly(process.pid)
-            wanted = book.unknown
-            if not space.protects:
-                try:
-                    runs = space.written(pagemap, tracked)
-                except BaseException:  # some may be protected now that nobody was told of
-                    book.forget_all()
-                    raise
-                written = pages_in(runs)
-                book.expect(written)
-                book.forget(written)
-                wanted |= written
-                if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
-                    space.protects = True
-                    book.forget_all()
-                    wanted = NO_PAGES
+            dirty = len(book.unknown & pages_in(tracked))
+            if not space.protects and dirty < most:
+                dirty += count_written(pagemap, tracked, most)
             with open_of(process.pid, "mem", os.O_RDONLY) as memory:
                 space.settle(pagemap, memory, tracked)
-        return _Ahead(wanted & pages_in(tracked), tracked, fresh, gain)
+        return _Survey(tracked, fresh, gain, dirty)
+
+    def _protect(self, surveys: Mapping[TrackedProcess, _Survey], process: TrackedProcess) -> PageSet:
+        """Protect what was written where writes are tracked; return what is to be copied."""
+        watched, tracked = self._watched.get(process), surveys[process].tracked
+        space, book = process.space, process.book
+        if watched is None or watched.userfault is None:
+            return NO_PAGES
+        if space.protects:
+            return book.unknown & pages_in(tracked)
+        with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+            try:
+                runs = space.written(pagemap, tracked)
+            except BaseException:  # some may be protected now that nobody was told of
+                book.forget_all()
+                raise
+        written = pages_in(runs)
+        book.expect(written)
+        book.forget(written)
+        if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
+            space.protects = True
+            book.forget_all()
+            return NO_PAGES
+        return book.unknown & pages_in(tracked)
 
     def _cover(self, process: TrackedProcess, until_s: float) -> None:
         """Track what is not; it stands still meanwhile."""
@@ -262,7 +319,7 @@ class UserfaultTracker:
         except CaptureError as error:  # it is ending, or stays fresh
             log.debug("tracking.not_covered", pid=process.pid, error=str(error))
 
-    def _lift_all(self, fresh: Mapping[TrackedProcess, _Ahead]) -> None:
+    def _lift_all(self, fresh: Mapping[TrackedProcess, _Survey]) -> None:
         """Have every page count as written of what is tracked only now; or track none of that process."""
         for process, ahead in fresh.items():
             watched = self._watched[process]
@@ -281,9 +338,10 @@ class UserfaultTracker:
 
     def _copy(
         self,
-        found: Mapping[TrackedProcess, _Ahead],
+        surveys: Mapping[TrackedProcess, _Survey],
+        wanted: Mapping[TrackedProcess, PageSet],
         hasher: PageHasher,
         writer: LayerWriter,
         process: TrackedProcess,
     ) -> None:
-        process.copy(hasher, writer, found[process].wanted, found[process].tracked)
+        process.copy(hasher, writer, wanted[process], surveys[process].tracked)

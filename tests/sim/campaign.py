@@ -151,8 +151,8 @@ def move_by_hand(world: World) -> None:
     for name in world.spec.nodes:
         world.resume(name)
     for _ in range(MOVES):
-        before = world.leaders[max(world.leaders)] if world.leaders else "a"
-        to = next(name for name in world.spec.nodes if name != before)
+        before = world.leaders[max(world.leaders)] if world.leaders else ""
+        to = next(name for name in world.spec.nodes if name != before)  # the first start is for the first
         if any(host.role is not None and host.role.name == "leading" for host in world.hosts.values()):
             request = world.switchover(before, to)
         else:
@@ -162,7 +162,7 @@ def move_by_hand(world: World) -> None:
         world.run(SETTLE_S / 3)
         if world.changes_of_leader:
             return
-    raise world.broken(f"an operator could not have another node than {before} lead")
+    raise world.broken(f"an operator could not have another node than {before or 'none'} lead")
 
 
 def heal(world: World) -> None:

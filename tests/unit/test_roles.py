@@ -551,6 +551,21 @@ def test_a_stop_is_recorded_before_the_agent_is_told_and_forced_if_the_agent_doe
     assert KillWorkload() in driver.after(6)
 
 
+def test_a_stop_ends_what_is_only_half_brought_up() -> None:
+    """Else it would go on at whatever opens its gate next, in a later term."""
+    driver = Driver("a")
+    driver.hear("stopped", node="b")
+    driver.after(2.5)
+    driver.feed(OperatorStart(request=1, spec=SPEC))
+    driver.persisted()
+    assert (driver.state, driver.role.alive) == ("launching", False)
+    driver.feed(OperatorStop(request=2))
+    assert KillWorkload() not in driver.effects, "it is on record first"
+    driver.persisted()
+    assert driver.state == "stopped"
+    assert KillWorkload() in driver.effects
+
+
 def test_a_stopped_leader_is_not_taken_over_from() -> None:
     driver = follower()
     driver.hear("stopped")
@@ -654,6 +669,8 @@ def test_a_start_after_a_boot_does_not_take_the_number_that_a_successor_may_take
     driver = Driver("a", TermRecord(term=3, leader="a", mark="stopped", boot_id="another-boot"))
     driver.hear("following", term=3, node="b")
     driver.after(0.05)
+    assert KillWorkload() in driver.effects, "an earlier keeper may have left it half brought up"
+    driver.feed(StepDone(step="kill"))
     driver.feed(OperatorStart(request=1, spec=SPEC))
     driver.persisted()
     assert (driver.state, driver.role.record.term) == ("launching", 100)
