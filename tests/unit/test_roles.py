@@ -553,11 +553,7 @@ def test_a_stop_is_recorded_before_the_agent_is_told_and_forced_if_the_agent_doe
 
 def test_a_stop_ends_what_is_only_half_brought_up() -> None:
     """Else it would go on at whatever opens its gate next, in a later term."""
-    driver = Driver("a")
-    driver.hear("stopped", node="b")
-    driver.after(2.5)
-    driver.feed(OperatorStart(request=1, spec=SPEC))
-    driver.persisted()
+    driver = Driver("a", TermRecord(term=1, leader="a", mark="launching", boot_id="boot-1"))
     assert (driver.state, driver.role.alive) == ("launching", False)
     driver.feed(OperatorStop(request=2))
     assert KillWorkload() not in driver.effects, "it is on record first"
