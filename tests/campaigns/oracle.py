@@ -8,7 +8,7 @@ is captured by the fast backend, epoch after epoch, as the agent does it. In a s
 container's cgroup is frozen between pre-copy and dump; the fast backend takes its epoch, and then, still
 frozen, the stock backend takes an independent one. Both must have the same pages with the same content. In
 every fourth one of the other epochs, all that is held for unchanged is read again within the freeze, which is
-one like any other.
+one like any other. Before every second one on average, what was written is copied ahead, be it little or hot.
 Epochs are committed to a real store, as by a replica that misses every third one. After every 50th the
 program is asked whether it finds itself intact; every other seed also has what the store holds brought to
 life beside it, in a network namespace of its own, and asked the same (its files must not change then: those
@@ -29,7 +29,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -40,10 +40,14 @@ import numpy as np
 from common.errors import CaptureError
 from common.model import EpochId
 from outlive.cli.running import configure_logs
+from primary import userfault_tracker
 from primary.tracking import TrackerName, choose
 from primary.userfault import Userfault
 from tests.campaigns.twins import Replica, Subject, restored_elsewhere, running_subject
 from tests.oracle.build import ask, build
+
+_FEW_PAGES = 64
+"""More than that is copied ahead, where it always is."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +89,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def passed(self) -> bool:
         """Whether nothing was wrong and every path was taken."""
         return not any(run.wrong or run.untouched for run in self.runs)
+
+
+@contextlib.contextmanager
+def copying_ahead(*, always: bool) -> Iterator[None]:
+    """Have pre-copy done whether it pays or not."""
+    if not always:
+        yield
+        return
+    with patch.multiple(userfault_tracker, _FEW_PAGES=_FEW_PAGES, _MOST_HOT_PAGES=_FEW_PAGES):
+        yield
 
 
 async def run_seed(
@@ -129,7 +143,7 @@ async def run_seed(
                 kind, trouble = await _trouble(subject, replica, chance)
                 troubles[kind] += 1
             try:
-                with trouble:
+                with trouble, copying_ahead(always=chance.randrange(2) == 0):
                     if chance.randrange(every) == 0:
                         captured, found, size = await subject.compare(epoch, replica.holds)
                         compared, pages = compared + 1, pages + size
