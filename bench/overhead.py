@@ -2,13 +2,15 @@
 
     python -m bench.overhead [--fill-mib 256] [--rounds 3] [--seconds 10] [--interval-ms 200]
                              [--connections 50] [--keys 100000] [--value-bytes 100] [--write-percent 50]
-                             [--writer-mib 512] [--writer-pages-per-s 20000] [--output json|table]
+                             [--apart 1] [--writer-mib 512] [--writer-pages-per-s 20000]
+                             [--output json|table]
 
 Rounds alternate: unprotected (the replica's agent is stopped, so no epoch is taken), then protected. redis
 gets `--load-percent` (50) of what it can do unprotected, at a steady rate (*open loop*: latency counts from
 when a request was due), then as much as it can take (*saturated*). All runs on one machine: the replica, the
-load and the workload share its CPUs. Prints one JSON object; `docs/reference/benchmarks.md` defines its
-fields. Progress goes to stderr.
+load and the workload share its CPUs. With `--apart 1`, load and redis keep to a CPU each, in all rounds, as if
+on machines of their own; with 0 they are where the kernel puts them. Prints one JSON object;
+`docs/reference/benchmarks.md` defines its fields. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     keys: int = 100_000
     value_bytes: int = 100
     write_percent: int = 50
+    apart: int = 1
     writer_mib: int = 512
     writer_pages_per_s: int = 20_000
 
@@ -173,11 +176,13 @@ async def measure(options: Options) -> OverheadReport:
 
 async def _measure_redis(directory: Path, options: Options) -> tuple[float, float, _Both, _Both]:
     program = await in_thread(compile_program, "load", directory)
+    cpus = sorted(os.sched_getaffinity(0))
+    load_on, redis_on = (["taskset", "-c", str(cpu)] if options.apart else [] for cpu in (cpus[0], cpus[-1]))
     async with Lab() as lab:
         spec = WorkloadSpec(
             name=WORKLOAD,
             nodes=("a", "b"),
-            command=("redis-server", "--port", str(PORT), "--protected-mode", "no", "--save", ""),
+            command=(*redis_on, "redis-server", "--port", str(PORT), "--protected-mode", "no", "--save", ""),
             vip=str(lab.vip()),
             health=HealthCheck(tcp=PORT),
             epoch_interval_ms=options.interval_ms,
@@ -193,6 +198,7 @@ async def _measure_redis(directory: Path, options: Options) -> tuple[float, floa
                 keys=options.keys,
                 value_bytes=options.value_bytes,
                 write_percent=options.write_percent,
+                before=load_on,
             )
             probe = [sys.executable, "-m", "outlive.probe", address, str(PORT)]
 

@@ -39,12 +39,16 @@ class RedisLoad:
         keys: int,
         value_bytes: int,
         write_percent: int,
+        before: Sequence[str] = (),
     ) -> None:
-        """`program` is `bench/load.c`, compiled; the latencies are written beside it."""
+        """`program` is `bench/load.c`, compiled; the latencies are written beside it.
+
+        `before` stands before its command.
+        """
         self._client = client
         self._output = program.with_name("latencies")
         self._command = (
-            *(str(program), "-c", str(connections), "-k", str(keys)),
+            *(*before, str(program), "-c", str(connections), "-k", str(keys)),
             *("-v", str(value_bytes), "-w", str(write_percent), "-o", str(self._output)),
         )
         self._to = (address, str(PORT))
