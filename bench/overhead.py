@@ -8,8 +8,8 @@
 Rounds alternate: unprotected (the replica's agent is stopped, so no epoch is taken), then protected. redis
 gets `--load-percent` (50) of what it can do unprotected, at a steady rate (*open loop*: latency counts from
 when a request was due), then as much as it can take (*saturated*). All runs on one machine: the replica, the
-load and the workload share its CPUs. With `--apart 1`, load and redis keep to a CPU each, in all rounds, as if
-on machines of their own; with 0 they are where the kernel puts them. Prints one JSON object;
+load and the workload share its CPUs. With `--apart 1`, load and redis keep to a CPU each, in all rounds: as
+if on machines of their own; with 0 they are where the kernel puts them. Prints one JSON object;
 `docs/reference/benchmarks.md` defines its fields. Progress goes to stderr.
 """
 
