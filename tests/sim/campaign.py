@@ -35,7 +35,8 @@ FAULTS = (
     "stop",
     "failover",
 )
-SETTLE_S = 25.0
+SETTLE_S = 12.0
+"""The bound of liveness: so long after the last fault, somebody leads, or it is at rest for a reason."""
 PAUSING = 0.3
 """Share of the runs in which operators pause and resume."""
 SWITCHING = 0.4
