@@ -44,7 +44,7 @@ from outlive.cli.running import configure_logs
 from outlive.cluster import eventually
 from outlive.lab import Lab
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _ALLOWED_MS = 5.0
 """What p99 may grow by beyond the median freeze."""
 

@@ -339,7 +339,7 @@ def _etcd_problems(etcd: Etcd) -> Iterator[str]:
             )
     if repeated := sorted(_repeated(list(etcd.endpoints))):
         yield f"endpoints: {repeated[0]!r} stands there twice"
-    if len({urlsplit(endpoint).scheme for endpoint in etcd.endpoints}) > 1:
+    if len({endpoint.partition(":")[0] for endpoint in etcd.endpoints}) > 1:
         yield "endpoints: some are http and some https: whoever reads one of them reads the password"
     if (tls := any(each.startswith("https:") for each in etcd.endpoints)) != bool(etcd.ca_file):
         yield "ca_file: it belongs to endpoints with https, and those to it"

@@ -140,6 +140,19 @@ def load_ssh_key(path: Path) -> str:
     return content.decode("ascii", errors="replace")
 
 
+def load_password(path: Path) -> str:
+    """Read a password, the first line of a file. Raises AuthError: none there, or others can read it."""
+    lines = _read_secret(path, f"(umask 077; cat > {path})").decode("utf-8", errors="replace").splitlines()
+    if not lines or not lines[0].strip():
+        raise AuthError(f"{path} holds no password", hint="one line, with nothing else")
+    return lines[0].strip()
+
+
+def check_secret(path: Path) -> None:
+    """See that a file is there, and for its owner alone. Raises AuthError."""
+    _read_secret(path, "see who made the one before")
+
+
 def _read_secret(path: Path, maker: str) -> bytes:
     """Read a file that must be for its owner alone; `maker` is the command that makes such."""
     try:

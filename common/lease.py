@@ -87,6 +87,8 @@ class Need(NamedTuple):
     """Something may run because of it, and must stand still without."""
     term: int
     """The term that this node leads by its record; 0: none."""
+    serves: bool = True
+    """It runs, or is to: whoever looks on wants to know if it stands still."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +200,7 @@ def need_of(role: Role) -> Need:
         held=guarded or role.name == "acquiring",
         guarded=guarded,
         term=role.record.term if ours and role.record.boot_id == role.boot_id else 0,
+        serves=role.alive or role.name in LEADING,
     )
 
 
@@ -325,7 +328,7 @@ def _switched(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> 
     if closed != lease.closed:
         effects.append(Freeze() if closed else Thaw())
         lease = replace(lease, closed=closed)
-    if need.guarded and not good and not lease.doubt:
+    if need.guarded and need.serves and not good and not lease.doubt:
         reason = lease.problem or "the lease was not renewed in time"
         effects.append(Tell(LeaseInDoubt(reason)))
         return replace(lease, doubt=reason)

@@ -36,7 +36,7 @@ from common.lease import (
     need_of,
     unrecorded,
 )
-from common.lease_calls import LeaseKeys, Question, Unanswered
+from common.lease_calls import Answer, LeaseKeys, Question, Unanswered
 from common.role_events import ClaimTerm, FenceResult
 from common.role_events import Event as RoleEvent
 from common.roles import Role
@@ -198,7 +198,12 @@ class KeptLease:
             self._gate_problem = problem
 
     async def _ask(self, number: int, question: Question) -> None:
-        answer = await self._etcd.ask(self._keys, question)
+        answer: Answer
+        try:
+            answer = await self._etcd.ask(self._keys, question)
+        except Exception as error:  # whatever it is, the keeper lives on for other workloads
+            log.exception("lease.ask-failed workload=%s", self._role().spec.name)
+            answer = Unanswered(reason=f"{type(error).__name__}: {error}")
         if isinstance(answer, Unanswered):
             log.info("lease.unanswered workload=%s reason=%r", self._role().spec.name, answer.reason)
         self.advance(Answered(number, answer))

@@ -227,7 +227,7 @@ class KeptWorkload:
                     self._effects.perform(effect, self.role.spec)
                     if isinstance(effect, RunFence):
                         self._tell(LogEvent.FENCE_ASKED, f"attempt {self.role.retries + 1}", peer=effect.node)
-                    elif isinstance(effect, KillWorkload):
+                    elif isinstance(effect, KillWorkload) and self.role.alive:
                         self._tell(LogEvent.WORKLOAD_KILLED, self.role.reason)
                     elif isinstance(effect, ForgetFiles):
                         self._tell(LogEvent.WORKLOAD_FORGOTTEN, "asked for by an operator")

@@ -45,7 +45,7 @@ from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
 from primary.layers import LayerWriter
 from primary.page_set import NO_PAGES, PageSet
-from primary.pages import OWNED, VMA, Space, count_written, pages_in, reads_directly, untracked
+from primary.pages import EXECUTABLE, OWNED, VMA, Space, count_written, pages_in, reads_directly, untracked
 from primary.process import TrackedProcess, open_of, resident_pages
 from primary.userfault import Userfault
 
@@ -55,10 +55,16 @@ _TRACK_AGAIN_S: Final = 5.0
 _SMALL_PAGES: Final = 1024
 """A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 _ROUNDS: Final = 4
-_FEW_PAGES: Final = 2048
-"""No pre-copy for so few: copying them takes about 6 ms, and CRIU longer than that for the rest."""
-_MOST_HOT_PAGES: Final = 8192
-"""A hot set that is larger is copied ahead all the same: within the freeze it would take more than 25 ms."""
+_FEW_PAGES: Final = 1536
+"""No pre-copy for so few: copying them takes about 4 ms, and CRIU longer than that for the rest.
+
+Well under what there is always room for in a freeze: until then, more is written.
+"""
+_MOST_HOT_PAGES: Final = 6144
+"""A hot set that is larger is copied ahead all the same: within the freeze it would take more than 16 ms.
+
+Likewise: three quarters of what there may be room for.
+"""
 _HOT_EPOCHS: Final = 32
 """After so many, whether pre-copy pays is found out again."""
 _COVER_S: Final = 0.02
@@ -122,18 +128,24 @@ class _HotSet:
 
     def __init__(self) -> None:
         self._pages = 0
+        self._barred = False
         self._epochs_left = 0
 
     def next_epoch(self) -> None:
         """Forget it after a while: what is hot changes."""
         self._epochs_left -= 1
         if self._epochs_left <= 0:
-            self._pages = 0
+            self._pages, self._barred = 0, False
 
     def found(self, before: int, after: int) -> None:
         """Take note of a round: how many pages were copied in it, and how many of all were written again."""
-        if after > before // 2:
+        if after > before // 2 and not self._barred:
             self._pages, self._epochs_left = max(before, after), _HOT_EPOCHS
+
+    def was_too_much(self) -> None:
+        """Leave nothing to freezes for a while: one found more than it had room for."""
+        if self._pages:
+            self._pages, self._barred, self._epochs_left = 0, True, _HOT_EPOCHS
 
     @property
     def bound(self) -> int:
@@ -195,6 +207,8 @@ class UserfaultTracker:
         """See `primary.tracking.Tracker.copy_ahead`. What a stop has tracked is copied in the next round."""
         todo = dict.fromkeys(processes, 0)
         self._hot.next_epoch()
+        if again:
+            self._hot.was_too_much()
         try:
             for each in range(_ROUNDS):
                 surveys = await in_thread(self._each, self._survey, list(todo))
@@ -279,6 +293,8 @@ class UserfaultTracker:
             most = _MOST_HOT_PAGES + 1
             gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, fresh, tracked, most)
             space.protects = watched.reads_directly(process.pid)
+            if not space.protects:  # where CRIU may write, nothing is protected beside it
+                self._protect_written(process, pagemap, tracked[(tracked["flags"] & EXECUTABLE) != 0])
             dirty = len(book.unknown & pages_in(tracked))
             if not space.protects and dirty < most:
                 dirty += count_written(pagemap, tracked, most)
@@ -292,22 +308,26 @@ class UserfaultTracker:
         space, book = process.space, process.book
         if watched is None or watched.userfault is None:
             return NO_PAGES
-        if space.protects:
-            return book.unknown & pages_in(tracked)
-        with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
-            try:
-                runs = space.written(pagemap, tracked)
-            except BaseException:  # some may be protected now that nobody was told of
+        space.protects = watched.reads_directly(process.pid)
+        if not space.protects:
+            with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
+                self._protect_written(process, pagemap, tracked)
+            if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
+                space.protects = True
                 book.forget_all()
-                raise
-        written = pages_in(runs)
-        book.expect(written)
-        book.forget(written)
-        if watched.reads_directly(process.pid):  # since when is not known: nothing of this round is
-            space.protects = True
-            book.forget_all()
-            return NO_PAGES
+                return NO_PAGES
         return book.unknown & pages_in(tracked)
+
+    def _protect_written(self, process: TrackedProcess, pagemap: int, vmas: NDArray[np.void]) -> None:
+        """Protect what was written in tracked mappings, and forget what is known of it."""
+        book = process.book
+        try:
+            written = pages_in(process.space.written(pagemap, vmas))
+            book.expect(written)
+            book.forget(written)
+        except BaseException:  # some may be protected now that nobody was told of
+            book.forget_all()
+            raise
 
     def _cover(self, process: TrackedProcess, until_s: float) -> None:
         """Track what is not; it stands still meanwhile."""

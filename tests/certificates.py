@@ -40,6 +40,7 @@ class Authority:
             certificate = certificate.add_extension(x509.SubjectAlternativeName(names), critical=False)
         files = TlsFiles(self.file, self._directory / f"{name}.pem", self._directory / f"{name}-key.pem")
         files.certificate.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
+        files.key.touch(mode=0o600)
         files.key.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM,

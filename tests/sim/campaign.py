@@ -67,6 +67,8 @@ class Result:
 
     changes: int
     """How often another node than before led it."""
+    by_hand: bool
+    """It took an operator's hand, once all was well, to have one."""
     states: tuple[str, ...]
     handovers: int = 0
     taken_back: int = 0
@@ -137,7 +139,7 @@ def run_seed(
         return result
     move_by_hand(world)
     settle(world)
-    return at_rest(world)
+    return replace(at_rest(world), by_hand=True)
 
 
 def settle(world: World) -> None:
@@ -196,7 +198,7 @@ def at_rest(world: World) -> Result:
     pauses = {host.pauses for host in world.hosts.values()}
     if len(pauses) > 1:
         raise world.broken(f"the nodes do not agree on what is paused: {pauses}")
-    return Result(world.changes_of_leader, states, world.handovers, world.taken_back)
+    return Result(world.changes_of_leader, False, states, world.handovers, world.taken_back)
 
 
 def _strike(world: World, rng: random.Random) -> None:
@@ -273,6 +275,7 @@ class Summary:
 
     runs: int = 0
     changed: int = 0
+    by_hand: int = 0
     changes: int = 0
     handovers: int = 0
     taken_back: int = 0
@@ -286,6 +289,7 @@ class Summary:
             self.violations.append(outcome)
             return
         self.changed += outcome.changes > 0
+        self.by_hand += outcome.by_hand
         self.changes += outcome.changes
         self.handovers += outcome.handovers
         self.taken_back += outcome.taken_back
@@ -328,6 +332,7 @@ def main() -> int:
         "violations": len(summary.violations),
         "violated": [each.splitlines()[0] for each in summary.violations],
         "with_change_of_leadership": summary.changed,
+        "of_these_by_hand_only": summary.by_hand,
         "changes_of_leadership": summary.changes,
         "handovers": summary.handovers,
         "handovers_given_back": summary.taken_back,

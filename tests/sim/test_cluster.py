@@ -66,8 +66,10 @@ def role_of(world: World, name: str) -> Role:
 def test_no_seed_breaks_an_invariant_and_every_cluster_comes_to_rest() -> None:
     start = int(os.environ.get("SIM_START", "0"))
     print(f"seeds {start} to {start + CI_SEEDS - 1}")
-    for seed in range(start, start + CI_SEEDS):
-        assert run_seed(seed).changes, "the world is too kind to test anything"
+    results = [run_seed(seed) for seed in range(start, start + CI_SEEDS)]
+    assert all(result.changes for result in results)
+    of_itself = sum(not result.by_hand for result in results)
+    assert of_itself > CI_SEEDS // 4, "the world is too kind to test anything"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -622,7 +624,7 @@ def find(
         try:
             run_seed(seed, bugs, right=right)
         except Violation as violation:
-            if says not in str(violation):
+            if says not in str(violation) or "an operator could not" in str(violation):
                 continue
             print(f"{plant.__name__}: found by seed {seed}: {str(violation).splitlines()[0]}")
             return

@@ -905,7 +905,9 @@ class World:
         later = [other for other in others if other.record.term > host.handed_term]
         stopped = any(other.record.mark == "stopped" for other in (*later, host))
         unaware = self.leases is not None and any(
-            other.record.mark == "failed" and not other.record.handed_by for other in later
+            (other.record.mark == "failed" or (other.role is not None and other.role.name == "failed"))
+            and not other.record.handed_by
+            for other in later
         )
         ran = stopped or unaware or any(other.served > host.handed_term for other in others)
         if not ran:

@@ -197,6 +197,7 @@ def test_every_scenario_of_etcd_is_there() -> None:
 
 async def test_leases_are_had_by_tls_as_a_user_and_etcd_may_forget_who_is_logged_in(tmp_path: Path) -> None:
     authority, password = Authority(tmp_path), tmp_path / "password"
+    password.touch(mode=0o600)
     password.write_text("secret\n")
     own = authority.issue("node")
     async with Lab() as lab:

@@ -23,7 +23,7 @@ from primary.pages import FrozenBuffer, FrozenCall, count_written
 from primary.process import TrackedProcess, open_of
 from primary.userfault_tracker import UserfaultTracker
 from primary.verification import Slice
-from tests.system.tracked_child import Child, Region, Stops
+from tests.system.tracked_child import WRITABLE, Child, Region, Stops
 
 pytestmark = [
     pytest.mark.system,
@@ -401,6 +401,24 @@ class TestStandingStill:
         assert written_in(process, pages) == 2, "they are left for the freeze"
         tracker.let_go(process)
 
+    async def test_few_pages_of_executable_memory_are_protected_all_the_same(
+        self, child: Child, writer: LayerWriter
+    ) -> None:
+        """Nobody protects them within a freeze: they would be copied in each one from now on."""
+        pages = child.map(_PAGES)
+        code = child.alone(16, protection=WRITABLE | mmap.PROT_EXEC)
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        code.write(*range(16), value=1)
+        tracker, process = self.tracked(child, Stops(child))
+        await tracker.take_up(process)
+        for _ in range(2):
+            await copied(tracker, process, PageHasher(), writer)
+        code.write(7, value=9)
+        await copied(tracker, process, PageHasher(), writer)
+        assert written_in(process, code) == 0
+        assert code.index(process.book.unknown.numbers) == {7}, "it is copied once"
+        tracker.let_go(process)
+
     async def test_what_is_written_as_fast_as_it_is_copied_is_left_for_the_freeze(
         self, child: Child, writer: LayerWriter
     ) -> None:
@@ -422,6 +440,12 @@ class TestStandingStill:
         assert stops.count == before, "copying it ahead does not leave less"
         await tracker.copy_ahead([process], PageHasher(), writer, again=True)
         assert stops.count > before, "the freeze found too much: it is copied ahead all the same"
+        before = stops.count
+        for _ in range(5):
+            await copied(tracker, process, PageHasher(), writer)
+        assert stops.count >= before + 5, "and for a while, so that not each freeze finds too much"
+        for _ in range(40):
+            await copied(tracker, process, PageHasher(), writer)
         before = stops.count
         for _ in range(40):
             await copied(tracker, process, PageHasher(), writer)

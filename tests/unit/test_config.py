@@ -95,7 +95,13 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + '[etcd]\nwatchdog = "/dev/watchdog"\n', "ttl_s must be at least 4"),
         *(
             (NODE + f'[etcd]\nendpoints = ["{url}"]\n', "is not a URL of the form")
-            for url in ("10.0.0.5:2379", "ftp://10.0.0.5:2379", "http://etcd:2379", "https://10.0.0.5")
+            for url in (
+                "10.0.0.5:2379",
+                "ftp://10.0.0.5:2379",
+                "http://etcd:2379",
+                "https://10.0.0.5",
+                "http://[f0::5:2",
+            )
         ),
         (NODE + '[etcd]\nendpoints = ["https://10.0.0.5:2379"]\n', "etcd.ca_file: it belongs to"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common import etcd
 from common.config import Etcd
 from common.etcd import EtcdClient
 from common.lease_calls import Claim, Granted, LeaseKeys, Look, Seen, Unanswered
@@ -139,6 +141,20 @@ async def test_without_endpoints_the_reason_says_so() -> None:
     assert "no etcd is configured here" in answer.reason
 
 
+async def seen(client: EtcdClient) -> bool:
+    """Ask until there is an answer, some times: what is in files is read beside the calls."""
+    for _ in range(20):
+        if isinstance(await client.ask(keys(), Look()), Seen):
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def put(path: Path, password: str, mode: int = 0o600) -> None:
+    path.write_text(password)
+    path.chmod(mode)
+
+
 async def test_a_question_is_answered_over_tls_by_who_shows_the_right_certificate(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     server, own = ours.issue("server", ["127.0.0.1"]), ours.issue("node")
@@ -173,7 +189,7 @@ async def test_a_certificate_that_is_replaced_is_used_without_a_restart(tmp_path
         client = EtcdClient(by_tls(url, authority, own), 1.0)
         assert isinstance(await client.ask(keys(), Look()), Unanswered)
         authority.write_bytes(new.file.read_bytes())
-        assert isinstance(await client.ask(keys(), Look()), Seen)
+        assert await seen(client)
 
 
 async def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
@@ -189,7 +205,7 @@ def as_user(url: str, password: Path) -> Etcd:
 
 async def test_it_logs_in_once_and_again_when_etcd_has_forgotten_it(tmp_path: Path) -> None:
     password, users = tmp_path / "password", Users("secret")
-    password.write_text("secret\n")
+    put(password, "secret\n")
     async with member(simulated.Etcd(), users=users) as url:
         client = EtcdClient(as_user(url, password), 1.0)
         claim = Claim(term=1, known=0, over=False, blank=True)
@@ -203,20 +219,20 @@ async def test_it_logs_in_once_and_again_when_etcd_has_forgotten_it(tmp_path: Pa
 
 async def test_a_wrong_password_is_said_and_a_file_that_is_mended_is_read_again(tmp_path: Path) -> None:
     password, users = tmp_path / "password", Users("secret")
-    password.write_text("guessed")
+    put(password, "guessed")
     async with member(simulated.Etcd(), users=users) as url:
         client = EtcdClient(as_user(url, password), 1.0)
         answer = await client.ask(keys(), Look())
         assert isinstance(answer, Unanswered)
         assert "user outlive cannot log in" in answer.reason
         assert "guessed" not in answer.reason
-        password.write_text("secret")
-        assert isinstance(await client.ask(keys(), Look()), Seen)
+        put(password, "secret")
+        assert await seen(client)
 
 
 async def test_a_user_is_no_obstacle_before_authentication_is_turned_on(tmp_path: Path) -> None:
     password, users = tmp_path / "password", Users("secret", enabled=False)
-    password.write_text("secret")
+    put(password, "secret")
     async with member(simulated.Etcd(), users=users) as url:
         client = EtcdClient(as_user(url, password), 1.0)
         assert isinstance(await client.ask(keys(), Look()), Seen)
@@ -229,3 +245,81 @@ async def test_who_would_have_to_log_in_is_told(tmp_path: Path) -> None:
         answer = await EtcdClient(Etcd(endpoints=(url,)), 1.0).ask(keys(), Look())
         assert isinstance(answer, Unanswered)
         assert "give etcd.user and etcd.password_file" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "says"),
+    [("", 0o600, "holds no password"), ("\n", 0o600, "no password"), ("secret", 0o644, "read by others")],
+)
+async def test_a_password_that_cannot_be_used_is_said_and_ends_nothing(
+    tmp_path: Path, content: str, mode: int, says: str
+) -> None:
+    password, users = tmp_path / "password", Users("secret")
+    put(password, content, mode)
+    async with member(simulated.Etcd(), users=users) as url:
+        client = EtcdClient(as_user(url, password), 1.0)
+        answer = await client.ask(keys(), Look())
+        assert isinstance(answer, Unanswered)
+        assert says in answer.reason
+        put(password, "secret")
+        assert await seen(client)
+
+
+async def test_a_key_that_others_can_read_is_not_used(tmp_path: Path) -> None:
+    ours = Authority(tmp_path)
+    server, own = ours.issue("server", ["127.0.0.1"]), ours.issue("node")
+    own.key.chmod(0o640)
+    async with member(simulated.Etcd(), tls=server_tls(server)) as url:
+        answer = await EtcdClient(by_tls(url, ours.file, own), 1.0).ask(keys(), Look())
+        assert isinstance(answer, Unanswered)
+        assert "read by others" in answer.reason
+
+
+async def test_many_questions_log_in_once(tmp_path: Path) -> None:
+    password, users = tmp_path / "password", Users("secret")
+    put(password, "secret")
+    async with member(simulated.Etcd(), users=users) as url:
+        client = EtcdClient(as_user(url, password), 1.0)
+        for logins in (1, 2):
+            answers = await asyncio.gather(*(client.ask(keys(), Look()) for _ in range(8)))
+            assert all(isinstance(answer, Seen) for answer in answers)
+            assert users.logins == logins
+            users.token = ""
+
+
+async def test_a_disk_that_hangs_holds_up_nothing_that_was_read_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, on = Authority(tmp_path), threading.Event()
+    server, own = ours.issue("server", ["127.0.0.1"]), ours.issue("node")
+    read = etcd._tls_context
+
+    def hangs(config: Etcd) -> ssl.SSLContext:
+        on.wait(20)
+        return read(config)
+
+    async with member(simulated.Etcd(), tls=server_tls(server)) as url:
+        client = EtcdClient(by_tls(url, ours.file, own), 0.5)
+        assert await seen(client)
+        monkeypatch.setattr(etcd, "_tls_context", hangs)
+        client._tls.doubt()
+        began_s = time.monotonic()
+        assert isinstance(await client.ask(keys(), Look()), Seen)
+        fresh = await EtcdClient(by_tls(url, ours.file, own), 0.1).ask(keys(), Look())
+        assert isinstance(fresh, Unanswered)
+        assert time.monotonic() - began_s < 5
+        on.set()
+
+
+async def test_only_who_was_asked_loses_its_place(tmp_path: Path) -> None:
+    """Several questions find out at once that a member hangs: they do not come round to it again."""
+    async with (
+        member(None) as hanging,
+        member(simulated.Etcd()) as good,
+        member(simulated.Etcd()) as other,
+    ):
+        client = EtcdClient(Etcd(endpoints=(hanging, good, other)), 0.2)
+        began_s = time.monotonic()
+        answers = await asyncio.gather(*(client.ask(keys(), Look()) for _ in range(3)))
+        assert all(isinstance(answer, Seen) for answer in answers)
+        assert time.monotonic() - began_s < 0.39
