@@ -29,7 +29,7 @@ from common.container import standard_streams
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
 from common.errors import CaptureError, NoSpaceError, OutliveError
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
-from common.scheduling import CpuShare, leave
+from common.scheduling import CpuShare, favour, leave
 from common.threads import in_thread
 from primary.capture import FreezeTimes, MetadataFile
 from primary.freezer import Freezer, NotFrozenError, Work
@@ -190,6 +190,7 @@ class Dumper:
             if script == "pre-dump":
                 frozen_wall_s = time.time()
                 first.enter_context(self._share.claimed())
+                favour(ahead.criu.pid)
             elif script == "query-ext-files" and meanwhile is not None:
                 beside = self._beside.submit(meanwhile) if self._beside is not None else None
             elif script == "post-dump" and at_post_dump is not None:
