@@ -1,11 +1,12 @@
 """Who gets the processors: the workloads before the agent, except while one of them waits for it.
 
-In: what the agent is about to do. Out: the weight of its cgroup. Three of them:
+In: what the agent is about to do. Out: the weight of its cgroup. Four of them:
 
 - *spare*: what others leave (the kernel's idle class). Compressing, hashing and folding can wait; a workload
   whose processor is taken from it cannot. The normal state.
-- *fair*: as much as any other group, while an epoch is overdue: on a machine that is never idle, protection
-  must not starve.
+- *quarter*: a quarter of any other group's, while an epoch is overdue: on a machine that is never idle,
+  protection must not starve.
+- *fair*: as much as any other group, when that was not enough.
 - *first*: before others, from before a freeze until after it, and while a workload is started or restored.
 
 criu, the injector and conmon leave the group as soon as they are started, and are on a par with workloads:
@@ -23,16 +24,20 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 _MOUNT: Final = Path("/sys/fs/cgroup")
 _OWN: Final = Path("/proc/self/cgroup")
 _FILES: Final = (("cpu.weight", 100), ("cpu.shares", 1024))
 """What holds the weight, in version 2 and 1, and what a group has that nobody has changed."""
+_QUARTER: Final = 0.25
 _FIRST: Final = 10
 """Times the weight of an unchanged group; not more, for heartbeats want their turn as well."""
 _FAVOURED_NICE: Final = -10
 """About as much, for a single process (sched-nice-design.rst): 9,548 where others have 1,024."""
+
+
+Need = Literal["spare", "quarter", "fair"]
 
 
 class CpuShare:
@@ -42,7 +47,7 @@ class CpuShare:
         """`group` is the directory of a cgroup that this process is in."""
         self.group = group
         self._claims = 0
-        self._overdue = False
+        self._need: Need = "spare"
         self._files: tuple[int, int, int] | None = None
         self._state = "fair"
         if group is None:
@@ -71,7 +76,7 @@ class CpuShare:
 
     @property
     def state(self) -> str:
-        """`spare`, `fair` or `first`; `fair` without a group."""
+        """`spare`, `quarter`, `fair` or `first`; `fair` without a group."""
         return self._state
 
     @contextlib.contextmanager
@@ -93,13 +98,13 @@ class CpuShare:
         self._claims -= 1
         self._apply()
 
-    def set_overdue(self, overdue: bool) -> None:
-        """Say whether work has been waiting for too long."""
-        self._overdue = overdue
+    def need(self, need: Need) -> None:
+        """Say how much is needed while nothing is claimed: more than what is spare if work has waited."""
+        self._need = need
         self._apply()
 
     def _apply(self) -> None:
-        state = "first" if self._claims > 0 else "fair" if self._overdue else "spare"
+        state = "first" if self._claims > 0 else self._need
         if self._files is None or state == self._state:
             return
         idle, weight, fair = self._files
@@ -109,7 +114,8 @@ class CpuShare:
             else:
                 if self._state == "spare":
                     os.pwrite(idle, b"0", 0)
-                os.pwrite(weight, str(fair * _FIRST if state == "first" else fair).encode(), 0)
+                times = {"quarter": _QUARTER, "fair": 1, "first": _FIRST}[state]
+                os.pwrite(weight, str(int(fair * times)).encode(), 0)
         self._state = state
 
 

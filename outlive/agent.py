@@ -96,6 +96,8 @@ _REFUSED_PAUSE_S = 1.0
 _FOLD_EVERY_S = 1.0
 _LOOK_EVERY_S, _LATE_S, _KEEP_UP_S = 0.1, 0.5, 1.0
 """How often to look whether anything is overdue; when looking is; how long to make up for it at least."""
+_OVERDUE = 0.5
+"""As a share of what may be lost: half of it, and the agent no longer takes only what is spare."""
 _JUDGE_EVERY_S = 5.0
 _SHUTDOWN_S = 10.0
 
@@ -419,8 +421,8 @@ class Agent:
         )
 
     async def _keep_up_for_ever(self) -> None:
-        """Ask for a fair share of the processors while an epoch is overdue, or everything here is late."""
-        until_s = 0.0
+        """Ask for some of the processors' time while an epoch is overdue, or everything here is late."""
+        quarter_until_s = fair_until_s = 0.0
         while True:
             begun_s = time.monotonic()
             self._beats.gets_on()
@@ -428,9 +430,15 @@ class Agent:
             now_s = time.monotonic()
             receiving = self._receiver.receiving
             late = now_s - begun_s > _LATE_S
-            if late or any(each.overdue(each.spec.name in receiving) for each in self._workloads.all()):
-                until_s = now_s + _KEEP_UP_S
-            self._share.set_overdue(now_s < until_s)
+            ages = [each.age_of_objective(each.spec.name in receiving) for each in self._workloads.all()]
+            oldest = max(ages, default=0.0)
+            if late or oldest > _OVERDUE:
+                quarter_until_s = now_s + _KEEP_UP_S
+            if oldest > 1:
+                fair_until_s = now_s + _KEEP_UP_S
+            self._share.need(
+                "fair" if now_s < fair_until_s else "quarter" if now_s < quarter_until_s else "spare"
+            )
 
     async def _fold_for_ever(self) -> None:
         """Keep every store's chain short; in a thread, never on an epoch's path."""

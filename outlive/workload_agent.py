@@ -257,8 +257,10 @@ class WorkloadAgent:
         """See again which epochs of it lie aside, for the reports. Raises StoreError."""
         await self._unacknowledged.look()
 
-    def overdue(self, receiving: bool) -> bool:
-        """Tell whether the newest epoch is older than half of what may be lost; `receiving`: a leader sends.
+    def age_of_objective(self, receiving: bool) -> float:
+        """Return how old the newest epoch is, as a share of what may be lost; `receiving`: a leader sends.
+
+        0 if none is due.
 
         By the wall clocks: one that is wrong costs the workloads some time on the processors, no more.
         """
@@ -269,7 +271,7 @@ class WorkloadAgent:
             newest = self.store.newest.frozen_wall_s if self.store.newest is not None else 0.0
         else:
             newest = None
-        return newest is not None and time.time() - newest > self.spec.objective_ms / 2000
+        return 0.0 if newest is None else (time.time() - newest) / (self.spec.objective_ms / 1000)
 
     def resync(self, node: str, *, full: bool) -> bool:
         """See `Leading.resync`; False if this node does not lead."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.scheduling import CpuShare, agent_group, cpu_home
+from common.scheduling import CpuShare, Need, agent_group, cpu_home
 
 
 def group_at(directory: Path, weight: str, fair: int) -> Path:
@@ -20,6 +20,13 @@ def read(group: Path, weight: str) -> tuple[str, str]:
     return (group / "cpu.idle").read_text(), (group / weight).read_text()
 
 
+def needing(share: CpuShare, need: Need, group: Path, weight: str) -> tuple[str, tuple[str, str]]:
+    """Return the state and what the files say then."""
+    (group / weight).write_text("")  # unlike the kernel's, these keep the end of longer words
+    share.need(need)
+    return share.state, read(group, weight)
+
+
 @pytest.mark.parametrize(("weight", "fair"), [("cpu.weight", 100), ("cpu.shares", 1024)])
 def test_spare_unless_claimed_or_overdue(tmp_path: Path, weight: str, fair: int) -> None:
     group = group_at(tmp_path / "g", weight, fair)
@@ -31,12 +38,11 @@ def test_spare_unless_claimed_or_overdue(tmp_path: Path, weight: str, fair: int)
         share.release()
         assert share.state == "first"
     assert (share.state, read(group, weight)[0]) == ("spare", "1")
-    share.set_overdue(True)
-    assert share.state == "fair"
-    assert read(group, weight)[0] == "0"
-    assert read(group, weight)[1].startswith(str(fair))
+    assert needing(share, "quarter", group, weight) == ("quarter", ("0", str(fair // 4)))
+    assert needing(share, "fair", group, weight) == ("fair", ("0", str(fair)))
+    assert needing(share, "quarter", group, weight) == ("quarter", ("0", str(fair // 4)))
     with share.claimed():
-        share.set_overdue(False)
+        share.need("spare")
         assert share.state == "first"
     assert share.state == "spare"
 
@@ -51,7 +57,7 @@ def test_what_a_claimed_block_raises_ends_the_claim(tmp_path: Path) -> None:
 def test_without_a_group_nothing_changes() -> None:
     share = CpuShare(None)
     with share.claimed():
-        share.set_overdue(True)
+        share.need("spare")
         assert share.state == "fair"
     assert share.state == "fair"
 
