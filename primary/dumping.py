@@ -234,7 +234,7 @@ class Dumper:
         return Dumped(result, frozen_wall_s, wall_ms, hook_ms)
 
     async def stand_still(self, work: Work) -> float:
-        """Freeze the workload's cgroup for as long as `work` takes, in a thread; return how many ms that was.
+        """Freeze the workload's cgroup for as long as `work` takes, in a thread; return for how many ms.
 
         The keeper watches as it does at a dump: the criu that waits for the next one stands for the freeze.
         Raises NotFrozenError if nothing was frozen; CaptureError, and what `work` raises, if what it did is
@@ -245,18 +245,17 @@ class Dumper:
             raise NotFrozenError("criu could not be started")
         criu_pid = self._ahead.criu.pid
         await self._guard.announce(criu_pid, min(_STILL_DEADLINE_MS, self._spec.thaw_deadline_ms))
-        begun_s = time.monotonic()
         try:
             with self._share.claimed():
-                await in_thread(self._still, work)
+                return await in_thread(self._still, work)
         finally:
-            stopped_ms = (time.monotonic() - begun_s) * 1000
             await self._guard.end(criu_pid)
-        return stopped_ms
 
-    def _still(self, work: Work) -> None:
+    def _still(self, work: Work) -> float:
+        begun_s = time.monotonic()
         with self._freezer.held(_STILL_WITHIN_S) as pids:
             work(pids)
+        return (time.monotonic() - begun_s) * 1000
 
     async def close(self) -> None:
         """End the criu that waits for the next epoch. Idempotent."""
