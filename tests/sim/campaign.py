@@ -160,7 +160,7 @@ def move_by_hand(world: World) -> None:
             request = world.switchover(before, to)
         else:
             request = world.start(to)
-        if world.refused(request) and world.refused(world.failover(to)):
+        if world.refused(request) and world.refused(world.failover(to)) and before:
             world.start(before)  # nothing of it is there: it has to run here first
         world.run(SETTLE_S / 3)
         if world.changes_of_leader:
