@@ -44,6 +44,7 @@ from common.succession import (
     silence_s,
     successor,
     supersedes,
+    too_far_behind,
     unvouched,
 )
 
@@ -220,12 +221,16 @@ def right_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     return ""
 
 
-def paused_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
-    """The leader is off, but nobody asked for this takeover, and automatic ones were paused meanwhile."""
+def unwanted_meanwhile(role: Role, event: FenceResult, now: Instant) -> str:
+    """The leader is off, but nobody asked for this takeover, and by what was heard meanwhile none is wanted.
+
+    Automatic ones were paused; or the leader led for longer than was known: what is here is too far behind.
+    """
     leads = by_lease(role) and role.record.leader == role.me  # it runs here, frozen: no takeover
     decided = role.by_operator or planned(role) or keeps_frozen(role) or leads
     confirmed = "" if decided else right_confirmed(role, event, now)
-    return f"{confirmed}; but {pause}" if confirmed and (pause := paused(role)) else ""
+    why = paused(role) or too_far_behind(role)
+    return f"{confirmed}; but {why}" if confirmed and why else ""
 
 
 def not_confirmed_and_audible(role: Role, event: FenceResult, now: Instant) -> str:

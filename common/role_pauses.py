@@ -54,9 +54,20 @@ def ask_pause(role: Role, event: OperatorPause, now: Instant) -> Acted:
 
 
 def ask_resume(role: Role, event: OperatorResume, now: Instant) -> Acted:
-    """Lift every pause that is known here; the operator is answered once that is on disk."""
+    """Lift every pause that is known here; the operator is answered once that is on disk.
+
+    Not one that was heard and is not on disk yet: until the resume is, nothing would be left to pause by.
+    """
     if role.me not in role.spec.nodes:
         return role, (_refusal(role, event.request),)
+    if any(pause not in role.pauses for pause in in_force(known_pauses(role))):
+        message = "a pause is still being recorded here"
+        return role, (
+            Answer(
+                request=event.request,
+                answer=Refused(error="WorkloadError", message=message, hint="ask again"),
+            ),
+        )
     return _asked(role, event.request, without_pauses(known_pauses(role), role.me, event.by))
 
 

@@ -212,7 +212,7 @@ def stopped(role: Role, event: Event, now: Instant) -> Acted:
     """
     grace_s = role.timing.stop_grace_s if role.alive else 0.0
     role = replace(role, stop_deadline_s=now.monotonic_s + grace_s, step=None)
-    half = not role.alive and role.record.term > 0
+    half = not role.alive and role.order.role == "lead"
     cleaning = undo(role, *(("kill",) if half else ()), "drop_vip", "lift")
     return both(cleaning, answered(cleaning[0], Done(detail="it is being ended and stays so")))
 

@@ -103,7 +103,6 @@ from common.role_guards import (
     order_overdue,
     overdue,
     own_not_confirmed,
-    paused_meanwhile,
     recorded,
     repair_due,
     restart_due,
@@ -118,6 +117,7 @@ from common.role_guards import (
     undone,
     unreported_last_step,
     unreported_more_steps,
+    unwanted_meanwhile,
     up_last_step,
     up_more_steps,
 )
@@ -505,7 +505,7 @@ TABLE: tuple[Row, ...] = (
         Row(("acquiring",), FenceResult, "start refused", start_not_confirmed(state), state, start_denied)
         for state in (*_AT_REST, *_WATCHING)
     ),
-    Row(("acquiring",), FenceResult, "leader is off, paused", paused_meanwhile, "waiting", halt),
+    Row(("acquiring",), FenceResult, "leader is off, unwanted", unwanted_meanwhile, "waiting", halt),
     Row(("acquiring",), FenceResult, "leader is off", right_confirmed, None, fenced),
     Row(("acquiring",), FenceResult, "not confirmed, kept", kept_not_confirmed, "handed_over", unfenced),
     Row(("acquiring",), FenceResult, "not confirmed, given up", let_go_not_confirmed, "yielded", unfenced),

@@ -335,7 +335,7 @@ class World:
             self.tell(
                 f"{host.name}: {before.name} -> {host.role.name} [{host.role.record.term}] {host.role.reason}"
             )
-            self._check_lag(host)
+            self._check_lag(host, before)
         self._check_pause(host, before, event)
         self._check_explained(host, before, event)
         for effect in effects:
@@ -921,18 +921,21 @@ class World:
         elif self.now - host.frozen_since > RUNS_WITHOUT_RIGHT_S:
             raise self.broken(f"{host.name} leads, and its workload is frozen")
 
-    def _check_lag(self, host: Host) -> None:
-        """Nobody goes for the lead unasked with an epoch that lies too far behind its leader."""
+    def _check_lag(self, host: Host, before: Role) -> None:
+        """Nobody goes for the lead, or takes it, unasked with an epoch too far behind its leader."""
         role, limit_s = host.role, self.spec.max_takeover_lag_ms / 1000
-        if role is None or role.name != "acquiring" or role.by_operator or role.request or not limit_s:
+        if role is None or not limit_s:
             return
-        if planned(role) or keeps_frozen(role) or role.record.leader == host.name:
+        goes = role.name == "acquiring" and host.heard_before is None  # else it has not read its mail yet
+        takes = role.name == "taking_over" and before.name == "acquiring"
+        asks = before if takes else role
+        if not (goes or takes) or asks.by_operator or asks.request:
+            return
+        if planned(asks) or keeps_frozen(asks) or asks.record.leader == host.name:
             return  # nothing was captured since
-        heard_at = host.led_at.get((role.record.leader, role.record.term))
+        heard_at = host.led_at.get((asks.record.leader, asks.record.term))
         if heard_at is None or heard_at - host.stored_at > limit_s + LAG_TOLERANCE_S:
-            raise self.broken(
-                f"{host.name} goes for the lead with what was captured at {host.stored_at:.3f} s"
-            )
+            raise self.broken(f"{host.name} is {role.name} with what was captured at {host.stored_at:.3f} s")
 
     def _check_pause(self, host: Host, before: Role, event: Event) -> None:
         """Nobody goes for the lead, or records a term, unasked while it knows of a pause."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from common.control import Done, Refused, ReplicaProgress
+from common.control import Done, Refused, ReplicaProgress, WorkloadReport
 from common.model import EpochId
 from common.pauses import Pause, Pauses
 from common.role_events import (
@@ -23,9 +23,9 @@ from common.role_events import (
     StepFailed,
     WorkloadEnded,
 )
-from common.role_guards import paused_meanwhile
+from common.role_guards import unwanted_meanwhile
 from common.role_view import workload_status
-from common.roles import Claim, TermRecord
+from common.roles import Claim, Instant, PeerView, TermRecord
 from tests.unit.test_roles import SPEC, Driver, follower, leader, ready_replica
 
 BY_A = Pause(node="a", number=1, by="root", since_wall_s=1e9)
@@ -103,14 +103,46 @@ def test_asking_again_changes_nothing_and_is_answered_at_once() -> None:
 def test_two_operators_at_once_are_both_answered_by_what_is_on_disk_last() -> None:
     driver = follower()
     driver.feed(OperatorPause(request=1, by="root"))
-    first = driver.role.pauses_wanted
+    driver.pauses_persisted()
+    driver.effects.clear()
     driver.feed(OperatorResume(request=2, by="root"))
+    first = driver.role.pauses_wanted
+    driver.feed(OperatorPause(request=3, by="root"))
     assert first is not None
     driver.feed(PausesPersisted(first))
     assert answers(driver) == []
     driver.pauses_persisted()
     assert [type(answer) for answer in answers(driver)] == [Done, Done]
-    assert workload_status(driver.role, driver.instant()).pauses == ()
+    assert [pause.number for pause in workload_status(driver.role, driver.instant()).pauses] == [2]
+
+
+def test_a_pause_that_is_not_on_disk_yet_is_not_lifted() -> None:
+    """Until the resume is on disk, nothing would be left to pause by: neither disk nor memory says so."""
+    driver = follower()
+    driver.feed(OperatorPause(request=1, by="root"))
+    driver.feed(StepFailed(step="pauses", reason="the disk is full"))
+    driver.effects.clear()
+    driver.feed(OperatorResume(request=2, by="root"))
+    (answer,) = answers(driver)
+    assert isinstance(answer, Refused)
+    assert "still being recorded" in answer.message
+    driver.after(1.2)
+    assert driver.state == "waiting"
+
+
+def test_a_leader_that_led_for_longer_than_was_known_is_not_taken_over_from() -> None:
+    spec = replace(SPEC, max_takeover_lag_ms=1000)
+    view = PeerView(term=1, claim="leading", led_wall_s=1000.5)
+    report = WorkloadReport(
+        name="w", running=False, spec=spec, stored=EpochId(1, 9), stored_wall_s=1000.0, restorable=True
+    )
+    role = replace(follower().role, spec=spec, name="acquiring", report=report, peers={"a": view})
+    confirmed = FenceResult(node="a", attempt=role.fence_attempt, outcome="confirmed", reason="off")
+    now = Instant(100.0, 2000.0)
+    assert unwanted_meanwhile(role, confirmed, now) == ""
+    later = replace(role, peers={"a": replace(view, led_wall_s=1008.0)})
+    assert "8.0 s behind" in unwanted_meanwhile(later, confirmed, now)
+    assert unwanted_meanwhile(replace(later, by_operator=True), confirmed, now) == ""
 
 
 def test_what_cannot_be_recorded_is_refused_still_counts_and_is_tried_again() -> None:
@@ -256,5 +288,5 @@ def test_a_pause_holds_where_what_was_kept_frozen_has_ended() -> None:
     record = TermRecord(term=1, leader="b", mark="yielded", boot_id="boot-1", heir="a")
     role = replace(driver.role, name="acquiring", record=record, fence_attempt=1, alive=True)
     off = FenceResult(node="a", attempt=1, outcome="confirmed", reason="by SSH")
-    assert paused_meanwhile(role, off, driver.instant()) == "", "it runs on here: no takeover"
-    assert "is paused" in paused_meanwhile(replace(role, alive=False), off, driver.instant())
+    assert unwanted_meanwhile(role, off, driver.instant()) == "", "it runs on here: no takeover"
+    assert "is paused" in unwanted_meanwhile(replace(role, alive=False), off, driver.instant())
