@@ -51,6 +51,7 @@ from common.roles import LEADING, Instant, PeerView, Role
 from common.succession import (
     agent_alive,
     by_lease,
+    contender,
     holder,
     is_silent,
     keeper_speaks,
@@ -335,11 +336,14 @@ def given_back_ended(role: Role, event: Event, now: Instant) -> str:
 
 
 def heir_cannot(role: Role, event: Event, now: Instant) -> str:
-    """The right is this node's, it could not use it for long, and who handed it over may still have it."""
+    """The right is this node's, it could not use it for long, and who handed it over may still have it.
+
+    Beyond doubt: who begins a term without the right, even one in which nothing runs, has the right in it.
+    """
     waited_s = now.monotonic_s - role.launched_at_s
     if not planned(role) or role.wanted is not None or waited_s < role.timing.handover_s or by_lease(role):
         return ""  # with leases, the node that keeps it takes it back by itself
-    return obstacle(role, now)
+    return "" if contender(role, now) else obstacle(role, now)
 
 
 def record_failure(role: Role, event: Event, now: Instant) -> Acted:

@@ -309,7 +309,9 @@ class World:
         def resume() -> None:
             if host.role is not None and host.keeper_life == life:
                 host.stands_still = False
-                host.heard_before = {node: since_s - at for node, at in spoke_at.items()}
+                # So short a stop a keeper does not notice: by what it has read, time went on.
+                until_s = self.now if for_s <= TIMING.suspect_after_s / 2 else since_s
+                host.heard_before = {node: until_s - at for node, at in spoke_at.items()}
                 self.feed(host, Tick())  # the worst order: it looks at the clock before it reads its mail
                 host.heard_before = None
                 events, host.inbox = host.inbox, []
