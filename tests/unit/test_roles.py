@@ -670,6 +670,18 @@ def test_a_start_after_a_boot_does_not_take_the_number_that_a_successor_may_take
     assert (driver.state, driver.role.record.term) == ("launching", 100)
 
 
+@pytest.mark.parametrize("booted", [False, True])
+def test_an_heir_that_cannot_use_its_right_begins_a_term_of_failure_under_the_boot_in_which_it_heard(
+    booted: bool,
+) -> None:
+    """After another boot, others may have been told that this node was off, and lead a newer term."""
+    boot = "another-boot" if booted else "boot-1"
+    driver = Driver("b", TermRecord(term=1, leader="a", mark="yielded", boot_id=boot, heir="b"))
+    driver.after(10.0)  # its agent is silent, and so is a
+    begun = [effect.record.term for effect in driver.effects if isinstance(effect, PersistTerm)]
+    assert begun == ([] if booted else [2])
+
+
 def test_a_returning_leader_follows_the_newer_term() -> None:
     record = TermRecord(term=3, leader="a", mark="leads", boot_id="another-boot")
     driver = Driver("a", record)
