@@ -19,7 +19,7 @@ pytestmark = [
 
 async def test_epochs_are_taken_in_protected_rounds_only() -> None:
     options = Options(
-        fill_mib=0, rounds=1, seconds=1, load_percent=20, keys=1000, writer_mib=8, writer_pages_per_s=2000
+        fill_mib=0, rounds=1, seconds=4, load_percent=20, keys=1000, writer_mib=8, writer_pages_per_s=2000
     )
     report = await measure(options)  # which checks that there were epochs, and that there were none
     opened = report.open_loop
