@@ -345,6 +345,13 @@ class EpochStore(StoreReader):
                 for level in self._levels.values()
                 if any(link.id == epoch for link in chain_of(self._levels, level.id) or ())
             ]
+            # What a fold has replaced, and could not remove yet, must not come back in their place.
+            replaced = [path for path in self._stale if any(path.name == str(level.id) for level in affected)]
+            if replaced:
+                self._disk.sync_dir(self._layout.views, op="collect.sync-views")
+            for path in replaced:
+                throw_away(self._layout, self._disk, path)
+                self._stale.remove(path)
             for level in sorted(affected, key=lambda level: level.id, reverse=True):
                 del self._levels[level.id]
                 set_aside(self._layout, self._disk, level, reason)
