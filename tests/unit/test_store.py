@@ -352,6 +352,26 @@ def test_a_discarded_epoch_goes_with_what_stands_on_it(store: EpochStore) -> Non
         store.begin(header(EpochId(3, 4), THIRD))
 
 
+def test_a_discarded_epoch_does_not_come_back_from_what_a_fold_has_replaced(tmp_path: Path) -> None:
+    class Failing(UnsyncedDisk):
+        def remove_tree(self, path: Path, *, op: str) -> None:
+            if op == "fold.remove":
+                raise StoreError("the disk fails")
+            super().remove_tree(path, op=op)
+
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=8, disk=Failing()) as store:
+        newest = long_chain(store, 6)
+        with pytest.raises(StoreError, match="the disk fails"):
+            store.fold()
+        assert store.newest
+        assert store.newest.levels < 6, "it was folded all the same"
+        store.discard(newest, "found wanting")
+        left = [record.id for record in store.records()]
+        assert newest not in left
+    with opened(tmp_path) as store:
+        assert [record.id for record in store.records()] == left
+
+
 def test_a_destroyed_store_is_gone(tmp_path: Path, store: EpochStore) -> None:
     commit(store, FIRST, BEFORE)
     store.destroy()
