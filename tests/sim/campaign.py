@@ -1,16 +1,18 @@
 """Many seeded runs of simulated clusters: `python -m tests.sim.campaign --seeds N --start S`.
 
-Prints a summary as JSON; exits with 1 if an invariant was broken or a cluster did not come to rest, and
-then prints the seed and the story of the first one. The same seed is the same run.
+Prints a summary as JSON, also of what was done until Ctrl-C; exits with 1 if an invariant was broken or a
+cluster did not come to rest, and prints each seed with its story. The same seed is the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -317,7 +319,11 @@ def main() -> int:
     began_s = time.monotonic()
     summary = Summary()
     seeds = range(options.start, options.start + options.seeds)
-    with multiprocessing.Pool(options.jobs) as pool:
+    ignored = signal.SIGINT, signal.SIG_IGN  # it is for this process, which then tells how far they came
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        multiprocessing.Pool(options.jobs, signal.signal, ignored) as pool,
+    ):
         for outcome in pool.imap(partial(outcome_of, right=options.right), seeds, chunksize=20):
             summary.add(outcome)
             if isinstance(outcome, str):
@@ -326,7 +332,8 @@ def main() -> int:
                 told = f"{summary.runs} of {len(seeds)} runs, {len(summary.violations)} violations"
                 print(told, file=sys.stderr, flush=True)
     printed = {
-        "seeds": options.seeds,
+        "seeds": summary.runs,
+        "of": options.seeds,
         "start": options.start,
         "right": options.right or "as the seed has it",
         "violations": len(summary.violations),
