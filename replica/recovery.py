@@ -131,14 +131,18 @@ def recover_seed(layout: Layout, disk: Disk, levels: Mapping[EpochId, Level]) ->
 
 
 def set_aside(layout: Layout, disk: Disk, level: Level | Path, reason: str) -> None:
-    """Move a level under `damaged/`, durably, with the reason beside it; its view goes first."""
+    """Move a level under `damaged/`, durably, with the reason beside it; its view goes first.
+
+    One that an earlier attempt has moved already stays where it is.
+    """
     path = level if isinstance(level, Path) else level.path
     log.warning("store.set_aside", level=str(path), reason=reason)
     if isinstance(level, Level):
         disk.unlink(layout.view(level.id), op="aside.view")
         disk.sync_dir(layout.views, op="aside.sync")
     target = layout.damaged / f"{path.name}-{secrets.token_hex(4)}"
-    disk.rename(path, target, op="aside.rename")
+    if path.exists():
+        disk.rename(path, target, op="aside.rename")
     if target.is_dir():
         disk.write_file(target / REASON_NAME, f"{reason}\n".encode(), op="aside.reason")
     disk.sync_dir(layout.damaged, op="aside.sync")

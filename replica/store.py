@@ -123,6 +123,7 @@ class EpochStore(StoreReader):
         self._mutex = threading.RLock()  # guards what follows and every rename; never held over bulk work
         self._folding = threading.Lock()  # held by the one fold or collection at a time
         self._arriving: list[IncomingEpoch] = []
+        self._wanting: list[tuple[Level, str]] = []  # discarded, and not set aside yet
         self._stale: list[Path] = []  # what is to be removed and may not have been: the rest of it, next time
         self._holds = 0
         self._known: tuple[EpochId, dict[SpaceKey, Numbers]] | None = None  # pages of the newest epoch
@@ -345,16 +346,26 @@ class EpochStore(StoreReader):
                 for level in self._levels.values()
                 if any(link.id == epoch for link in chain_of(self._levels, level.id) or ())
             ]
-            # What a fold has replaced, and could not remove yet, must not come back in their place.
-            replaced = [path for path in self._stale if any(path.name == str(level.id) for level in affected)]
+            for level in sorted(affected, key=lambda level: level.id, reverse=True):
+                del self._levels[level.id]
+                self._wanting.append((level, reason))
+            self._set_wanting_aside()
+
+    def _set_wanting_aside(self) -> None:
+        """Set aside what was discarded, and what a fold had replaced by it; what fails is tried next time.
+
+        Else it would be found again, and held, at the next start. The caller holds `_mutex`.
+        """
+        while self._wanting:
+            level, reason = self._wanting[0]
+            replaced = [path for path in self._stale if path.name == str(level.id)]
             if replaced:
                 self._disk.sync_dir(self._layout.views, op="collect.sync-views")
             for path in replaced:
                 throw_away(self._layout, self._disk, path)
                 self._stale.remove(path)
-            for level in sorted(affected, key=lambda level: level.id, reverse=True):
-                del self._levels[level.id]
-                set_aside(self._layout, self._disk, level, reason)
+            set_aside(self._layout, self._disk, level, reason)
+            self._wanting.pop(0)
 
     def destroy(self) -> None:
         """Remove the whole store and close it; for a workload that is protected no more."""
@@ -369,7 +380,8 @@ class EpochStore(StoreReader):
         with self._mutex:
             newest = self.newest
             return bool(
-                self._stale
+                self._wanting
+                or self._stale
                 or self._unswept
                 or self._garbage()
                 or (newest and fold_due(newest.levels, self._max_levels))
@@ -579,6 +591,7 @@ class EpochStore(StoreReader):
         with self._mutex:
             if self._holds or self._lock_fd < 0:
                 return
+            self._set_wanting_aside()
             # Newest first: at no moment does one stand on what is not there.
             garbage = self._garbage()
             if not garbage and not self._stale and not self._unswept:
