@@ -137,8 +137,9 @@ class Run:
             invented = {TASK: {900: 9}}
             attempts.append((self.held[-1], invented, invented, 0))
         if len(self.held) == 2:
-            newest = self.contents[self.held[1]]  # has pages that the one before does not have
-            attempts.append((self.held[0], newest, newest, 0))
+            older, newest = (self.contents[held] for held in self.held)
+            if _has_more(newest, older):
+                attempts.append((self.held[0], newest, newest, 0))
         for base, what, claimed, missing_bytes in attempts:
             try:
                 self._commit(store, epoch, what, base, claimed, missing_bytes=missing_bytes)
@@ -147,6 +148,15 @@ class Run:
                     raise
             else:
                 raise WrongCommitError(f"{epoch} lacks pages and was committed")
+
+
+def _has_more(one: Content, other: Content) -> bool:
+    """Tell whether `one` has a page, other than of zeros, where `other` has none."""
+    return any(
+        page and number not in other.get(key, {})
+        for key, pages in one.items()
+        for number, page in pages.items()
+    )
 
 
 def _failed(disk: Disk) -> int:
