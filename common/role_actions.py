@@ -33,6 +33,7 @@ from common.succession import (
     by_lease,
     contender,
     how_to_replace,
+    kept_by_giver,
     last_heard_s,
     leads_nothing_newer,
     planned,
@@ -124,7 +125,7 @@ def _next_number(role: Role, *, leap: bool) -> int:
 def _handed_by(role: Role) -> str:
     """Return who keeps the workload frozen until it runs here; empty: nobody does, or this node itself."""
     if planned(role):
-        return "" if role.alive else role.record.leader
+        return "" if role.alive else kept_by_giver(role)
     return role.record.handed_by if role.record.leader == role.me and role.record.mark == "failed" else ""
 
 
@@ -202,6 +203,7 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         step=None,
         heir="",
         starts_from=None,
+        launched_at_s=now.monotonic_s,
     )
     told = answered(cleared, refusal)
     known = (SaveHistory(_heading(role, record)),) if record.leader else ()

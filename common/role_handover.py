@@ -56,9 +56,9 @@ from common.succession import (
     is_silent,
     keeper_speaks,
     keeps_frozen,
+    kept_by_giver,
     let_go,
     obstacle,
-    planned,
     ready,
     replaceable,
     right_stands,
@@ -255,15 +255,15 @@ def may_take_back(role: Role, event: Event, now: Instant) -> str:
     rival = holder(role)
     if rival == role.me:
         return f"{role.record.leader} gave term {role.record.term} back"
-    if by_lease(role) and _kept_for_s(role, now) > 2 * role.timing.handover_s:
+    if by_lease(role) and _known_for_s(role, now) > 2 * role.timing.handover_s:
         return f"{rival}, to which it was handed over, does not run it: etcd has to give the next term"
     if not is_silent(role, rival, now) or _not_by_itself(role):
         return ""
     return f"{rival}, to which it was handed over, is silent: it has to be confirmed off"
 
 
-def _kept_for_s(role: Role, now: Instant) -> float:
-    """Return for how long it was kept, as far as this keeper knows."""
+def _known_for_s(role: Role, now: Instant) -> float:
+    """Return for how long this keeper has known that it is handed over."""
     return now.monotonic_s - max(role.launched_at_s, role.listening_since_s)
 
 
@@ -338,11 +338,14 @@ def given_back_ended(role: Role, event: Event, now: Instant) -> str:
 def heir_cannot(role: Role, event: Event, now: Instant) -> str:
     """The right is this node's, it could not use it for long, and who handed it over may still have it.
 
+    Who has nothing of it any more needs nothing back, and cannot: this node waits until it can.
+
     Beyond doubt: who begins a term without the right, even one in which nothing runs, has the right in it.
     """
-    waited_s = now.monotonic_s - role.launched_at_s
-    if not planned(role) or role.wanted is not None or waited_s < role.timing.handover_s or by_lease(role):
+    if by_lease(role) or not kept_by_giver(role):
         return ""  # with leases, the node that keeps it takes it back by itself
+    if role.wanted is not None or _known_for_s(role, now) < role.timing.handover_s:
+        return ""
     return "" if contender(role, now) else obstacle(role, now)
 
 
@@ -352,7 +355,7 @@ def record_failure(role: Role, event: Event, now: Instant) -> Acted:
 
 
 def kept_no_more(role: Role, event: Heard, now: Instant) -> str:
-    """The node that handed it over knows that it runs here."""
+    """The node that handed it over knows this term, and so has nothing of it any more."""
     record = role.record
     if event.node != record.handed_by or event.term < record.term or role.wanted is not None:
         return ""

@@ -489,7 +489,7 @@ TABLE: tuple[Row, ...] = (
     Row(("handed_over",), Tick, "may take back", may_take_back, "acquiring", pursue),
     Row(("handed_over",), Tick, "waits", waits_for_heir, None, nothing),
     Row(("handed_over",), OperatorFailover, "failover", asked, "acquiring", ask_failover),
-    Row(("leading",), Heard, "kept no more", kept_no_more, None, need_no_keeper),
+    Row(("leading", "failed"), Heard, "kept no more", kept_no_more, None, need_no_keeper),
     Row(("waiting",), Tick, "cannot take over", heir_cannot, None, record_failure),
     Row(("waiting",), TermPersisted, "failure recorded", recorded("failed"), "failed", kill),
     Row(("failed",), Tick, "given back", gives_back, "yielding", give_back),

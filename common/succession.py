@@ -49,6 +49,19 @@ def planned(role: Role) -> bool:
     return role.record.mark == "yielded" and role.record.heir == role.me
 
 
+def kept_by_giver(role: Role) -> str:
+    """Return the node that handed this term over by name and may still have the workload, frozen; else empty.
+
+    Its own word that nothing of it is there stands for as long as the term does: what has ended does not come
+    back in it. So it is with a node that was fenced, and gave its term to the one that had fenced it.
+    """
+    if not planned(role):
+        return ""
+    view = role.peers.get(role.record.leader, _UNHEARD)
+    ended = view.claim == "yielded" and view.term == role.record.term and not view.alive
+    return "" if ended else role.record.leader
+
+
 def keeps_frozen(role: Role) -> bool:
     """Tell whether this node handed a term over, or was given it back, and has the workload, frozen."""
     record = role.record

@@ -677,9 +677,33 @@ def test_an_heir_that_cannot_use_its_right_begins_a_term_of_failure_under_the_bo
     """After another boot, others may have been told that this node was off, and lead a newer term."""
     boot = "another-boot" if booted else "boot-1"
     driver = Driver("b", TermRecord(term=1, leader="a", mark="yielded", boot_id=boot, heir="b"))
-    driver.after(10.0)  # its agent is silent, and so is a
+    driver.after(29.0)  # its agent is silent, and so is a
+    assert not any(isinstance(effect, PersistTerm) for effect in driver.effects)
+    driver.after(2.0)
     begun = [effect.record.term for effect in driver.effects if isinstance(effect, PersistTerm)]
     assert begun == ([] if booted else [2])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_heir_waits_if_the_one_that_gave_its_term_away_has_nothing_of_the_workload(kept: bool) -> None:
+    """So it is after a fence by SSH: nobody can take a failure back, and any epoch may be restored."""
+    driver = Driver("b", TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-1", heir="b"))
+    driver.feed(
+        Heard(node="a", origin="keeper", boot_id="boot-a", term=1, claim="yielded", heir="b", alive=kept)
+    )
+    driver.after(31.0)  # its agent is silent
+    assert (driver.role.wanted is not None) is kept
+    if kept:
+        assert (driver.role.newest.mark, driver.role.newest.handed_by) == ("failed", "a")
+        return
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    driver.after(0.05)
+    driver.persisted()
+    assert (driver.state, driver.role.record.handed_by) == ("taking_over", "")
+    driver.after(0.05)
+    driver.feed(StepDone(step="hold"))
+    driver.feed(StepDone(step="add_vip"))
+    assert (driver.role.order.action, driver.role.order.newest_only) == ("restore", False)
 
 
 def test_a_returning_leader_follows_the_newer_term() -> None:
