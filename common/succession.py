@@ -436,8 +436,8 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     for node, view in role.peers.items():
         if view.claim == "starting" and view.term == 0 and keeper_speaks(role, node, now):
             return _refused(f"{node} does not know whether it leads it", f"outlive status on {node}")
-        busy = view.claim in (*RUNS, "acquiring") and view.term >= record.term
-        if busy and keeper_speaks(role, node, now):
+        # Also in an older term: it may not hear this node, and go on by what an operator said of it.
+        if view.claim in (*RUNS, "acquiring") and keeper_speaks(role, node, now):
             return _refused(f"{node} leads it or is about to, in term {view.term}")
     if record.term == 0:
         if me != spec.nodes[0]:

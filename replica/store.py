@@ -596,6 +596,10 @@ class EpochStore(StoreReader):
             garbage = self._garbage()
             if not garbage and not self._stale and not self._unswept:
                 return
+            if garbage and self._stale:
+                # A power loss that takes back where a fold's view leads, and no removal, would leave it on
+                # what has no view any more.
+                self._disk.sync_dir(self._layout.views, op="collect.sync-folded")
             for level in garbage:
                 self._disk.unlink(self._layout.view(level.id), op="collect.view")
                 del self._levels[level.id]

@@ -764,6 +764,18 @@ def test_a_start_on_a_replica_is_refused_whatever_its_leader_says() -> None:
         driver.effects.clear()
 
 
+@pytest.mark.parametrize("claim", ["acquiring", "leading"])
+def test_a_start_waits_for_a_node_that_is_heard_to_go_for_the_lead_in_an_older_term(claim: Claim) -> None:
+    """It need not hear this node, and goes on by an operator's word that was true when it was given."""
+    driver = Driver("a", TermRecord(term=100, leader="a", mark="stopped", boot_id="another-boot"))
+    driver.feed(Heard(node="b", origin="keeper", boot_id="boot-b", term=1, claim=claim))
+    driver.feed(OperatorStart(request=1, spec=SPEC))
+    assert "b leads it or is about to, in term 1" in _answer(driver, 1, Refused).message
+    driver.hear("following", term=1, node="b")
+    driver.feed(OperatorStart(request=2, spec=SPEC))
+    assert driver.role.newest.mark == "launching"
+
+
 def test_a_fresh_start_waits_for_a_node_that_does_not_know_whether_it_leads() -> None:
     driver = Driver("a", fenceable=frozenset())
     driver.feed(Heard(node="b", origin="keeper", boot_id="x", term=0, claim="starting", alive=True))

@@ -105,6 +105,25 @@ def test_a_failed_operation_costs_at_most_the_epoch_that_it_belongs_to(tmp_path:
         check_recovered(directory, run)
 
 
+def test_what_a_fold_leaves_without_a_use_loses_its_view_only_when_that_of_the_fold_is_durable(
+    tmp_path: Path,
+) -> None:
+    """Two epochs on the same one are both folded: a power loss may keep any removal, and nothing else."""
+    one, two, three, four = CONTENTS[:4]
+    steps: list[Step] = [Send(one), Send(two), Send(three), "fold", Send(four, base=2), "fold"]
+    removed = operations(steps)
+    stop = max(place for place, op in enumerate(removed) if op == "collect.sync-views")
+    assert "collect.view" in removed[stop - 3 : stop]
+    for seed in range(20):
+        directory = tmp_path / str(seed)
+        disk, run = FaultyDisk({stop: STOP}), Run(steps)
+        with pytest.raises(PowerLossError):
+            run.go(directory, disk)
+        disk.lose_power(random.Random(seed))
+        check_unopened(directory, run)
+        check_recovered(directory, run)
+
+
 def test_what_failed_when_a_store_was_made_is_made_good_by_the_next_attempt(tmp_path: Path) -> None:
     first_open = OPERATIONS.index("commit.make")
     for failed in range(first_open):
