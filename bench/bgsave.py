@@ -106,6 +106,7 @@ async def measure(options: Options) -> BgsaveReport:
                     keys=10_000,
                     value_bytes=100,
                     write_percent=10,
+                    tick_us=1,
                 )
                 await _fill(client, redis, address, options.fill_mib)
                 await load.write_all()

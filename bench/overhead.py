@@ -2,7 +2,7 @@
 
     python -m bench.overhead [--fill-mib 256] [--rounds 3] [--seconds 10] [--interval-ms 200]
                              [--connections 50] [--keys 100000] [--value-bytes 100] [--write-percent 50]
-                             [--apart 1] [--writer-mib 512] [--writer-pages-per-s 20000]
+                             [--apart 1] [--tick-us 100] [--writer-mib 512] [--writer-pages-per-s 20000]
                              [--output json|table]
 
 Rounds alternate: unprotected (the replica's agent is stopped, so no epoch is taken), then protected. redis
@@ -44,7 +44,7 @@ from outlive.cli.running import configure_logs
 from outlive.cluster import eventually
 from outlive.lab import Lab
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _ALLOWED_MS = 5.0
 """What p99 may grow by beyond the median freeze."""
 
@@ -62,6 +62,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     value_bytes: int = 100
     write_percent: int = 50
     apart: int = 1
+    tick_us: int = 100
     writer_mib: int = 512
     writer_pages_per_s: int = 20_000
 
@@ -74,6 +75,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     p50_ms: float
     p99_ms: float
     max_ms: float
+    cpus_idle: float
+    """Share of the processors' time."""
 
 
 class OpenLoop(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +142,12 @@ class _Rounds:
         return summarize([value for window in self.windows for value in window.freeze_ms])
 
     @property
+    def cpus_idle(self) -> float:
+        """Share of the processors' time."""
+        cpus_s = (os.cpu_count() or 1) * sum(window.seconds for window in self.windows)
+        return round(sum(window.idle_s for window in self.windows) / cpus_s, 3)
+
+    @property
     def cpu_s_per_epoch(self) -> CpuParts:
         total = NO_CPU
         for window in self.windows:
@@ -198,6 +207,7 @@ async def _measure_redis(directory: Path, options: Options) -> tuple[float, floa
                 keys=options.keys,
                 value_bytes=options.value_bytes,
                 write_percent=options.write_percent,
+                tick_us=options.tick_us,
                 before=load_on,
             )
             probe = [sys.executable, "-m", "outlive.probe", address, str(PORT)]
@@ -287,6 +297,7 @@ def _latency(rate_per_s: float, rounds: _Rounds) -> Latency:
         p50_ms=round(float(p50), 3),
         p99_ms=round(float(p99), 3),
         max_ms=round(float(most), 3),
+        cpus_idle=rounds.cpus_idle,
     )
 
 

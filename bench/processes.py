@@ -26,6 +26,12 @@ def kernel_s(pid: int) -> float:
     return (int(fields[12]) + int(fields[14])) / _TICKS
 
 
+def idle_s() -> float:
+    """Return for how many seconds all processors together have been idle, or waiting for a disk."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return (int(fields[4]) + int(fields[5])) / _TICKS
+
+
 def has_children(pid: int) -> bool:
     """Tell whether a process of one thread has children that it has not waited for."""
     return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().strip())

@@ -39,6 +39,7 @@ class RedisLoad:
         keys: int,
         value_bytes: int,
         write_percent: int,
+        tick_us: int,
         before: Sequence[str] = (),
     ) -> None:
         """`program` is `bench/load.c`, compiled; the latencies are written beside it.
@@ -49,7 +50,8 @@ class RedisLoad:
         self._output = program.with_name("latencies")
         self._command = (
             *(*before, str(program), "-c", str(connections), "-k", str(keys)),
-            *("-v", str(value_bytes), "-w", str(write_percent), "-o", str(self._output)),
+            *("-v", str(value_bytes), "-w", str(write_percent), "-t", str(tick_us)),
+            *("-o", str(self._output)),
         )
         self._to = (address, str(PORT))
 

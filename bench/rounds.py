@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from bench.processes import cpu_parts_s, cpu_s, kernel_s
+from bench.processes import cpu_parts_s, cpu_s, idle_s, kernel_s
 from common.container import running_init_pid
 from common.control import WorkloadMetrics
 from common.errors import LabError
@@ -63,6 +63,8 @@ class Window:
     epochs: int
     freeze_ms: tuple[float, ...]
     cpu: CpuParts
+    idle_s: float
+    """Of all processors together."""
 
 
 class Switched:
@@ -109,13 +111,14 @@ class Switched:
     @asynccontextmanager
     async def watched(self, into: list[Window], *, protected: bool) -> AsyncIterator[None]:
         """Append the window of what is done within. Raises LabError if it was not as `protected` says."""
-        old, cpu, begun_s = await self.metrics(), self._cpu(), time.monotonic()
+        old, cpu, begun_s, idle_before_s = await self.metrics(), self._cpu(), time.monotonic(), idle_s()
         yield
-        seconds, used, new = time.monotonic() - begun_s, self._cpu().plus(cpu, -1), await self.metrics()
+        seconds, idle = time.monotonic() - begun_s, idle_s() - idle_before_s
+        used, new = self._cpu().plus(cpu, -1), await self.metrics()
         epochs = new.epochs_captured - old.epochs_captured
         if bool(epochs) != protected:
             raise LabError(f"{epochs} epochs were taken within {seconds:.1f} s, {protected=}")
-        into.append(Window(seconds, epochs, new.freeze_ms[-epochs:] if epochs else (), used))
+        into.append(Window(seconds, epochs, new.freeze_ms[-epochs:] if epochs else (), used, idle))
 
     def _cpu(self) -> CpuParts:
         agent, criu = cpu_parts_s(self.first.processes["agent"].pid)
