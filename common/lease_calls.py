@@ -207,6 +207,7 @@ class LeaseKeys:
     """Asks for one workload on behalf of one node under one boot."""
 
     def __init__(self, workload: str, *, node: str, boot_id: str, ttl_s: int, clock: Clock) -> None:
+        self._workload = workload
         self._leader = f"{PREFIX}/{workload}/leader"
         self._term = f"{PREFIX}/{workload}/term"
         self._node = node
@@ -242,7 +243,8 @@ class LeaseKeys:
         if newest is not None and newest.term > asked.known and not passed_over:
             return Denied(
                 reason=f"{newest.node} has claimed term {newest.term}, of which nothing was heard here: "
-                "what was done in it is not here either"
+                f"what was done in it is not here either; outlive failover {self._workload} "
+                "--accept-data-loss passes over it"
             )
         if read.leader is not None:  # of an attempt whose answer was lost, or of a keeper before a boot
             yield from self._revoke(read.leader.lease)

@@ -551,6 +551,11 @@ def heir_not_heard(role: Role, event: Event, now: Instant) -> str:
             f"{_doubted(role)}, and {node} knows nothing of it: declare it in {node}'s file and restart "
             f"{node}'s keeper, which restores what is stored there; or: {start} (memory content is lost)"
         )
+    elif keeper_speaks(role, node, now) and role.peers[node].claim == "yielded" and role.peers[node].alive:
+        reason = (
+            f"{_doubted(role)}, and {node} keeps it, frozen, as it was in term {role.peers[node].term}: "
+            f"outlive failover {role.spec.name} --accept-data-loss there lets it run"
+        )
     else:
         reason = (
             f"{_doubted(role)}, and {node} does not say that it follows: it may lead by now; "

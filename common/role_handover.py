@@ -270,7 +270,8 @@ def _known_for_s(role: Role, now: Instant) -> float:
 def waits_for_heir(role: Role, event: Event, now: Instant) -> str:
     """Nothing has come of it yet, and that is not shown."""
     rival = holder(role)
-    if role.wanted is not None or rival == role.me or (role.retries and is_silent(role, rival, now)):
+    told = role.retries and (by_lease(role) or is_silent(role, rival, now))  # why it cannot be taken back
+    if role.wanted is not None or rival == role.me or told:
         return ""
     reason = f"handed over to {rival}; it is kept here, frozen, until it runs there"
     if is_silent(role, rival, now):
@@ -288,8 +289,9 @@ def _not_by_itself(role: Role) -> str:
 
 
 def kept_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
-    """The fence of the heir did not confirm."""
-    return not_confirmed(role, event, now) if keeps_frozen(role) else ""
+    """The fence of the heir did not confirm, or etcd does not give the next term."""
+    why = not_confirmed(role, event, now) if keeps_frozen(role) else ""
+    return f"{why}; it is kept here, frozen" if why and by_lease(role) else why
 
 
 def let_go_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
@@ -298,8 +300,11 @@ def let_go_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
 
 
 def kept_undecided(role: Role, event: Heard, now: Instant) -> str:
-    """The heir is heard again while it is being fenced, in its term, but does not run it yet."""
-    if not kept_hearsay(role, event, now) or event.node != holder(role):
+    """The heir is heard again while it is being fenced, in its term, but does not run it yet.
+
+    Etcd, where it gives the right, is asked by nobody to turn the heir off.
+    """
+    if by_lease(role) or not kept_hearsay(role, event, now) or event.node != holder(role):
         return ""
     return f"{event.node} says {event.claim} in term {event.term}"
 

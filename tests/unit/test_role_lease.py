@@ -218,3 +218,32 @@ def test_what_an_operator_starts_by_a_lease_is_not_what_the_agent_had_before() -
     assert driver.role.spec == LEASED
     driver.feed(result(claim.attempt, term=1))
     assert driver.role.wanted is not None
+
+
+def test_who_keeps_it_frozen_says_why_etcd_does_not_give_the_term_and_an_operator_passes_over_it() -> None:
+    """Its heir was stopped and started afresh unheard, and lost that when its host booted anew."""
+    record = TermRecord(term=2, leader="b", mark="yielded", boot_id="boot-1", heir="a")
+    driver = Driver("b", record, spec=LEASED, running=True, frozen=True, fenceable=NO_FENCE)
+
+    def heir_starts() -> None:
+        driver.feed(Heard(node="a", origin="keeper", boot_id="boot-a", term=4, claim="starting"))
+
+    heir_starts()
+    asked: list[ClaimTerm] = []
+    while not asked:
+        driver.now_s += 0.1
+        heir_starts()
+        asked = claims(driver.after(0.025))
+        assert driver.now_s < 200.0
+    driver.feed(result(asked[-1].attempt, "refused"))
+    driver.after(0.05)
+    assert (driver.state, driver.role.alive) == ("handed_over", True)
+    assert driver.role.reason == "etcd does not give the lease: refused: so; it is kept here, frozen"
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    (claim,) = claims(driver.effects)[-1:]
+    assert claim.over
+    heir_starts()
+    assert (driver.state, answers(driver.effects)) == ("acquiring", [])
+    driver.feed(result(claim.attempt, term=5))
+    driver.persisted()
+    assert (driver.state, driver.role.record.term) == ("taking_over", 5)
