@@ -48,6 +48,8 @@ class FenceAnswer(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Literal["confirmed", "refused", "unknown", "ready"]
     """`ready`: nothing was done, as was asked for, and a fence would be carried out."""
     reason: str
+    newer: bool = False
+    """It refused because a newer term is led: who asked is of the past."""
 
 
 def words_of(request: FenceRequest, *, dry_run: bool = False) -> tuple[str, ...]:

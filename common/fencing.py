@@ -4,6 +4,8 @@ In: a `FenceRequest` and the `[[fences]]`. Out: a `Verdict`. A command's exit st
 *refused*, everything else, its time-out included, *unknown*. By SSH the node's own word counts, and
 whatever keeps it from being heard whole is *unknown*. Only *confirmed* is a right to lead. A method
 that has confirmed ends the search; refused outweighs unknown in what is reported, and neither gives a right.
+A keeper's search ends, too, with a node that says that a newer term is led: the next method would turn off
+whoever leads, for one that is of the past.
 """
 
 from __future__ import annotations
@@ -39,15 +41,21 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome
     reason: str
     """Which method said what, in a sentence."""
+    newer: bool = False
+    """Refused by the node itself, because a newer term is led."""
 
 
 async def fence_node(request: FenceRequest, methods: Sequence[Fence]) -> Verdict:
     """Ask the methods for the node in order until one confirms. Never raises but when cancelled."""
-    return summed_up(request.node, await ask_methods(request, methods))
+    return summed_up(request.node, await ask_methods(request, methods, heed_newer=True))
 
 
-async def ask_methods(request: FenceRequest, methods: Sequence[Fence]) -> tuple[Verdict, ...]:
+async def ask_methods(
+    request: FenceRequest, methods: Sequence[Fence], *, heed_newer: bool = False
+) -> tuple[Verdict, ...]:
     """Return what each method for the node answered, up to the first that confirmed.
+
+    With `heed_newer`, up to the node's own word that a newer term is led: only an operator goes on then.
 
     A command that is still running at its time-out is killed with its process group; what it did until then
     is unknown. Never raises but when cancelled.
@@ -57,7 +65,7 @@ async def ask_methods(request: FenceRequest, methods: Sequence[Fence]) -> tuple[
         if method.node != request.node:
             continue
         verdicts.append(await _ask_method(method, request))
-        if verdicts[-1].outcome == "confirmed":
+        if verdicts[-1].outcome == "confirmed" or (heed_newer and verdicts[-1].newer):
             break
     return tuple(verdicts)
 
@@ -95,6 +103,7 @@ async def _ask_by_ssh(method: Fence, request: FenceRequest) -> Verdict:
     return Verdict(
         outcome=outcome,
         reason=f"{method.label}: {_says(method, outcome)} ({took_ms:.0f} ms): {answer.reason}",
+        newer=answer.newer,
     )
 
 

@@ -268,6 +268,11 @@ def _claimed(lease: Lease, question: Claim, answer: Answer, now_s: float, effect
     elif isinstance(answer, Granted):
         lease = replace(lease, leftover=answer.held.lease_id)
         reason = "etcd was too slow: the lease that it gave counts no more"
+    if outcome != "confirmed" and lease.held is not None:
+        # The claim may have revoked it. Invariant: nothing runs on a lease that this node may have let go of;
+        # if it still stands, `Reclaim` finds it.
+        effects.append(Drop())
+        lease = replace(lease, held=None, until_s=0.0)
     told = FenceResult(node="etcd", attempt=claim.attempt, outcome=outcome, reason=reason, term=term)
     effects.append(Tell(told))
     return lease

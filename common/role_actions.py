@@ -33,6 +33,7 @@ from common.succession import (
     by_lease,
     contender,
     how_to_replace,
+    is_silent,
     kept_by_giver,
     last_heard_s,
     leads_nothing_newer,
@@ -109,7 +110,7 @@ def next_term(
         boot_id=role.boot_id,
         cause=cause,
         began_wall_s=now.wall_s,
-        handed_by=_handed_by(role),
+        handed_by=_handed_by(role, now),
     )
     return persist(role, record)
 
@@ -122,10 +123,16 @@ def _next_number(role: Role, *, leap: bool) -> int:
     return (known // TERM_LEAP + 1) * TERM_LEAP + place * _TERM_LINE
 
 
-def _handed_by(role: Role) -> str:
-    """Return who keeps the workload frozen until it runs here; empty: nobody does, or this node itself."""
+def _handed_by(role: Role, now: Instant) -> str:
+    """Return who keeps the workload frozen until it runs here; empty: nobody does, or this node itself.
+
+    Nobody does if an operator says that the node is off: then any epoch may be restored here.
+    """
     if planned(role):
         return "" if role.alive else kept_by_giver(role)
+    giver = role.record.handed_by
+    if role.by_operator and role.vouched == giver and is_silent(role, giver, now):
+        return ""
     return role.record.handed_by if role.record.leader == role.me and role.record.mark == "failed" else ""
 
 

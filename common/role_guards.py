@@ -554,7 +554,8 @@ def heir_not_heard(role: Role, event: Event, now: Instant) -> str:
     elif keeper_speaks(role, node, now) and role.peers[node].claim == "yielded" and role.peers[node].alive:
         reason = (
             f"{_doubted(role)}, and {node} keeps it, frozen, as it was in term {role.peers[node].term}: "
-            f"outlive failover {role.spec.name} --accept-data-loss there lets it run"
+            f"outlive failover {role.spec.name} --accept-data-loss there lets it run "
+            f"(with no fence for {role.me}: once its keeper is stopped, and --old-primary-is-off {role.me})"
         )
     else:
         reason = (

@@ -227,13 +227,21 @@ def found_handed_over(role: Role, event: KeeperStarted, now: Instant) -> str:
 
 def runs_there(role: Role, event: Heard, now: Instant) -> str:
     """A newer term is known in which nobody gives it back any more."""
-    if not supersedes(role, event):
+    if not supersedes(role, event) or _fenced_lately(role, now):
         return ""
     runs = event.claim == "leading" and event.alive
     elsewhere = event.claim == "yielded" and event.heir != role.me
     if not (runs or elsewhere or event.claim == "stopped"):
         return ""
     return f"{event.node} says {event.claim} in term {event.term}: it is not needed here any more"
+
+
+def _fenced_lately(role: Role, now: Instant) -> bool:
+    """Tell whether this node has just asked for the heir's fence, and cannot tell what came of it.
+
+    What is heard to run there may be ended by that in the next moment; then this is the last copy.
+    """
+    return role.retries > 0 and now.monotonic_s < role.retry_at_s and not by_lease(role)
 
 
 def given_back(role: Role, event: Heard, now: Instant) -> str:
@@ -274,8 +282,14 @@ def waits_for_heir(role: Role, event: Event, now: Instant) -> str:
     if role.wanted is not None or rival == role.me or told:
         return ""
     reason = f"handed over to {rival}; it is kept here, frozen, until it runs there"
+    view = role.peers.get(rival, PeerView())
     if is_silent(role, rival, now):
         reason = f"handed over to {rival}, which is silent; {_not_by_itself(role)}"
+    elif view.claim == "starting" and view.term > role.record.term:
+        reason = (
+            f"{rival} led term {view.term} after it was handed over, and has lost what ran there; "
+            f"what is kept here, frozen, is older: outlive failover {role.spec.name} --accept-data-loss"
+        )
     return "" if reason == role.reason else reason
 
 
@@ -302,9 +316,12 @@ def let_go_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
 def kept_undecided(role: Role, event: Heard, now: Instant) -> str:
     """The heir is heard again while it is being fenced, in its term, but does not run it yet.
 
-    Etcd, where it gives the right, is asked by nobody to turn the heir off.
+    Etcd, where it gives the right, is asked by nobody to turn the heir off. And who has just booted does not
+    run it: an operator who accepts the loss of what it did in that term is not told to wait.
     """
     if by_lease(role) or not kept_hearsay(role, event, now) or event.node != holder(role):
+        return ""
+    if runs_there(role, event, now) or (role.by_operator and event.claim == "starting"):
         return ""
     return f"{event.node} says {event.claim} in term {event.term}"
 
@@ -318,8 +335,13 @@ def wait_again(role: Role, event: Heard, now: Instant) -> Acted:
 
 
 def kept_hearsay(role: Role, event: Heard, now: Instant) -> str:
-    """A newer term is known, and whether it runs there is not."""
-    undecided = keeps_frozen(role) and supersedes(role, event) and not runs_there(role, event, now)
+    """A newer term is known, and whether it runs there is not, or not for long: its fence is asked for.
+
+    Invariant: what is kept is not ended while a fence that this node has asked for may end the other copy.
+    """
+    if not keeps_frozen(role) or not supersedes(role, event):
+        return ""
+    undecided = not by_lease(role) or not runs_there(role, event, now)
     return role.reason if undecided else ""
 
 
@@ -379,9 +401,16 @@ def gives_back(role: Role, event: Event, now: Instant) -> str:
         return ""
     view = role.peers.get(record.handed_by, PeerView())
     keeps = view.claim in ("yielded", "acquiring") and view.alive and view.term < record.term
+    if record.mark == "leads" and _followed(role):
+        return ""  # it has served since, and what it did then is stored there
     if not keeps or not keeper_speaks(role, record.handed_by, now) or not _agent_at_rest(role, now):
         return ""
     return f"{record.handed_by} keeps it, and can let it run on: {role.reason}"
+
+
+def _followed(role: Role) -> bool:
+    """Tell whether another node says that it follows this term: it may have epochs of it."""
+    return any(view.claim == "following" and view.term == role.record.term for view in role.peers.values())
 
 
 def _agent_at_rest(role: Role, now: Instant) -> bool:

@@ -73,6 +73,9 @@ class TermFiles:
         if record.term < known.term:
             raise StaleTermError(f"term {record.term} of {workload} is older than {known.term} on disk")
         same_leader = known.leader in ("", record.leader) or known.leader == self._node != record.leader
+        # Of two leaders of one term the first by name stays; a third node follows whom the other one follows.
+        named = record.leader not in ("", self._node)
+        same_leader = same_leader or (named and record.leader < known.leader)
         if record.term == known.term and known.term > 0 and not same_leader:
             raise StaleTermError(f"term {record.term} of {workload} is led by {known.leader}")
         refusal = self.load_refusal(workload)
@@ -80,6 +83,11 @@ class TermFiles:
             raise StaleTermError(f"{refusal.by} fenced this node: it leads no term up to {refusal.term}")
         self._make(self._path(workload))
         self._write(self._path(workload) / "term.json", record, "term.record")
+
+    def try_to_write(self, workload: str) -> None:
+        """Write and sync a file of no meaning where terms are recorded: who cannot should go for no term."""
+        self._make(self._path(workload))
+        self._write(self._path(workload) / "writable.json", True, "term.try")
 
     def load_refusal(self, workload: str) -> Refusal | None:
         """Return the newest fence of this node. A damaged file is an error: it is never taken for none."""

@@ -39,6 +39,7 @@ from common.roles import Refusal
 from common.state_format import check_state_format
 from common.terms_file import TermFiles
 from common.threads import in_thread
+from outlive import lease_guard
 from outlive.processes import end, holders, matching
 
 _END_S = 5.0
@@ -57,28 +58,32 @@ async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bo
         signal.signal(number, signal.SIG_IGN)
     files = TermFiles(Path(config.node.state_dir), config.node.name)
 
-    def answer(outcome: str, reason: str) -> FenceAnswer:
+    def answer(outcome: str, reason: str, *, newer: bool = False) -> FenceAnswer:
         return FenceAnswer(
             node=config.node.name,
             by=request.by,
             terms=request.terms,
             outcome=outcome,  # type: ignore[arg-type]
             reason=reason,
+            newer=newer,
         )
 
     try:
         check_state_format(Path(config.node.state_dir))
         # Read once: what a keeper records from here on is beyond what is fenced.
         fenced = {name: max(term, files.load(name).term) for name, term in request.terms.items()}
-        if objection := _stranger(config, request) or _of_the_past(files, request, fenced):
+        if objection := _stranger(config, request):
             return answer("refused", objection)
+        if objection := _of_the_past(config, files, request, fenced):
+            return answer("refused", objection, newer=True)
         if os.geteuid():
             return answer("unknown", "only root can end what runs here, and this is not root")
         if dry_run:
             return answer("ready", f"a fence by {request.by} would be carried out")
         if not request.terms:
             return answer("unknown", "no workload was named, and only workloads can be fenced by SSH")
-        return answer(*await _carry_out(config, files, request.by, fenced))
+        outcome, reason = await _carry_out(config, files, request.by, fenced)
+        return answer(outcome, reason, newer=outcome == "refused")
     except (OutliveError, OSError) as error:
         return answer("unknown", f"not carried to its end: {error}")
 
@@ -92,12 +97,23 @@ def _stranger(config: NodeConfig, request: FenceRequest) -> str:
     return ""
 
 
-def _of_the_past(files: TermFiles, request: FenceRequest, fenced: dict[str, int]) -> str:
-    """Return why the request is of the past: a workload's newest term here is beyond what it allows."""
+def _of_the_past(config: NodeConfig, files: TermFiles, request: FenceRequest, fenced: dict[str, int]) -> str:
+    """Return why the request is of the past: a workload's newest term here is beyond what it allows.
+
+    One that this node has begun unheard is not: who handed it over may have it back. But what serves in it
+    already goes on serving; who asks has only what it was before that.
+    """
     for name, term in request.terms.items():
+        record = files.load(name)
         if fenced[name] > (most := max(term, request.up_to)):
-            leader = files.load(name).leader or "another node"
+            leader = record.leader or "another node"
             return f"{leader} leads {name} in term {fenced[name]}, and {request.by} knows of {most} only"
+        serves = record.leader == config.node.name and record.mark == "leads" and record.term > term
+        if serves and workload_pids(config, name):
+            return (
+                f"{name} runs here in term {record.term}, and {request.by} knows of {term} only: "
+                f"outlive stop {name} on {config.node.name} ends it"
+            )
     return ""
 
 
@@ -136,8 +152,10 @@ async def _carry_out(
 
 
 def _end_holders(path: str, with_children: bool) -> None:
+    """End who holds a socket. A guard of leases, which a keeper has started, stays: others need it now."""
+    guards = matching(lambda words: lease_guard.__file__ in words) if with_children else []
     for pid in holders(path):
-        end(pid, _END_S, with_children)
+        end(pid, _END_S, with_children, spare=guards)
 
 
 async def _end_bringing_up(config: NodeConfig, name: str) -> None:

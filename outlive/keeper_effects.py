@@ -208,6 +208,9 @@ _SERVES: frozenset[_HostStep] = frozenset({"add_vip", "lift", "announce"})
 _DISK: dict[type[Effect], Literal["persist", "pauses"]] = {PersistTerm: "persist", PersistPauses: "pauses"}
 
 
+_TRY_TO_WRITE_S = 2.0
+
+
 class Effects:
     """Carries out one workload's effects; what came of them goes to `feed`, in the event loop."""
 
@@ -300,8 +303,25 @@ class Effects:
             case ForgetFiles():
                 self._files.forget_spec(spec.name)
 
+    async def cannot_record(self, spec: WorkloadSpec) -> str:
+        """Return why this node could not record a new term now; empty if it could.
+
+        Whoever takes the right to lead from another one without that leaves the workload to nobody.
+        """
+        try:
+            async with asyncio.timeout(_TRY_TO_WRITE_S):
+                await in_thread(self._files.try_to_write, spec.name)
+        except (OutliveError, OSError) as error:
+            return f"this node could not record the next term: {error}"
+        except TimeoutError:
+            return f"this node could not record the next term: its disk took over {_TRY_TO_WRITE_S:g} s"
+        return ""
+
     async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
-        verdict = await self._hands.fence(asked, spec.name)
+        if reason := await self.cannot_record(spec):
+            verdict = Verdict(outcome="unknown", reason=f"not asked: {reason}")
+        else:
+            verdict = await self._hands.fence(asked, spec.name)
         self._feed(
             FenceResult(
                 node=asked.node, attempt=asked.attempt, outcome=verdict.outcome, reason=verdict.reason

@@ -217,7 +217,7 @@ class KeptWorkload:
                     self._answer(number, answer)
                 case ClaimTerm():
                     self._tell(LogEvent.FENCE_ASKED, f"etcd is asked for term {effect.term}", peer="etcd")
-                    self._lease.claim(effect)
+                    self._tasks.create_task(self._claim(effect))
                 case OrderAgent(order=order):
                     log.info(
                         "order.changed workload=%s number=%d role=%s action=%s term=%d",
@@ -237,6 +237,13 @@ class KeptWorkload:
             self._judge_objective(_now())
             self.planned.tick(self.role, _now())
         self._lease.advance(Passed())
+
+    async def _claim(self, claim: ClaimTerm) -> None:
+        """Ask etcd for a term, unless this node could not record it: a lease without use blocks others."""
+        if not (reason := await self._effects.cannot_record(self.role.spec)):
+            self._lease.claim(claim)
+            return
+        self.feed(FenceResult(node="etcd", attempt=claim.attempt, outcome="unknown", reason=reason))
 
     async def ask(
         self,

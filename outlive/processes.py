@@ -46,8 +46,10 @@ def matching(wanted: Callable[[Sequence[str]], bool]) -> list[int]:
     return found
 
 
-def end(pid: int, deadline_s: float, with_children: bool = False) -> None:
+def end(pid: int, deadline_s: float, with_children: bool = False, spare: Sequence[int] = ()) -> None:
     """Kill a process and wait until it is gone; with all that it has started and that has it for an ancestor.
+
+    Not those to `spare`.
 
     It is stopped first, so that it starts nothing meanwhile. A thread that waits for its child to become
     another program cannot be stopped before it has, so whatever it began to start is a program by then.
@@ -59,7 +61,8 @@ def end(pid: int, deadline_s: float, with_children: bool = False) -> None:
             return
         _signal(first, signal.SIGSTOP)
         _wait_until_stopped(pid)
-        children = [_hold(held, child) for child in _descendants(pid)] if with_children else []
+        doomed = [child for child in _descendants(pid) if child not in spare] if with_children else []
+        children = [_hold(held, child) for child in doomed]
         ending = [pidfd for pidfd in (*children, first) if pidfd is not None]
         for pidfd in ending:
             _signal(pidfd, signal.SIGKILL)

@@ -155,14 +155,23 @@ def settle(world: World) -> None:
 def pass_over(world: World) -> None:
     """Do what a node that keeps the workload frozen asks of an operator; what it asks for has to help.
 
-    Etcd knows of a term that is newer, and of which nothing was heard there: nobody passes over it unasked.
+    A newer term is known there, of which it has nothing: nobody passes over that unasked.
     """
-    asks = f"outlive failover {world.spec.name} --accept-data-loss passes over it"
+    asks = f"outlive failover {world.spec.name} --accept-data-loss"
     for host in world.hosts.values():
         for _ in range(20):  # it asks etcd again and again, and takes no request meanwhile
             if host.role is None or host.role.name not in ("handed_over", "acquiring"):
                 break
-            if asks in host.role.reason and not world.refused(world.failover(host.name)):
+            heir, request = host.role.record.heir, 0
+            if asks in host.role.reason:
+                request = world.failover(host.name)
+                if world.refused(request) and world.spec.right_to_lead == "manual":
+                    world.power_off(world.hosts[heir])
+                    world.run(1.0)
+                    request = world.failover(host.name, heir)
+            if request and not world.refused(request):
+                world.run(SETTLE_S / 3)
+                heal(world)  # a fence may have turned the heir off
                 world.run(SETTLE_S / 3)
                 break
             world.run(0.05)

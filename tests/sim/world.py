@@ -512,12 +512,17 @@ class World:
         verdict = FenceResult(node=node, attempt=attempt, outcome=outcome, reason="as the seed has it")  # type: ignore[arg-type]
         self._after(host, answers_s, verdict)
 
+    def _serves_beyond(self, target: Host, term: int) -> bool:
+        """Tell whether it runs there in a later term than who fences knows of."""
+        led = target.record.leader == target.name and target.record.mark == "leads"
+        return led and target.record.term > term and target.container is not None
+
     def _fence_by_ssh(self, host: Host, asked: RunFence, outcome: str, answers_s: float) -> None:
         """What `outlive accept-fence` does, at one moment; systemd starts keeper and agent again."""
         target = self.hosts[asked.node]
         if not target.on:
             outcome = "unknown"
-        elif target.record.term > asked.up_to:
+        elif target.record.term > asked.up_to or self._serves_beyond(target, asked.term):
             outcome = "refused"
         else:
             term = max(asked.term, target.record.term)

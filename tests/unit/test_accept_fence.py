@@ -153,3 +153,17 @@ async def test_a_refusal_that_is_not_read_back_is_unknown(
 ) -> None:
     monkeypatch.setattr(TermFiles, "record_refusal", lambda *_: None)
     assert (await accept_fence(config, REQUEST)).outcome == "unknown"
+
+
+async def test_what_serves_in_a_term_that_who_fences_has_not_heard_of_goes_on(
+    config: NodeConfig, files: TermFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for terms up to 99: what this node has only begun unheard it may have back."""
+    request = FenceRequest(node="a", by="b", terms={"w": 3}, up_to=99)
+    monkeypatch.setattr(module, "workload_pids", lambda *_: [1])
+    answer = await accept_fence(config, request)
+    assert (answer.outcome, answer.newer) == ("refused", True)
+    assert "w runs here in term 4, and b knows of 3 only" in answer.reason
+    assert files.load_refusal("w") is None
+    monkeypatch.setattr(module, "workload_pids", lambda *_: [])
+    assert (await accept_fence(config, request)).outcome == "confirmed"

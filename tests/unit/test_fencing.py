@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Fence, Node, NodeConfig, Peer
-from common.fence_request import FenceRequest
-from common.fencing import coverage, fence_node, fenceable
+from common import fencing
+from common.config import Fence, Node, NodeConfig, Peer, SshFence
+from common.fence_request import FenceAnswer, FenceRequest
+from common.fencing import ask_methods, coverage, fence_node, fenceable
 from common.model import WorkloadSpec
 
 REQUEST = FenceRequest(node="a", by="b", terms={"w": 1})
@@ -86,3 +87,22 @@ def test_coverage_says_beforehand_what_would_happen() -> None:
     manual = WorkloadSpec(name="w", nodes=("a", "b"), command=("x",))
     assert all("manual" in sentence for sentence in coverage(config(fence("exit 0")), manual))
     assert fenceable(config(fence("exit 0"))) == {"a"}
+
+
+async def test_a_node_that_knows_a_newer_term_is_not_turned_off_by_the_next_method(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who asks is of the past: the other one leads by now. An operator may go on."""
+
+    async def refuses(*_: object) -> FenceAnswer:
+        reason = "a leads w in term 100, and b knows of 1 only"
+        return FenceAnswer(node="a", by="b", terms={"w": 1}, outcome="refused", reason=reason, newer=True)
+
+    monkeypatch.setattr(fencing, "ask_in_child", refuses)
+    ssh = Fence(node="a", ssh=SshFence(host="127.0.0.1", key_file="/k", host_key="ssh-ed25519 AAAA"))
+    methods = [ssh, fence(f"touch {tmp_path}/off")]
+    verdict = await fence_node(REQUEST, methods)
+    assert verdict.outcome == "refused"
+    assert "a leads w in term 100" in verdict.reason
+    assert not (tmp_path / "off").exists()
+    assert (await ask_methods(REQUEST, methods))[-1].outcome == "confirmed"

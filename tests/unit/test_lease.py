@@ -434,3 +434,18 @@ def test_a_renewal_that_the_leader_of_etcd_may_not_know_of_does_not_count() -> N
 
     assert isinstance(renewed(4, 4), Granted)
     assert isinstance(renewed(4, 5), Unanswered)
+
+
+@pytest.mark.parametrize("answer", [Unanswered(reason="no answer"), Denied(reason="another node was faster")])
+def test_nothing_runs_on_a_lease_that_a_claim_which_failed_may_have_revoked(answer: Answer) -> None:
+    """A leader in doubt claims anew: that ends its own lease first, whatever a renewal granted meanwhile."""
+    driver = leading()
+    driver.feed(Passed(), 100.0 + GOOD_FOR_S)
+    driver.feed(Wanted(CLAIM), 102.0, CLAIMING)
+    driver.answer(Granted(held=HELD, sent_s=102.0, ttl_s=2), 102.1, CLAIMING)
+    assert isinstance(driver.question, Claim)
+    effects = driver.answer(answer, 102.2, LEADING)
+    assert Drop() in effects
+    assert Thaw() not in effects
+    assert (driver.lease.held, driver.lease.closed) == (None, True)
+    assert isinstance(driver.question, Reclaim), "if it still stands, it is had again"

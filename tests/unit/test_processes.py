@@ -84,3 +84,10 @@ def test_command_lines_are_compared_word_by_word(tmp_path: Path) -> None:
         assert found == [process.pid]
         assert matching(lambda words: mark[:-1] in words) == []
         process.kill()
+
+
+def test_what_is_to_be_spared_is_left(tmp_path: Path) -> None:
+    with holder(tmp_path / "x.sock") as (process, child):
+        end(process.pid, 5.0, with_children=True, spare=[child])
+        assert process.wait(5) == -signal.SIGKILL
+        assert lives(child)

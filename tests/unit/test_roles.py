@@ -1016,3 +1016,58 @@ def test_a_term_that_another_node_leads_is_told_in_the_history_too() -> None:
     driver = follower()
     stories = [each.history for each in driver.hear("leading", term=7) if isinstance(each, SaveHistory)]
     assert [(each.term, each.leader, each.timeline) for each in stories] == [(7, "a", ())]
+
+
+@pytest.mark.parametrize("outcome", ["confirmed", "refused"])
+def test_what_is_kept_is_not_ended_while_a_fence_may_end_the_other_copy(outcome: str) -> None:
+    record = TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-1", heir="b")
+    driver = Driver("a", record, running=True, frozen=True)
+    driver.hear("acquiring", node="b")
+    (fence,) = (effect for effect in driver.after(0.5) if isinstance(effect, RunFence))
+    driver.hear("leading", term=2, node="b")
+    assert (driver.state, KillWorkload() in driver.effects) == ("acquiring", False)
+    driver.feed(FenceResult(node="b", attempt=fence.attempt, outcome=outcome, reason="so"))  # type: ignore[arg-type]
+    if outcome == "confirmed":
+        driver.persisted()
+        assert (driver.state, driver.role.record.leader) == ("taking_over", "a")
+        return
+    driver.hear("leading", term=2, node="b")
+    assert driver.state == "handed_over", "the fence may come late"
+    for _ in range(11):
+        driver.after(0.1)
+        driver.hear("leading", term=2, node="b")
+    assert (driver.state, KillWorkload() in driver.effects) == ("deposed", True)
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_term_in_which_it_served_is_not_given_back_while_a_third_node_may_have_its_epochs(
+    followed: bool,
+) -> None:
+    spec = replace(SPEC, nodes=("a", "b", "c"))
+    record = TermRecord(term=2, leader="b", mark="leads", boot_id="another-boot", handed_by="a")
+    driver = Driver("b", record, spec=spec)
+    for done in ("kill", "drop_vip", "lift"):
+        driver.feed(StepDone(step=done))  # type: ignore[arg-type]
+    driver.hear("yielded", term=1)
+    driver.feed(Heard(node="c", origin="keeper", boot_id="c", term=2 if followed else 1, claim="following"))
+    driver.report(order_done=driver.role.order.number)
+    driver.after(0.05)
+    driver.report(order_done=driver.role.order.number)
+    driver.after(0.05)
+    assert (driver.role.newest.mark, driver.role.newest.heir) == (
+        ("leads", "") if followed else ("yielded", "a")
+    )
+    if followed:
+        driver.after(0.2)
+        driver.hear("yielded", term=1)
+        driver.after(0.05)
+        assert "a keeps it, frozen, as it was in term 1" in driver.role.reason
+
+
+def test_any_epoch_may_be_restored_once_an_operator_says_that_who_kept_the_newest_is_off() -> None:
+    record = TermRecord(term=2, leader="b", mark="failed", boot_id="boot-1", handed_by="a")
+    driver = Driver("b", record)
+    driver.after(3.0)
+    driver.report(stored=EpochId(1, 9), restorable=True)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="a"))
+    assert (driver.role.newest.mark, driver.role.newest.handed_by) == ("taking_over", "")
