@@ -23,6 +23,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -130,6 +131,7 @@ class FastBackend:
         self._writer: LayerWriter | None = None
         self._taken: list[TrackedProcess] = []
         self._early: list[TrackedProcess] = []
+        self._ran_on: list[TrackedProcess] = []
         """Those of which the last freeze copied something early that is not taken in yet."""
         self._wants_all = False
         """A replica lacks pages that no layer has."""
@@ -194,7 +196,7 @@ class FastBackend:
             self._taken = []
             try:
                 dumped = await self._dumper.dump(directory, self._take_frozen, self._take_early)
-                await in_thread(self._keep_early)
+                await in_thread(self._keep_early, self._not_taken())
                 await in_thread(self._compare, epoch)
                 spaces = await in_thread(self._assemble, epoch, directory)
             except BaseException:
@@ -290,7 +292,12 @@ class FastBackend:
         if self._wants_all:
             until_s = time.monotonic() + _BACKFILL_S
             for process in self._processes.values():
-                process.copy_uncovered(self._hasher, writer, chain, until_s)
+                try:
+                    process.copy_uncovered(self._hasher, writer, chain, until_s)
+                except CaptureError as error:
+                    if process.has_memory:
+                        raise
+                    log.debug("capture.process_ended", pid=process.pid, error=str(error))
 
     def _look(self) -> None:
         """Read the pages whose turn it is to be compared."""
@@ -329,6 +336,8 @@ class FastBackend:
         ]
         self._early = early  # from here on they may be protected anew
         self._call.run_early([process.space for process in early], self._room_pages)
+        # Criu may have given up meanwhile, and some may never have been in its hands.
+        self._ran_on = [process for process in early if process.state not in "tT"]
 
     def _take_frozen(self, channel: ShimChannel | None) -> None:
         """Copy what is dirty; raise if it is too much, or anything is in doubt: criu then gives up."""
@@ -376,7 +385,7 @@ class FastBackend:
     def _after_failure(self) -> None:
         """Hold for doubtful what the freeze protected without its being kept; make room where it lacked."""
         try:
-            self._keep_early()
+            self._keep_early([*self._ran_on, *self._not_taken()])
         finally:
             try:
                 for process in self._taken:
@@ -388,9 +397,17 @@ class FastBackend:
 
     # --- when it runs again -------------------------------------------------------------------------
 
-    def _keep_early(self) -> None:
-        """Take in what was copied early: like all pre-copy, it is good whatever became of the freeze."""
-        early, self._early = self._early, []
+    def _not_taken(self) -> list[TrackedProcess]:
+        """Return who was copied early, and is none of criu's: it is in the cgroup, and ran all the time."""
+        return [process for process in self._early if process not in self._taken]
+
+    def _keep_early(self, but: Sequence[TrackedProcess]) -> None:
+        """Take in what was copied early: like all pre-copy, it is good whatever became of the freeze.
+
+        Not of those that may not have stood still to its end: where a system call of theirs wrote
+        to a page after it was protected and copied, that would show nowhere.
+        """
+        early, self._early, self._ran_on = self._early, [], []
         try:  # of all of them, first: what cannot be written down below stays in doubt
             for process in early:
                 process.doubt_early()
@@ -399,7 +416,8 @@ class FastBackend:
                 process.forget_all()
             raise
         for process in early:
-            process.keep_early(self._hasher, self._writer_of(), self._buffer, self._missing)
+            if process not in but:
+                process.keep_early(self._hasher, self._writer_of(), self._buffer, self._missing)
 
     def _compare(self, epoch: EpochId) -> None:
         """See what became of the pages that differed. Raises UnseenWriteError if one is clean all the same.

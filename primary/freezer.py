@@ -67,9 +67,7 @@ class Freezer:
         """
         file, frozen, thawed = self._file()
         members = list(file.parent.rglob("cgroup.procs"))
-        if frozen_by(file):
-            raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
-        switch = _open(file)
+        switch = _open(file, thawed)
         try:
             _freeze(file, switch, frozen, within_s)
             yield _pids_in(members)
@@ -81,9 +79,7 @@ class Freezer:
     def keep(self, within_s: float) -> None:
         """Freeze, and leave it so until `thaw`. Blocking, for `within_s` at most; raises NotFrozenError."""
         file, frozen, thawed = self._file()
-        if frozen_by(file):
-            raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
-        switch = _open(file)
+        switch = _open(file, thawed)
         try:
             _freeze(file, switch, frozen, within_s)
         except BaseException:
@@ -122,9 +118,14 @@ class Freezer:
         raise NotFrozenError(f"{self._cgroup} has no freezer")
 
 
-def _open(file: Path) -> int:
-    """Open what freezes, before it does: thawing must not fail for want of a descriptor."""
+def _open(file: Path, thawed: str) -> int:
+    """Open what freezes, before it does: thawing must not fail for want of a descriptor.
+
+    Not if somebody else has frozen it, or has begun to: what they began would end with ours.
+    """
     try:
+        if frozen_by(file) or file.read_text().strip() != thawed:
+            raise NotFrozenError(f"{file.parent} is frozen already, by somebody else")
         return os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     except OSError as error:
         raise NotFrozenError(f"{file.parent} cannot be frozen: {error.strerror}") from error

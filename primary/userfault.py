@@ -20,6 +20,7 @@ import platform
 import re
 import struct
 import time
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -40,6 +41,11 @@ _OLD_S: Final = 1.0
 
 _Range = tuple[int, int]
 """First address of a mapping, and its end."""
+
+
+def most_mappings() -> int:
+    """Return how many mappings a process may have here; with more, it can map and allocate nothing."""
+    return int(Path("/proc/sys/vm/max_map_count").read_text())
 
 
 class Userfault:

@@ -20,16 +20,19 @@ What must hold:
   writes into memory by a system call (process_vm_writev, `/proc/PID/mem`, O_DIRECT) looks a page up, and
   writes to it later; if it was protected in between, without a trace. A task that stands still is in no such
   call.
+- A process has room for mappings of its own. The kernel joins no two mappings that were both written to, so
+  what is tracked stays apart from what comes beside it later: who grows has one more with each stop.
 - A process with files open for direct I/O is protected within freezes only, when no read is in flight: what a
   device writes into a page that was protected after it was given the page, shows nowhere.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, TypeVar
@@ -47,7 +50,7 @@ from primary.layers import LayerWriter
 from primary.page_set import NO_PAGES, PageSet
 from primary.pages import EXECUTABLE, OWNED, VMA, Space, count_written, pages_in, reads_directly, untracked
 from primary.process import TrackedProcess, open_of, resident_pages
-from primary.userfault import Userfault
+from primary.userfault import Userfault, most_mappings
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +70,9 @@ Likewise: three quarters of what there may be room for.
 """
 _HOT_EPOCHS: Final = 32
 """After so many, whether pre-copy pays is found out again."""
+_CROWDED, _FULL = 1 / 4, 1 / 2
+"""Shares of the mappings that a process may have. From the first on, only what makes up a sixteenth of what
+is tracked is tracked as well; beyond the second, nothing of that process any more."""
 _COVER_S: Final = 0.02
 """Mappings are tracked for so long in one stop, 5 µs each; the others in the next one."""
 
@@ -85,6 +91,8 @@ class _Watched:
     """Why its writes are not tracked; empty if they are."""
     direct: bool = False
     """It has, or had, a file open with O_DIRECT."""
+    closing: Future[None] | None = None
+    """Its last userfaultfd may not be closed yet: until it is, what is written may look unwritten."""
     runs_on: bool = False
     """It did not stand still in the last stop: it is in another cgroup."""
 
@@ -99,9 +107,17 @@ class _Watched:
     def give_up(self, process: TrackedProcess) -> None:
         """Stop tracking it, and believe nothing."""
         if self.userfault is not None:
-            _CLOSER.submit(self.userfault.close)
+            self.closing = _CLOSER.submit(self.userfault.close)
             self.userfault = None
         process.forget_all()
+
+    def await_closed(self, process: TrackedProcess) -> None:
+        """Believe nothing before its last userfaultfd is closed, nor what was found until then."""
+        if self.closing is not None:
+            closed = self.closing.done()
+            process.forget_all()
+            if closed:
+                self.closing = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +132,10 @@ class _Survey:
     """How many pages it would spare the freeze to track those; see `Userfault.gain`."""
     dirty: int
     """How many pages of the tracked ones would have to be copied now; perhaps fewer."""
+
+
+def _bytes_of(vmas: NDArray[np.void]) -> int:
+    return int((vmas["end"] - vmas["start"]).sum())
 
 
 def _shrinks(before: int, wanted: int) -> bool:
@@ -163,6 +183,7 @@ class UserfaultTracker:
         self._stand_still = stand_still
         self._watched: dict[TrackedProcess, _Watched] = {}
         self._hot = _HotSet()
+        self._most_mappings = most_mappings()
 
     def space(self, pid: int) -> Space:
         """See `primary.tracking.Tracker.space`."""
@@ -282,16 +303,24 @@ class UserfaultTracker:
         watched = self._watched.get(process)
         nothing = np.empty(0, dtype=VMA)
         space, book = process.space, process.book
+        if watched is not None:
+            watched.await_closed(process)
         if watched is None or watched.userfault is None:
             return _Survey(nothing, nothing, 0, 0)
         vmas = space.mappings()
+        crowd = len(vmas) / self._most_mappings
+        if crowd > _FULL:
+            self._make_room(watched, process, len(vmas))
+            return _Survey(nothing, nothing, 0, 0)
         with open_of(process.pid, "pagemap", os.O_RDWR) as pagemap:
             fresh = watched.userfault.fresh(pagemap, vmas)
             for start, end in fresh[["start", "end"]].tolist():
                 book.forget_range(start, end)
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
             most = _MOST_HOT_PAGES + 1
-            gain = 0 if watched.runs_on else watched.userfault.gain(pagemap, fresh, tracked, most)
+            small = crowd > _CROWDED and 16 * _bytes_of(fresh) < _bytes_of(tracked)
+            held_back = watched.runs_on or small
+            gain = 0 if held_back else watched.userfault.gain(pagemap, fresh, tracked, most)
             space.protects = watched.reads_directly(process.pid)
             if not space.protects:  # where CRIU may write, nothing is protected beside it
                 self._protect_written(process, pagemap, tracked[(tracked["flags"] & EXECUTABLE) != 0])
@@ -301,6 +330,13 @@ class UserfaultTracker:
             with open_of(process.pid, "mem", os.O_RDONLY) as memory:
                 space.settle(pagemap, memory, tracked)
         return _Survey(tracked, fresh, gain, dirty)
+
+    def _make_room(self, watched: _Watched, process: TrackedProcess, mappings: int) -> None:
+        """Track it no more, before it can map nothing more for all the mappings that tracking made."""
+        watched.give_up(process)
+        watched.again_s = math.inf
+        watched.problem = f"it has {mappings} of at most {self._most_mappings} mappings (vm.max_map_count)"
+        log.warning("tracking.too_many_mappings", pid=process.pid, reason=watched.problem)
 
     def _protect(self, surveys: Mapping[TrackedProcess, _Survey], process: TrackedProcess) -> PageSet:
         """Protect what was written where writes are tracked; return what is to be copied."""

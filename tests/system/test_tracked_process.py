@@ -492,3 +492,46 @@ class TestWhatWasCopiedEarly:
 
 def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestMappings:
+    """What is tracked never becomes one with what comes beside it later."""
+
+    async def grown(self, child: Child, writer: LayerWriter, tracker: UserfaultTracker, steps: int) -> int:
+        """Let it grow step by step, with an epoch after each; return how many mappings that made."""
+        hasher = PageHasher()
+        around = child.alone(_PAGES + steps)
+        pages = Region(child, around.start, _PAGES)
+        child.do(f"libc.munmap({pages.end}, {steps << 12})")
+        child.do(f"ctypes.memset({pages.start}, 1, {_PAGES << 12}) and 0")
+        process = TrackedProcess(child.pid, tracker.space(child.pid))
+        for _ in range(2):
+            await tracker.take_up(process)
+        await copied(tracker, process, hasher, writer)
+        before = len(process.space.mappings())
+        for step in range(steps):
+            child.map(1, at=pages.end + (step << 12))
+            child.do(f"ctypes.memset({pages.end + (step << 12)}, 2, 1) and 0")
+            await tracker.take_up(process)
+            await copied(tracker, process, hasher, writer)
+        after = len(process.space.mappings())
+        tracker.let_go(process)
+        return after - before
+
+    async def test_a_process_that_grows_is_not_given_more_mappings_than_it_has_room_for(
+        self, child: Child, writer: LayerWriter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = len(UserfaultTracker(stand_still).space(child.pid).mappings())
+        monkeypatch.setattr("primary.userfault_tracker.most_mappings", lambda: 4 * own + 40)
+        made = await self.grown(child, writer, UserfaultTracker(stand_still), 60)
+        assert made < 20, "a quarter of what it may have, less what it had"
+
+    async def test_a_process_with_half_of_what_it_may_have_is_not_tracked_any_more(
+        self, child: Child, writer: LayerWriter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = len(UserfaultTracker(stand_still).space(child.pid).mappings())
+        monkeypatch.setattr("primary.userfault_tracker.most_mappings", lambda: 2 * own)
+        tracker = UserfaultTracker(stand_still)
+        assert await self.grown(child, writer, tracker, 20) <= 1
+        process = TrackedProcess(child.pid, tracker.space(child.pid))
+        assert not tracker.begins_anew_frozen(process)
