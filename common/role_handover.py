@@ -170,8 +170,9 @@ def tell_handed_over(role: Role, event: TermPersisted, now: Instant) -> Acted:
 
 
 def could_not(role: Role, event: AgentReport, now: Instant) -> str:
-    """The agent could not get the last epoch to the heir."""
-    if role.step != "order" or event.report.order_failed < role.order.number:
+    """The agent could not get the last epoch to the heir; or it was thawed before that was recorded."""
+    asked = role.step in ("order", None) and role.wanted is None
+    if not asked or event.report.order_failed < role.order.number:
         return ""
     return _stays(role, event.report.order_detail)
 

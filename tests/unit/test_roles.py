@@ -35,6 +35,7 @@ from common.role_events import (
     OperatorResume,
     OperatorStart,
     OperatorStop,
+    OperatorSwitchover,
     PausesPersisted,
     PersistTerm,
     RunFence,
@@ -1071,3 +1072,21 @@ def test_any_epoch_may_be_restored_once_an_operator_says_that_who_kept_the_newes
     driver.report(stored=EpochId(1, 9), restorable=True)
     driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="a"))
     assert (driver.role.newest.mark, driver.role.newest.handed_by) == ("taking_over", "")
+
+
+def test_what_was_thawed_while_its_address_was_dropped_is_not_handed_over() -> None:
+    driver = leader()
+    driver.hear("following", node="b")
+    driver.report(replicas=(ready_replica(),))
+    driver.feed(OperatorSwitchover(request=1, to="b"))
+    assert driver.state == "handing_over"
+    driver.report(order_done=driver.role.order.number, handed_over=EpochId(1, 9), replicas=(ready_replica(),))
+    assert DropVip() in driver.effects
+    thawed = driver.role.order.number
+    driver.report(
+        order_done=thawed, order_failed=thawed, order_detail="it was thawed", replicas=(ready_replica(),)
+    )
+    assert (driver.state, driver.role.wanted) == ("leading", None)
+    driver.feed(StepDone(step="drop_vip"))
+    driver.after(0.1)
+    assert (driver.state, driver.role.newest.mark) == ("leading", "leads")
