@@ -949,7 +949,8 @@ class World:
         role = host.role
         if role is None or role.by_operator or role.request is not None or not self.knows_pause(host):
             return
-        if planned(before) or keeps_frozen(before) or (self.leases and before.record.leader == host.name):
+        decided = planned(before) or keeps_frozen(before) or keeps_frozen(role)
+        if decided or (self.leases and before.record.leader == host.name):
             return  # an operator asked for it, elsewhere
         begins = role.name == "acquiring" and before.name != "acquiring"
         records = role.wanted is not None and role.wanted.mark == "taking_over" and before.wanted is None
