@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from common.control import Done, Refused
+from common.control import Done, Refused, WorkloadReport
 from common.role_actions import (
     HANDOVER,
     Acted,
@@ -166,6 +166,24 @@ def tell_handed_over(role: Role, event: TermPersisted, now: Instant) -> Acted:
     return role, (history(role),)
 
 
+def has_to_stand_still(role: Role, report: WorkloadReport) -> bool:
+    """Tell whether the workload must not have run since the last epoch that is handed over with it.
+
+    The agent says so until it has a newer order; from then on, until that is recorded, this node knows it.
+    """
+    return report.handed_over is not None or (role.name == "handing_over" and role.step is None)
+
+
+def as_thawed(role: Role, report: WorkloadReport) -> WorkloadReport:
+    """Return the report of a workload that had to stand still and does not: it is not handed over."""
+    return replace(
+        report,
+        handed_over=None,
+        order_failed=role.order.number if role.name == "handing_over" else report.order_done,
+        order_detail="it was thawed after its last epoch was taken",
+    )
+
+
 # --- taking back, before it was said ----------------------------------------------------------------
 
 
@@ -228,7 +246,7 @@ def found_handed_over(role: Role, event: KeeperStarted, now: Instant) -> str:
 
 def runs_there(role: Role, event: Heard, now: Instant) -> str:
     """A newer term is known in which nobody gives it back any more."""
-    if not supersedes(role, event) or _fenced_lately(role, now):
+    if not supersedes(role, event) or _may_be_ended_late(role, event, now):
         return ""
     runs = event.claim == "leading" and event.alive
     elsewhere = event.claim == "yielded" and event.heir != role.me
@@ -237,12 +255,18 @@ def runs_there(role: Role, event: Heard, now: Instant) -> str:
     return f"{event.node} says {event.claim} in term {event.term}: it is not needed here any more"
 
 
-def _fenced_lately(role: Role, now: Instant) -> bool:
+def _may_be_ended_late(role: Role, event: Heard, now: Instant) -> bool:
     """Tell whether this node has just asked for the heir's fence, and cannot tell what came of it.
 
     What is heard to run there may be ended by that in the next moment; then this is the last copy.
     """
-    return role.retries > 0 and now.monotonic_s < role.retry_at_s and not by_lease(role)
+    asked = role.retries > 0 and now.monotonic_s < role.retry_at_s
+    return asked and _a_fence_ends(role, event)
+
+
+def _a_fence_ends(role: Role, event: Heard) -> bool:
+    """Tell whether a fence of the heir that this node asks for would end what is heard to run."""
+    return not by_lease(role) and event.node == holder(role) and event.claim != "stopped"
 
 
 def given_back(role: Role, event: Heard, now: Instant) -> str:
@@ -273,7 +297,7 @@ def may_take_back(role: Role, event: Event, now: Instant) -> str:
 
 def _known_for_s(role: Role, now: Instant) -> float:
     """Return for how long this keeper has known that it is handed over."""
-    return now.monotonic_s - max(role.launched_at_s, role.listening_since_s)
+    return now.monotonic_s - role.launched_at_s
 
 
 def waits_for_heir(role: Role, event: Event, now: Instant) -> str:
@@ -328,11 +352,18 @@ def kept_undecided(role: Role, event: Heard, now: Instant) -> str:
 
 
 def wait_again(role: Role, event: Heard, now: Instant) -> Acted:
-    """Forget the attempt, and whatever an operator said for it."""
+    """Forget the attempt, and whatever an operator said for it; the fence may do its work all the same."""
     message = f"{event.node} is not off: it says {event.claim} in term {event.term}"
     refusal = Refused(error="NoRightToLeadError", message=message, hint="outlive status")
-    attempt = role.fence_attempt + 1
-    return answered(replace(role, by_operator=False, vouched="", retries=0, fence_attempt=attempt), refusal)
+    role = replace(
+        role,
+        by_operator=False,
+        vouched="",
+        retries=max(1, role.retries),
+        retry_at_s=now.monotonic_s + role.timing.fence_s,
+        fence_attempt=role.fence_attempt + 1,
+    )
+    return answered(role, refusal)
 
 
 def kept_hearsay(role: Role, event: Heard, now: Instant) -> str:
@@ -342,7 +373,7 @@ def kept_hearsay(role: Role, event: Heard, now: Instant) -> str:
     """
     if not keeps_frozen(role) or not supersedes(role, event):
         return ""
-    undecided = not by_lease(role) or not runs_there(role, event, now)
+    undecided = _a_fence_ends(role, event) or not runs_there(role, event, now)
     return role.reason if undecided else ""
 
 

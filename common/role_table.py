@@ -315,7 +315,7 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
         case WorkloadEnded(exit_code):
             return replace(role, alive=False, exit_code=exit_code), ()
         case KeeperStarted(running):
-            return replace(role, alive=running), ()
+            return replace(role, alive=running, launched_at_s=now.monotonic_s), ()
         case TermPersisted(record) if record == role.wanted:
             return replace(role, record=record, wanted=None, retry_at_s=0.0), ()
         case StepDone(step=done):

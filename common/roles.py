@@ -114,6 +114,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """How long a workload may stand still until its last epoch is committed and its address dropped."""
     order_s: float = 660.0
     """How long an order may take to bring it up: two restores of at most 300 s each, and cleaning up."""
+    fence_s: float = 10.0
+    """How long a fence may take, all methods of a node together."""
     retry_first_s: float = 1.0
     retry_most_s: float = 30.0
     claim_again_s: float = 0.5

@@ -108,8 +108,10 @@ def _of_the_past(config: NodeConfig, files: TermFiles, request: FenceRequest, fe
         if fenced[name] > (most := max(term, request.up_to)):
             leader = record.leader or "another node"
             return f"{leader} leads {name} in term {fenced[name]}, and {request.by} knows of {most} only"
-        serves = record.leader == config.node.name and record.mark == "leads" and record.term > term
-        if serves and workload_pids(config, name):
+        beyond = record.leader == config.node.name and record.term > term
+        if beyond and record.mark == "stopped":
+            return f"{name} was stopped here in term {record.term}, and {request.by} knows of {term} only"
+        if beyond and record.mark == "leads" and workload_pids(config, name):
             return (
                 f"{name} runs here in term {record.term}, and {request.by} knows of {term} only: "
                 f"outlive stop {name} on {config.node.name} ends it"

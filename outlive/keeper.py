@@ -523,7 +523,15 @@ class Keeper:
 def timing_of(config: NodeConfig) -> Timing:
     """Return the role machine's times for this configuration."""
     suspect_after_s = config.heartbeat.suspect_after_ms / 1000
-    return Timing(suspect_after_s=suspect_after_s, listen_s=max(2.0, 3 * suspect_after_s))
+    fences_s = [
+        sum(method.timeout_ms for method in config.fences if method.node == node) / 1000
+        for node in fenceable(config)
+    ]
+    return Timing(
+        suspect_after_s=suspect_after_s,
+        listen_s=max(2.0, 3 * suspect_after_s),
+        fence_s=max(fences_s, default=0.0),
+    )
 
 
 def now() -> Instant:

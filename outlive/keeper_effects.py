@@ -222,8 +222,13 @@ class Effects:
         tasks: asyncio.TaskGroup,
         *,
         no_address: Callable[[], str] = lambda: "",
+        is_pending: Callable[[int], bool] = lambda attempt: True,
     ) -> None:
-        """`no_address` returns why this host may not serve the address at present; empty: it may."""
+        """`no_address` returns why this host may not serve the address at present; empty: it may.
+
+        `is_pending` tells whether anybody still waits for an attempt to lead.
+        """
+        self._is_pending = is_pending
         self._no_address = no_address
         self._hands = hands
         self._files = files
@@ -308,18 +313,23 @@ class Effects:
 
         Whoever takes the right to lead from another one without that leaves the workload to nobody.
         """
+        writing = self._tasks.create_task(self._try_to_write(spec.name))  # goes on if nobody waits any more
+        done, _ = await asyncio.wait({writing}, timeout=_TRY_TO_WRITE_S)
+        problem = writing.result() if done else f"its disk took over {_TRY_TO_WRITE_S:g} s"
+        return f"this node could not record the next term: {problem}" if problem else ""
+
+    async def _try_to_write(self, name: str) -> str:
         try:
-            async with asyncio.timeout(_TRY_TO_WRITE_S):
-                await in_thread(self._files.try_to_write, spec.name)
+            await in_thread(self._files.try_to_write, name)
         except (OutliveError, OSError) as error:
-            return f"this node could not record the next term: {error}"
-        except TimeoutError:
-            return f"this node could not record the next term: its disk took over {_TRY_TO_WRITE_S:g} s"
+            return str(error)
         return ""
 
     async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
         if reason := await self.cannot_record(spec):
             verdict = Verdict(outcome="unknown", reason=f"not asked: {reason}")
+        elif not self._is_pending(asked.attempt):
+            return
         else:
             verdict = await self._hands.fence(asked, spec.name)
         self._feed(

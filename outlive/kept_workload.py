@@ -66,7 +66,7 @@ from common.role_events import (
     WorkloadEnded,
 )
 from common.role_explain import ETCD, Covers, explain, takeovers
-from common.role_handover import switchover_refusal
+from common.role_handover import as_thawed, has_to_stand_still, switchover_refusal
 from common.role_pauses import change_told
 from common.role_table import step
 from common.role_view import workload_status
@@ -134,7 +134,15 @@ class KeptWorkload:
         self._takeovers_until_s = 0.0
         self._events = events
         self._tasks = tasks
-        self._effects = Effects(hands, files, self.feed, tasks, no_address=lambda: self.role.in_doubt)
+        self._effects = Effects(
+            hands,
+            files,
+            self.feed,
+            tasks,
+            no_address=lambda: self.role.in_doubt,
+            is_pending=self._is_pending,
+        )
+        self._claiming: set[asyncio.Task[None]] = set()
         self._files = files
         self.planned = Planned(
             spec.name,
@@ -188,6 +196,8 @@ class KeptWorkload:
     def close(self) -> None:
         """Let go of it; nothing is done to it."""
         self._release()
+        for claiming in self._claiming:
+            claiming.cancel()
         self._lease.close()
         self._effects.close()
 
@@ -217,7 +227,9 @@ class KeptWorkload:
                     self._answer(number, answer)
                 case ClaimTerm():
                     self._tell(LogEvent.FENCE_ASKED, f"etcd is asked for term {effect.term}", peer="etcd")
-                    self._tasks.create_task(self._claim(effect))
+                    claiming = self._tasks.create_task(self._claim(effect))
+                    self._claiming.add(claiming)
+                    claiming.add_done_callback(self._claiming.discard)
                 case OrderAgent(order=order):
                     log.info(
                         "order.changed workload=%s number=%d role=%s action=%s term=%d",
@@ -238,10 +250,15 @@ class KeptWorkload:
             self.planned.tick(self.role, _now())
         self._lease.advance(Passed())
 
+    def _is_pending(self, attempt: int) -> bool:
+        """Tell whether the role machine still waits for what comes of that attempt to lead."""
+        return self.role.name == "acquiring" and attempt == self.role.fence_attempt
+
     async def _claim(self, claim: ClaimTerm) -> None:
         """Ask etcd for a term, unless this node could not record it: a lease without use blocks others."""
         if not (reason := await self._effects.cannot_record(self.role.spec)):
-            self._lease.claim(claim)
+            if self._is_pending(claim.attempt):
+                self._lease.claim(claim)
             return
         self.feed(FenceResult(node="etcd", attempt=claim.attempt, outcome="unknown", reason=reason))
 
@@ -300,13 +317,8 @@ class KeptWorkload:
         new = report.running and report.init_pid not in (0, self._pid)
         if new and self._hands.init_pid(report.name) == report.init_pid:
             self._hold(report.init_pid)
-        if report.handed_over is not None and not self._hands.frozen(report.name):
-            report = msgspec.structs.replace(
-                report,
-                handed_over=None,
-                order_failed=report.order_done,
-                order_detail="it was thawed after its last epoch was taken",
-            )
+        if has_to_stand_still(self.role, report) and not self._hands.frozen(report.name):
+            report = as_thawed(self.role, report)
         self.feed(AgentReport(msgspec.structs.replace(report, running=self._pidfd is not None)))
 
     def look_at_address(self, in_use: Collection[str]) -> None:

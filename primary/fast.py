@@ -131,8 +131,9 @@ class FastBackend:
         self._writer: LayerWriter | None = None
         self._taken: list[TrackedProcess] = []
         self._early: list[TrackedProcess] = []
-        self._ran_on: list[TrackedProcess] = []
         """Those of which the last freeze copied something early that is not taken in yet."""
+        self._ran_on: list[TrackedProcess] = []
+        """Of these, whoever may not have stood still all the time."""
         self._wants_all = False
         """A replica lacks pages that no layer has."""
 

@@ -28,7 +28,6 @@ What must hold:
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -43,6 +42,7 @@ from numpy.typing import NDArray
 
 from common.errors import CaptureError, OutliveError
 from common.identity import PageHasher
+from common.model import PAGE_BYTES
 from common.threads import in_thread
 from primary.freezer import StandStill
 from primary.injection import take_userfaultfd
@@ -55,6 +55,7 @@ from primary.userfault import Userfault, most_mappings
 log = structlog.get_logger(__name__)
 
 _TRACK_AGAIN_S: Final = 5.0
+_TRACK_CROWDED_AGAIN_S: Final = 60.0
 _SMALL_PAGES: Final = 1024
 """A process of fewer pages is captured whole at its first freeze (3 ms at most), and tracked from then on."""
 _ROUNDS: Final = 4
@@ -72,7 +73,7 @@ _HOT_EPOCHS: Final = 32
 """After so many, whether pre-copy pays is found out again."""
 _CROWDED, _FULL = 1 / 4, 1 / 2
 """Shares of the mappings that a process may have. From the first on, only what makes up a sixteenth of what
-is tracked is tracked as well; beyond the second, nothing of that process any more."""
+is tracked, or more than is few, is tracked as well; beyond the second, nothing of that process any more."""
 _COVER_S: Final = 0.02
 """Mappings are tracked for so long in one stop, 5 µs each; the others in the next one."""
 
@@ -318,7 +319,8 @@ class UserfaultTracker:
                 book.forget_range(start, end)
             tracked = vmas[((vmas["flags"] & OWNED) != 0) & ~np.isin(vmas["start"], fresh["start"])]
             most = _MOST_HOT_PAGES + 1
-            small = crowd > _CROWDED and 16 * _bytes_of(fresh) < _bytes_of(tracked)
+            least = min(_bytes_of(tracked) // 16, _FEW_PAGES * PAGE_BYTES)
+            small = crowd > _CROWDED and _bytes_of(fresh) < least
             held_back = watched.runs_on or small
             gain = 0 if held_back else watched.userfault.gain(pagemap, fresh, tracked, most)
             space.protects = watched.reads_directly(process.pid)
@@ -334,7 +336,7 @@ class UserfaultTracker:
     def _make_room(self, watched: _Watched, process: TrackedProcess, mappings: int) -> None:
         """Track it no more, before it can map nothing more for all the mappings that tracking made."""
         watched.give_up(process)
-        watched.again_s = math.inf
+        watched.again_s = time.monotonic() + _TRACK_CROWDED_AGAIN_S
         watched.problem = f"it has {mappings} of at most {self._most_mappings} mappings (vm.max_map_count)"
         log.warning("tracking.too_many_mappings", pid=process.pid, reason=watched.problem)
 

@@ -82,6 +82,7 @@ TIMING = Timing(
     stop_grace_s=3.0,
     handover_s=2.0,
     order_s=3.0,
+    fence_s=1.5,
     retry_most_s=4.0,
 )
 LAG_TOLERANCE_S = 0.3
@@ -513,9 +514,10 @@ class World:
         self._after(host, answers_s, verdict)
 
     def _serves_beyond(self, target: Host, term: int) -> bool:
-        """Tell whether it runs there in a later term than who fences knows of."""
-        led = target.record.leader == target.name and target.record.mark == "leads"
-        return led and target.record.term > term and target.container is not None
+        """Tell whether it runs there in a later term than who fences knows of, or was stopped in one."""
+        beyond = target.record.leader == target.name and target.record.term > term
+        runs = target.record.mark == "leads" and target.container is not None
+        return beyond and (runs or target.record.mark == "stopped")
 
     def _fence_by_ssh(self, host: Host, asked: RunFence, outcome: str, answers_s: float) -> None:
         """What `outlive accept-fence` does, at one moment; systemd starts keeper and agent again."""

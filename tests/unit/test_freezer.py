@@ -34,6 +34,7 @@ class Cgroup:
         if self.version == 1:
             self.file.write_text("FROZEN\n" if frozen else "THAWED\n")
         else:
+            self.file.write_text(f"{int(frozen)}\n")
             (self.directory / "cgroup.events").write_text(f"populated 1\nfrozen {int(frozen)}\n")
 
     @property
@@ -57,6 +58,17 @@ def cgroup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(freezer_module, "_write", written)
     return cgroup
+
+
+def test_a_freeze_that_somebody_else_has_begun_is_left_to_them(cgroup: Cgroup) -> None:
+    """A task is not at rest yet: it is not frozen, and is to be."""
+    cgroup.file.write_text("FREEZING\n" if cgroup.version == 1 else "1\n")
+    freezer = Freezer("/w")
+    with pytest.raises(NotFrozenError, match="by somebody else"), freezer.held(1.0):
+        pytest.fail("it was not frozen by us")
+    with pytest.raises(NotFrozenError, match="by somebody else"):
+        freezer.keep(1.0)
+    assert cgroup.words == []
 
 
 def test_it_stands_still_for_as_long_as_it_is_held(cgroup: Cgroup) -> None:

@@ -47,6 +47,7 @@ from common.role_events import (
     Told,
     WorkloadEnded,
 )
+from common.role_handover import as_thawed, has_to_stand_still
 from common.role_table import TABLE, step
 from common.role_view import workload_status
 from common.roles import (
@@ -1074,18 +1075,56 @@ def test_any_epoch_may_be_restored_once_an_operator_says_that_who_kept_the_newes
     assert (driver.role.newest.mark, driver.role.newest.handed_by) == ("taking_over", "")
 
 
+def kept_and_fencing(nodes: tuple[str, ...] = ("a", "b")) -> tuple[Driver, RunFence]:
+    """A node that handed the workload over to `b`, keeps it, and has asked for the fence of `b`."""
+    record = TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-1", heir="b")
+    driver = Driver("a", record, spec=replace(SPEC, nodes=nodes), running=True, frozen=True)
+    driver.hear("acquiring", node="b")
+    (fence,) = (effect for effect in driver.after(0.5) if isinstance(effect, RunFence))
+    return driver, fence
+
+
+@pytest.mark.parametrize(("node", "claim"), [("c", "leading"), ("b", "stopped")])
+def test_what_a_fence_cannot_end_ends_what_is_kept(node: str, claim: Claim) -> None:
+    driver, _ = kept_and_fencing(("a", "b", "c"))
+    driver.hear(claim, term=120, node=node)
+    assert (driver.state, KillWorkload() in driver.effects) == ("deposed", True)
+
+
+def test_a_fence_that_was_asked_for_counts_until_its_time_is_over_whatever_is_heard() -> None:
+    driver, _ = kept_and_fencing()
+    driver.hear("taking_over", term=2, node="b")
+    assert driver.state == "handed_over", "the attempt is given up, and the fence program runs on"
+    for _ in range(90):
+        driver.after(0.1)
+        driver.hear("leading", term=2, node="b")
+        assert driver.state == "handed_over"
+    for _ in range(12):
+        driver.after(0.1)
+        driver.hear("leading", term=2, node="b")
+    assert driver.state == "deposed"
+
+
+def test_an_heir_gives_back_though_its_keeper_stands_still_now_and_then() -> None:
+    driver = Driver("b", TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-1", heir="b"))
+    for _ in range(4):
+        driver.after(9.0)
+        driver.now_s += 0.3
+    assert driver.role.newest.mark == "failed"
+
+
 def test_what_was_thawed_while_its_address_was_dropped_is_not_handed_over() -> None:
     driver = leader()
     driver.hear("following", node="b")
     driver.report(replicas=(ready_replica(),))
     driver.feed(OperatorSwitchover(request=1, to="b"))
     assert driver.state == "handing_over"
-    driver.report(order_done=driver.role.order.number, handed_over=EpochId(1, 9), replicas=(ready_replica(),))
+    done = driver.role.order.number
+    driver.report(order_done=done, handed_over=EpochId(1, 9), replicas=(ready_replica(),))
     assert DropVip() in driver.effects
-    thawed = driver.role.order.number
-    driver.report(
-        order_done=thawed, order_failed=thawed, order_detail="it was thawed", replicas=(ready_replica(),)
-    )
+    report = WorkloadReport(name="w", spec=SPEC, running=True, replicas=(ready_replica(),), order_done=done)
+    assert has_to_stand_still(driver.role, report), "the agent does not say so any more"
+    driver.feed(AgentReport(as_thawed(driver.role, report)))
     assert (driver.state, driver.role.wanted) == ("leading", None)
     driver.feed(StepDone(step="drop_vip"))
     driver.after(0.1)
