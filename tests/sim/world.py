@@ -580,7 +580,7 @@ class World:
         if host.role is not None:
             leads = claim_of(host.role) in RUNS and not host.outer_frozen
             return host.role.record.term if leads else 0
-        runs = host.container is not None and not host.outer_frozen
+        runs = host.container is not None and not host.outer_frozen and host.record.mark != "yielded"
         return host.record.term if runs and host.record.leader == host.name else 0
 
     def _hear(self, host: Host, event: Heard, sequence: int, boot: int, sent: float, led: int) -> None:
