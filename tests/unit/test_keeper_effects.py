@@ -1,0 +1,90 @@
+"""What a keeper does before it takes the right to lead from another node."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import NoSpaceError
+from common.fencing import Verdict
+from common.model import WorkloadSpec
+from common.role_events import Event, FenceResult, RunFence
+from common.terms_file import TermFiles
+from outlive import keeper_effects
+from outlive.keeper_effects import Effects, RealHands
+
+SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
+FENCE = RunFence(node="a", attempt=3, term=1, up_to=1)
+
+
+class _Hands(RealHands):
+    """Counts fences, and confirms each."""
+
+    def __init__(self) -> None:
+        self.fenced: list[str] = []
+
+    async def fence(self, asked: RunFence, workload: str) -> Verdict:
+        self.fenced.append(asked.node)
+        return Verdict(outcome="confirmed", reason="off")
+
+
+async def told(files: TermFiles, hands: _Hands, *, pending: bool = True) -> list[Event]:
+    """Have a node fenced; return what the role machine is told, within three seconds."""
+    events: list[Event] = []
+    async with asyncio.TaskGroup() as tasks:
+        effects = Effects(hands, files, events.append, tasks, is_pending=lambda _: pending)
+        effects.perform(FENCE, SPEC)
+        for _ in range(300):
+            await asyncio.sleep(0.01)
+            if events or not pending:
+                break
+        await asyncio.sleep(0.1)
+        effects.close()
+    return events
+
+
+async def test_a_node_is_fenced_by_one_that_can_record_the_next_term(tmp_path: Path) -> None:
+    hands = _Hands()
+    (result,) = await told(TermFiles(tmp_path, "b"), hands)
+    assert isinstance(result, FenceResult)
+    assert (result.outcome, result.attempt, hands.fenced) == ("confirmed", 3, ["a"])
+    assert TermFiles(tmp_path, "b").load("w").term == 0, "what was tried is no term"
+
+
+async def test_nobody_is_fenced_by_a_node_whose_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not lead afterwards, and nobody would."""
+
+    def full(self: TermFiles, workload: str) -> None:
+        raise NoSpaceError("term.try: no space left on device")
+
+    monkeypatch.setattr(TermFiles, "try_to_write", full)
+    hands = _Hands()
+    (result,) = await told(TermFiles(tmp_path, "b"), hands)
+    assert isinstance(result, FenceResult)
+    assert (result.outcome, hands.fenced) == ("unknown", [])
+    assert "could not record the next term: term.try: no space left" in result.reason
+
+
+async def test_nobody_is_fenced_by_a_node_whose_disk_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TermFiles, "try_to_write", lambda self, workload: time.sleep(1.0))
+    monkeypatch.setattr(keeper_effects, "_TRY_TO_WRITE_S", 0.1)
+    hands = _Hands()
+    began_s = time.monotonic()
+    (result,) = await told(TermFiles(tmp_path, "b"), hands)
+    assert isinstance(result, FenceResult)
+    assert (result.outcome, hands.fenced) == ("unknown", [])
+    assert "its disk took over 0.1 s" in result.reason
+    assert time.monotonic() - began_s < 3
+
+
+async def test_an_attempt_for_which_nobody_waits_any_more_fences_nobody(tmp_path: Path) -> None:
+    hands = _Hands()
+    assert await told(TermFiles(tmp_path, "b"), hands, pending=False) == []
+    assert hands.fenced == []
