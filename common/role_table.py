@@ -224,11 +224,26 @@ def step(role: Role, event: Event, now: Instant) -> tuple[Role, tuple[Effect, ..
 
 
 def _row_for(role: Role, event: Event, now: Instant) -> tuple[Row, str] | None:
-    """Return the first row that applies, and its reason."""
+    """Return the first row that applies, and its reason; none that would go on with what is being stopped."""
+    if _is_being_stopped(role, event):
+        return None
     for row in _INDEX.get((role.name, type(event)), ()):
         if reason := row.guard(role, event, now):
             return row, reason
     return None
+
+
+def _is_being_stopped(role: Role, event: Event) -> bool:
+    """Tell whether a stop is on its way to the disk, and the event only about how the workload does.
+
+    Invariant: a stop is not overwritten, by a step that is over in the same moment or anything like it.
+    """
+    wanted = role.wanted
+    stopping = wanted is not None and wanted.mark == "stopped" and wanted.leader == role.me
+    if not stopping or role.name not in _LEADING:
+        return False
+    about = isinstance(event, Tick | AgentReport | StepDone | WorkloadEnded)
+    return about or (isinstance(event, StepFailed) and event.step != "persist")
 
 
 def _apply(role: Role, row: Row, reason: str, event: Event, now: Instant) -> Acted:

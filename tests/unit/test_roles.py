@@ -1129,3 +1129,22 @@ def test_what_was_thawed_while_its_address_was_dropped_is_not_handed_over() -> N
     driver.feed(StepDone(step="drop_vip"))
     driver.after(0.1)
     assert (driver.state, driver.role.newest.mark) == ("leading", "leads")
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_stop_is_not_overwritten_by_what_happens_before_it_is_on_disk(running: bool) -> None:
+    record = TermRecord(term=1, leader="a", mark="launching", boot_id="boot-1")
+    driver = Driver("a", record, spec=replace(SPEC, vip=None, health=None))
+    assert (driver.state, driver.role.step) == ("launching", "order")
+    driver.feed(OperatorStop(request=1))
+    number = driver.role.order.number
+    if running:
+        driver.role = replace(driver.role, alive=True)
+        driver.report(running=True, order_done=number)
+    else:
+        driver.report(running=False, order_failed=number, order_detail="it did not start")
+    driver.after(0.1)
+    assert (driver.state, driver.role.newest.mark) == ("launching", "stopped")
+    driver.persisted()
+    assert driver.state == "stopped"
+    assert isinstance(_answer(driver, 1, Done), Done)
