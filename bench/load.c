@@ -148,7 +148,8 @@ static int connect_all(const char *address, int port, int count)
 }
 
 /* ADDRESS PORT and: -c connections, -k keys, -v bytes of a value, -w percent of writes, -d seconds, -r requests a
- * second (0: a new one whenever a connection is free), -t microseconds of a tick, -o file for latencies, -p: write every key once instead. */
+ * second (0: a new one whenever a connection is free), -t microseconds of a tick, -o file for latencies, -p: write
+ * every key once instead. */
 int main(int argc, char **argv)
 {
 	double rate = 0, seconds = 1;

@@ -405,8 +405,8 @@ class FastBackend:
     def _keep_early(self, but: Sequence[TrackedProcess]) -> None:
         """Take in what was copied early: like all pre-copy, it is good whatever became of the freeze.
 
-        Not of those that may not have stood still to its end: where a system call of theirs wrote
-        to a page after it was protected and copied, that would show nowhere.
+        Not of those that may not have stood still to its end: where a system call of theirs wrote to a page
+        after it was protected and copied, that would show nowhere.
         """
         early, self._early, self._ran_on = self._early, [], []
         try:  # of all of them, first: what cannot be written down below stays in doubt

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from primary.fast import room_after
+from primary.fast import FastBackend, room_after
 
 MOST_ASKED = 8192
 LEAST = 2048
@@ -34,3 +37,51 @@ class TestRoomAfterAFreeze:
         assert LEAST <= after <= MOST_ASKED
         assert after >= min(2 * dirty, MOST_ASKED)
         assert after >= min(room, LEAST)
+
+
+class _Copied:
+    """A process that was copied early, in a state as proc(5) has it, and what became of its copies."""
+
+    is_same = True
+    space = SimpleNamespace(early=object())
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+        self.told: list[str] = []
+
+    def doubt_early(self) -> None:
+        self.told.append("in doubt")
+
+    def keep_early(self, *_: object) -> None:
+        self.told.append("kept")
+
+    def not_taken(self) -> None:
+        pass
+
+
+class TestWhatWasCopiedEarly:
+    """Of a process that ran meanwhile it is not kept: a system call may have written to it unseen."""
+
+    def freeze(self, processes: list[_Copied], *, taken: list[_Copied]) -> Any:
+        backend = cast(Any, FastBackend.__new__(FastBackend))
+        backend._processes = dict(enumerate(processes))
+        backend._call = SimpleNamespace(run_early=lambda spaces, room: None)
+        backend._room_pages = LEAST
+        backend._hasher = backend._writer = backend._buffer = object()
+        backend._wants_all, backend._chain = False, None
+        backend._take_early()
+        backend._taken = taken
+        return backend
+
+    def test_is_kept_after_a_failure_of_who_was_in_criu_s_hands_to_the_end_of_it(self) -> None:
+        held, runs, never_held = _Copied("t"), _Copied("S"), _Copied("t")
+        self.freeze([held, runs, never_held], taken=[held, runs])._after_failure()
+        assert held.told == ["in doubt", "kept"]
+        assert runs.told == never_held.told == ["in doubt"]
+
+    def test_is_kept_after_a_success_of_those_that_criu_dumped(self) -> None:
+        dumped, beside = _Copied("t"), _Copied("S")
+        backend = self.freeze([dumped, beside], taken=[dumped])
+        backend._keep_early(backend._not_taken())
+        assert (dumped.told, beside.told) == (["in doubt", "kept"], ["in doubt"])
+        assert backend._early == []
