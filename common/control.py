@@ -193,6 +193,8 @@ class Failover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     accept_data_loss: bool = False
     old_primary_is_off: str = ""
     """Name of the node that the operator vouches for; empty for none."""
+    to: str = ""
+    """The node that is to lead in the place of the one that is asked; empty: that one itself."""
 
 
 class Switchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -315,9 +315,11 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     agent_alive: bool
     pauses: Annotated[tuple[BeatPause, ...], Meta(max_length=64)]
     takeovers: Annotated[tuple[BeatTakeover, ...], Meta(max_length=3)]
-    """Empty: it follows no leader."""
+    """Empty: it follows no leader, or one that, as is recorded there, has stopped the workload."""
     in_doubt: bool = False
     """It leads, and has frozen the workload because its lease in etcd may be over. Since version 6."""
+    leader: NameOrNone = ""
+    """Whom it follows, if it does not hear that one. Since version 6."""
 
 
 class Beat(_Message, frozen=True, forbid_unknown_fields=False):

@@ -26,6 +26,7 @@ from common.role_events import (
     SaveHistory,
     SaveSpec,
     StepFailed,
+    TermPersisted,
 )
 from common.roles import OWNING, Clean, Instant, Mark, PeerView, Role, TermRecord
 from common.succession import (
@@ -39,6 +40,7 @@ from common.succession import (
     leads_nothing_newer,
     planned,
     right_stands,
+    successor,
     unvouched,
 )
 
@@ -92,7 +94,7 @@ def remark(role: Role, mark: Mark, *, heir: str = "") -> Acted:
 
 
 def next_term(
-    role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False, given: int = 0
+    role: Role, mark: Mark, cause: str, now: Instant, *, leap: bool = False, given: int = 0, heir: str = ""
 ) -> Acted:
     """Send a new term, led by this node, to the disk.
 
@@ -100,7 +102,8 @@ def next_term(
     An operator's word is not as good: a node that is off may have led terms that nobody heard of. So a term
     that rests on it leaps over them, to the next hundred, and ten further for each place in the succession.
     (Operators who vouch on several nodes, each time without the others, can still go astray.)
-    `given` is a term that etcd gave this node: that one, for nobody else has it.
+    `given` is a term that etcd gave this node: that one, for nobody else has it. `heir` is to whom a term
+    that is yielded at once is given.
     """
     term = given or _next_number(role, leap=leap)
     record = TermRecord(
@@ -110,6 +113,7 @@ def next_term(
         boot_id=role.boot_id,
         cause=cause,
         began_wall_s=now.wall_s,
+        heir=heir,
         handed_by=_handed_by(role, now),
     )
     return persist(role, record)
@@ -192,9 +196,10 @@ def both(first: Acted, second: Acted) -> Acted:
 def adopt(role: Role, event: Heard, now: Instant) -> Acted:
     """Record the newer term that was heard of."""
     owns = event.claim in OWNING
+    hearsay = event.leader if event.leader != role.me else ""
     record = TermRecord(
         term=event.term,
-        leader=event.node if owns else "",
+        leader=event.node if owns else hearsay,
         mark=mark_of(event),
         boot_id=role.boot_id,
         cause=f"heard from {event.node}",
@@ -236,7 +241,9 @@ def record_mark(role: Role, event: Heard, now: Instant) -> Acted:
 
 
 def mark_of(event: Heard) -> Mark:
-    """Return how far a leader is by what it says."""
+    """Return how far a leader is by what it says, or another node that does not hear it any more."""
+    if event.leader and not event.takeovers:
+        return "stopped"
     return event.claim if event.claim in ("stopped", "yielded") else "leads"
 
 
@@ -319,7 +326,22 @@ def _next_may_have_begun(role: Role) -> bool:
 def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False, given: int = 0) -> Acted:
     """The right to lead is there: record the new term before anything else."""
     role = noted(role, now, "right acquired", reason)
+    if role.by_operator and role.cedes_to:
+        return next_term(role, "yielded", _cause(role, reason), now, leap=leap, heir=role.cedes_to)
     return next_term(role, "taking_over", _cause(role, reason), now, leap=leap, given=given)
+
+
+def what_is_ceded(role: Role) -> str:
+    """Say to whom this node has given up the term that it took for another one, and how that goes on."""
+    heir, there = role.record.heir, f"outlive failover {role.spec.name} --accept-data-loss"
+    return f"the right to lead it, with term {role.record.term}, is {heir}'s; on {heir}: {there}"
+
+
+def tell_ceded(role: Role, event: TermPersisted, now: Instant) -> Acted:
+    """Keep the story of the term, and tell the operator where to go on."""
+    what = what_is_ceded(role)
+    role = noted(replace(role, by_operator=False, retries=0), now, "ceded", what)
+    return both((role, (history(role),)), answered(role, Done(detail=what)))
 
 
 def fenced(role: Role, event: FenceResult, now: Instant) -> Acted:
@@ -364,15 +386,25 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
     """Go for the lead on an operator's word."""
     if role.name in ("following", "failed", "yielded"):
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s, retries=0)
-    role = replace(role, request=event.request, vouched=event.old_primary_is_off, by_operator=True)
+    role = replace(
+        role,
+        request=event.request,
+        vouched=event.old_primary_is_off,
+        by_operator=True,
+        cedes_to=event.to,
+    )
     return pursue(noted(role, now, "failover", "asked for by an operator"), event, now)
 
 
 def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
-    """Record a fresh start: in the same term if this node leads it, else in a new one."""
+    """Record a fresh start: in the same term if this node leads it, else in a new one.
+
+    Another line of succession begins a new term: who knows only the old one has no epoch of it.
+    """
     record = role.record
     same = record.leader == role.me and record.mark != "yielded" and right_stands(role)
-    same = same and not event.peers_are_off
+    moved = record.term > 0 and successor(role.spec, role.me) != successor(event.spec, role.me)
+    same = same and not moved and not event.peers_are_off
     role = replace(role, spec=event.spec, request=event.request)
     if not same:
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
@@ -383,7 +415,9 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
         return both(saved, remark(role, "launching"))
     # Who lost the right by a boot or a fence is not the only one to create the next term.
     leap = bool(event.peers_are_off) or (record.term > 0 and not right_stands(role))
-    return both(saved, next_term(role, "launching", f"started by an operator{lost}", now, leap=leap))
+    begun = next_term(role, "launching", f"started by an operator{lost}", now, leap=leap)
+    # Not on disk before the term: a keeper that is started again in between would not know that it moved.
+    return both(begun, (begun[0], saved[1])) if moved else both(saved, begun)
 
 
 def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:

@@ -46,9 +46,11 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
     pauses: Pauses = ()
     """Those that the peer has recorded."""
     takeovers: tuple[Takeover, ...] = ()
-    """What it would do if its leader fell silent."""
+    """What it would do if its leader fell silent; empty: there is nothing that it might replace."""
     in_doubt: bool = False
     """It leads, and has frozen the workload because its lease in etcd may be over."""
+    leader: str = ""
+    """Whom it follows, if it does not hear that one; empty: nobody, or one that is heard."""
 
 
 class AgentReport(msgspec.Struct, frozen=True):
@@ -131,6 +133,8 @@ class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
     request: int
     accept_data_loss: bool
     old_primary_is_off: str
+    to: str = ""
+    """The node that is to lead in the place of this one, its successor; empty: this one itself."""
 
 
 class OperatorSwitchover(msgspec.Struct, frozen=True, kw_only=True):

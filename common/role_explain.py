@@ -29,10 +29,18 @@ ETCD = ""
 """In `Covers` a name that no node has: the failures in which etcd gives this node a lease. Not there: all."""
 
 
+def replaces(role: Role) -> bool:
+    """Tell whether there is a leader that this node might replace: not if, as is on disk, it was stopped."""
+    follows = role.name in (*PURSUING, "deposed") and role.record.leader != role.me
+    return follows and role.record.mark != "stopped"
+
+
 def takeovers(role: Role, now: Instant, covers: Covers) -> tuple[Takeover, ...]:
-    """Return what this node would do if its leader fell silent now; empty unless another node leads."""
-    if role.name not in PURSUING or role.record.leader == role.me:
+    """Return what this node would do if its leader fell silent now; empty if there is none to replace."""
+    if not replaces(role):
         return ()
+    if role.name == "deposed":
+        return tuple(Takeover(silence=why, missing=(role.reason,)) for why in SILENCES)
     return tuple(Takeover(silence=why, missing=_missing(role, now, why, covers)) for why in SILENCES)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common.role_actions import mark_of
+from common.role_actions import mark_of, what_is_ceded
 from common.role_events import (
     AgentReport,
     Event,
@@ -319,6 +319,14 @@ def recorded(mark: str) -> Guard:
     return guard
 
 
+def ceded(role: Role, event: TermPersisted, now: Instant) -> str:
+    """The term that this node took for another one, and gave up to it, is on disk.
+
+    What the other node has is older than that term, so it does nothing before it is asked.
+    """
+    return what_is_ceded(role) if recorded("yielded")(role, event, now) else ""
+
+
 def stop_recorded(role: Role, event: TermPersisted, now: Instant) -> str:
     """That the workload is not to run is on disk now."""
     if not recorded("stopped")(role, event, now):
@@ -494,9 +502,13 @@ def repair_due(role: Role, event: Event, now: Instant) -> str:
 
 
 def cleaned_up(role: Role, event: Event, now: Instant) -> str:
-    """Nothing of the workload is left here; that it is given up or stopped is not on its way to disk."""
+    """Nothing of the workload is left here; that it is given up or stopped is not on its way to disk.
+
+    While the lease is in doubt its packets stay held, which is lifted once this node leads no more.
+    """
     decided = role.wanted is not None and role.wanted.mark in ("yielded", "stopped")
-    return "" if role.undo or role.alive or decided else role.reason
+    left = role.undo - {"lift"} if role.in_doubt else role.undo
+    return "" if left or role.alive or decided else role.reason
 
 
 def overdue(role: Role, event: Event, now: Instant) -> str:

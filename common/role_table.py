@@ -35,6 +35,7 @@ from common.role_actions import (
     start_by_lease,
     start_denied,
     suspect,
+    tell_ceded,
     undoing,
     unfenced,
 )
@@ -75,6 +76,7 @@ from common.role_guards import (
     asked,
     asked_but_unrecorded,
     briefly,
+    ceded,
     cleaned_up,
     died_after_restore,
     ended_restart,
@@ -532,6 +534,7 @@ TABLE: tuple[Row, ...] = (
     Row(("acquiring",), FenceResult, "not confirmed", not_confirmed, "waiting", unfenced),
     Row(("acquiring",), TermPersisted, "term recorded", recorded("taking_over"), "taking_over", begin),
     Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin),
+    Row(("acquiring",), TermPersisted, "ceded", ceded, "yielded", tell_ceded),
     # Operators; what they may not do was refused before.
     Row((*_AT_REST, *_WATCHING), OperatorStart, "start", starts_by_lease, "acquiring", ask_lease_to_start),
     Row(("leading",), Tick, "claim came to nothing", may_claim_anew, "acquiring", pursue),

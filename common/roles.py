@@ -176,7 +176,7 @@ class PeerView(msgspec.Struct, frozen=True, kw_only=True):
     pauses: Pauses = ()
     """Those that it has recorded."""
     takeovers: tuple[Takeover, ...] = ()
-    """What it would do if the leader fell silent; empty: it does not follow one."""
+    """What it would do if the leader fell silent; empty: it follows none, or one that has stopped it."""
     in_doubt: bool = False
     """It leads, and has frozen the workload because its lease in etcd may be over."""
 
@@ -230,6 +230,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The node to which it is being handed over."""
     by_operator: bool = False
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
+    cedes_to: str = ""
+    """With `by_operator`: the node to which the right to lead is given once it is had; empty: none."""
     in_doubt: str = ""
     """Why the workload is frozen here for the lack of a lease in etcd; empty: it isn't."""
     lost_to: str = ""

@@ -12,7 +12,7 @@ from common.control import Refused, ReplicaProgress
 from common.model import WorkloadSpec
 from common.pauses import in_force, told
 from common.role_events import Heard, OperatorFailover, OperatorStart
-from common.roles import LEADING, OWNING, PURSUING, RUNS, Instant, PeerView, Role
+from common.roles import LEADING, OWNING, PURSUING, RUNS, Instant, PeerView, Role, claim_of
 
 _UNHEARD = PeerView()
 
@@ -146,6 +146,18 @@ def is_silent(role: Role, node: str, now: Instant) -> bool:
     return silence_s(role, node, now) > limit_s
 
 
+def unheard_leader(role: Role, now: Instant) -> str:
+    """Return whom this node follows without hearing it; empty if there is none.
+
+    Invariant: of a leader that gave its term up, nobody says that it leads: another one has the right by now.
+    """
+    record = role.record
+    if claim_of(role) != "following" or record.mark not in ("leads", "stopped"):
+        return ""
+    away = record.leader not in ("", role.me) and is_silent(role, record.leader, now)
+    return record.leader if away else ""
+
+
 def keeper_speaks(role: Role, node: str, now: Instant) -> bool:
     """Tell whether the node's keeper was heard within the suspicion time."""
     at = role.peers.get(node, _UNHEARD).keeper_at_s
@@ -169,13 +181,16 @@ def supersedes(role: Role, event: Heard) -> bool:
     """Tell whether the sender knows a newer term, or leads the same one with the better claim.
 
     A term has two leaders only if operators used their powers on two nodes at once. Then the first by name
-    stays, so that one of them gives way and never both.
+    stays, so that one of them gives way and never both. Who leads a term of which only the number is known,
+    any node may say that followed it; but nobody is told so that he leads.
     """
     newest = role.newest
     if event.term != newest.term:
         return event.term > newest.term
-    if event.term == 0 or event.claim not in OWNING or event.node == newest.leader:
+    if event.term == 0 or event.node == newest.leader:
         return False
+    if event.claim not in OWNING:
+        return newest.leader == "" and event.leader not in ("", role.me)
     return newest.leader == "" or event.node < newest.leader
 
 
@@ -333,6 +348,8 @@ def ready(role: Role, replica: ReplicaProgress) -> bool:
 def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
     """Return why the operator's failover cannot even begin."""
     record, spec = role.record, role.spec
+    if event.to not in ("", role.me):
+        return _cede_refusal(role, event, now)
     if role.name in LEADING and not (role.name == "leading" and role.in_doubt):
         return _refused("this node leads it already")
     if role.request is not None or role.wanted is not None or role.name == "acquiring":
@@ -346,7 +363,7 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")
     if role.me not in spec.nodes:
         return _refused(f"{role.me} is not one of its nodes ({', '.join(spec.nodes)})")
-    if refusal := _stranger(spec, event.old_primary_is_off):
+    if refusal := _stranger(spec.nodes, spec.name, event.old_primary_is_off):
         return refusal
     if not event.accept_data_loss:
         return _refused("what was not committed here would be lost", "say so: --accept-data-loss")
@@ -365,13 +382,45 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     if not rival:
         return None
     heir = role.me if keeps_frozen(role) else successor(spec, rival)
+    cede = f"run it on {heir}, or if nothing is stored there, with: --to {role.me}"
     if heir != role.me and spec.right_to_lead == "fence":
-        return _refused(f"{heir} may take over by itself at any time", f"run it on {heir}")
-    if heir != role.me and keeper_speaks(role, heir, now):
-        return _refused(f"{heir} is first in the line of succession and alive", f"run it on {heir}")
+        return _refused(f"{heir} may take over by itself at any time", cede)
+    if heir != role.me and not by_lease(role) and keeper_speaks(role, heir, now):
+        return _refused(f"{heir} is first in the line of succession and alive", cede)
     if not replaceable(role, rival):
         return unvouched(role, event.old_primary_is_off, now)
     return None
+
+
+def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
+    """Return why this node cannot take the right to lead for another one, and give it up to that at once.
+
+    Only the successor of a leader that is lost can: nobody else takes over unasked. What a leader handed
+    over, and may keep, is given to no third node.
+    """
+    record, spec, to = role.record, role.spec, event.to
+    if to not in spec.nodes or to == record.leader:
+        others = [node for node in spec.nodes if node not in (role.me, record.leader)]
+        return _refused(f"{to} cannot take it over from {record.leader}", f"one of: {', '.join(others)}")
+    if by_lease(role):
+        return _refused(
+            "with leases any node may ask for it",
+            f"on {to}: outlive failover {spec.name} --accept-data-loss",
+        )
+    if role.request is not None or role.wanted is not None or role.name == "acquiring":
+        return _refused("another change of role is under way", "ask again in a moment")
+    if role.name not in PURSUING or record.mark == "yielded":
+        return _refused(f"this node is {role.name}: {role.reason}", "outlive status on the other nodes")
+    if not record.leader:
+        return _refused(f"nobody here knows who led term {record.term}", "outlive status on the other nodes")
+    if (heir := successor(spec, record.leader)) != role.me:
+        return _refused(f"{heir} is the successor of {record.leader}, not {role.me}", f"run it on {heir}")
+    if not keeper_speaks(role, to, now):
+        return _refused(f"{to} is not heard: it could not take it", f"start {to}'s keeper")
+    if not event.accept_data_loss:
+        return _refused(f"what was not committed on {to} would be lost", "say so: --accept-data-loss")
+    rival = contender(role, now)
+    return None if replaceable(role, rival) else unvouched(role, event.old_primary_is_off, now)
 
 
 def unvouched(role: Role, vouched: str, now: Instant) -> Refused | None:
@@ -405,13 +454,12 @@ def replacement_hint(name: str, rival: str, *, heard: bool) -> str:
     )
 
 
-def _stranger(spec: WorkloadSpec, *vouched: str) -> Refused | None:
+def _stranger(nodes: tuple[str, ...], name: str, *vouched: str) -> Refused | None:
     """Return why an operator's word is about a node that has no part in this workload."""
     for node in vouched:
-        if node and node not in spec.nodes:
-            return _refused(
-                f"{node} is not one of the nodes of {spec.name}", f"one of: {', '.join(spec.nodes)}"
-            )
+        if node and node not in nodes:
+            among = ", ".join(dict.fromkeys(nodes))
+            return _refused(f"{node} is not one of the nodes of {name}", f"one of: {among}")
     return None
 
 
@@ -420,7 +468,7 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     record, spec, me = role.record, event.spec, role.me
     if me not in spec.nodes:
         return _refused(f"{me} is not one of its nodes ({', '.join(spec.nodes)})")
-    if refusal := _stranger(spec, *event.peers_are_off):
+    if refusal := _stranger((*spec.nodes, *role.spec.nodes), spec.name, *event.peers_are_off):
         return refusal
     if role.request is not None or role.wanted is not None or role.name in ("acquiring", "deposed"):
         return _refused("another change of role is under way", "ask again in a moment")
@@ -451,6 +499,8 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
             return None
         return _unaccounted(role, event, "", now)  # this node may have lost its state, and a peer may lead
     owner = holder(role)
+    if spec.right_to_lead != "etcd" and (refusal := _passed_over(role, event, owner, now)):
+        return refusal
     if owner == me and right_stands(role):
         return None
     if owner != me and successor(spec, owner) != me:
@@ -458,6 +508,32 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
             f"the right to start it is {owner or 'unknown'}'s", f"run it on {owner or 'the leader'}"
         )
     return None if spec.right_to_lead == "etcd" else _unaccounted(role, event, owner, now)
+
+
+def _passed_over(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:
+    """Return which node, the successor of `owner` until now, could still take over, by what it has heard.
+
+    Invariant: one node at most takes over from a leader. So who is not its successor any more, by the `nodes`
+    of this start, has to have recorded that the workload was stopped, or not to know it, or to be off. The
+    start begins a new term, and who hears of that takes nothing over before it has an epoch of it, with which
+    the new `nodes` come. Not guaranteed: that a node which an operator said to be off, and which comes back
+    while nobody else is heard, does not follow the old line.
+    """
+    heir = successor(role.spec, owner)
+    if heir in ("", role.me, successor(event.spec, owner)):
+        return None
+    view = role.peers.get(heir, _UNHEARD)
+    rests = view.claim in ("stopped", "yielded") or (view.claim == "following" and not view.takeovers)
+    rests = view.claim is None or (rests and view.term == role.record.term)
+    if rests and keeper_speaks(role, heir, now):
+        return None
+    if heir in event.peers_are_off and is_silent(role, heir, now):
+        return None
+    return _refused(
+        f"{heir} was the successor of {owner} until now, and did not say that it knows that it was stopped",
+        f"outlive stop {role.spec.name} on {owner} while {heir} is heard; "
+        f"or power {heir} off, remove its state, and say --off {heir}",
+    )
 
 
 def all_accounted(role: Role, event: OperatorStart, now: Instant) -> bool:

@@ -432,9 +432,9 @@ class Keeper:
             case EndFreeze(workload=name, criu_pid=pid):
                 self._freezes.end(name, pid)
                 return Done()
-            case Failover(workload=name, accept_data_loss=accepted, old_primary_is_off=off):
+            case Failover(workload=name, accept_data_loss=accepted, old_primary_is_off=off, to=to):
                 event = OperatorFailover(
-                    request=self._next_request(), accept_data_loss=accepted, old_primary_is_off=off
+                    request=self._next_request(), accept_data_loss=accepted, old_primary_is_off=off, to=to
                 )
                 return await self._known(name).ask(event)
             case Switchover(workload=name, to=to):

@@ -82,7 +82,7 @@ from common.roles import (
     heir_of,
     new_role,
 )
-from common.succession import has_listened
+from common.succession import has_listened, unheard_leader
 from common.terms_file import TermFiles
 from common.threads import in_thread
 from outlive.address_watch import AddressWatch, address_of, misplaced
@@ -131,6 +131,7 @@ class KeptWorkload:
         self._hands = hands
         self._covers = covers(config)
         self._takeovers: tuple[BeatTakeover, ...] = ()
+        self._takeovers_of: TermRecord | None = None
         self._takeovers_until_s = 0.0
         self._events = events
         self._tasks = tasks
@@ -372,11 +373,13 @@ class KeptWorkload:
             ),
             takeovers=self._beat_takeovers(_now()),
             in_doubt=bool(self.role.in_doubt),
+            leader=unheard_leader(self.role, _now()),
         )
 
     def _beat_takeovers(self, now: Instant) -> tuple[BeatTakeover, ...]:
-        """Return what heartbeats say of a takeover by this node, worked out every now and then."""
-        if now.monotonic_s >= self._takeovers_until_s:
+        """Return what heartbeats say of a takeover by this node, worked out anew every now and then."""
+        if now.monotonic_s >= self._takeovers_until_s or self._takeovers_of is not self.role.record:
+            self._takeovers_of = self.role.record
             self._takeovers = _told_once(takeovers(self.role, now, self._covered()))
             self._takeovers_until_s = now.monotonic_s + _TAKEOVERS_S
         return self._takeovers

@@ -119,6 +119,7 @@ def heard_of(beat: Beat, workload: str) -> Heard:
         heir=said.heir,
         alive=said.alive,
         in_doubt=said.in_doubt,
+        leader=said.leader,
         pauses=tuple(
             Pause(
                 node=pause.node,

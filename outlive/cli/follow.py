@@ -17,7 +17,7 @@ from common.errors import NoRightToLeadError, OutliveError, RestoreError, Worklo
 from common.succession import replacement_hint
 from outlive.cli.call import Call
 
-Goal = Literal["leading", "stopped"]
+Goal = Literal["leading", "stopped", "yielded"]
 
 POLL_S = 0.1
 SETTLED_S = 2.0
@@ -125,7 +125,8 @@ def _still_ends(workload: WorkloadStatus, goal: Goal) -> bool:
 def _reached(workload: WorkloadStatus, goal: Goal, since_term: int) -> bool:
     if goal == "stopped":
         return workload.state == "stopped" and not workload.running
-    return workload.state == "leading" and workload.running and workload.term >= since_term
+    there = workload.state == goal and workload.term >= since_term
+    return there and (workload.running or goal == "yielded")
 
 
 def _unreached(config: NodeConfig, status: NodeStatus, name: str, goal: Goal, after_s: float) -> OutliveError:
@@ -135,7 +136,7 @@ def _unreached(config: NodeConfig, status: NodeStatus, name: str, goal: Goal, af
         return WorkloadError(f"the keeper does not know {name}", hint="outlive status")
     message = f"{name} is {workload.state}, not {goal}, after {after_s:.0f} s: {workload.reason}"
     history = f"outlive history {name}"
-    if goal == "leading" and workload.state in {"waiting", "following"}:
+    if goal != "stopped" and workload.state in {"waiting", "following"}:
         if not (leader := workload.leader):
             return NoRightToLeadError(message, hint="outlive status on the other nodes")
         heard = workload.state == "following" or _is_heard(config, status, leader)

@@ -199,6 +199,7 @@ def stop(call: Call, name: str, timeout_s: float) -> None:
     epilog=examples(
         "outlive failover redis --accept-data-loss",
         "outlive failover redis --accept-data-loss --old-primary-is-off a",
+        "outlive failover redis --accept-data-loss --to c       if only c has its epochs",
     ),
 )
 @click.argument("name")
@@ -209,25 +210,30 @@ def stop(call: Call, name: str, timeout_s: float) -> None:
     metavar="NODE",
     help="You have made sure yourself that this node is off. If it is not, two of them will run.",
 )
+@click.option("--to", default="", metavar="NODE", help="Not this node is to lead, but that one.")
 @click.option("--timeout", "timeout_s", default=300.0, show_default=True, help="Seconds to follow it.")
 @click.pass_obj
 def failover(
-    call: Call, name: str, accept_data_loss: bool, old_primary_is_off: str, timeout_s: float
+    call: Call, name: str, accept_data_loss: bool, old_primary_is_off: str, to: str, timeout_s: float
 ) -> None:
     """Let this node take a workload over, and follow that until it serves from here.
 
     The old primary is fenced first; if that is not confirmed, nothing happens (exit code 10).
+
+    With three nodes, only the first of `nodes` that is not the old primary may take over. If only the third
+    one has epochs (outlive status on each), run it on the first with --to: the old primary is fenced, and
+    the right to lead given to that node, on which this verb is run then without --to.
     """
     config = call.config()
     asked_wall_s = time.time()
     before = find_workload(call, config, name)
     request = Failover(
-        workload=name, accept_data_loss=accept_data_loss, old_primary_is_off=old_primary_is_off
+        workload=name, accept_data_loss=accept_data_loss, old_primary_is_off=old_primary_is_off, to=to
     )
     done = call.ask(config.keeper_endpoint, request, Done)
     outcome = follow_role(
         *(call, config, name),
-        goal="leading",
+        goal="yielded" if to not in ("", config.node.name) else "leading",
         since_term=before.term + 1 if before is not None else 1,
         asked_wall_s=asked_wall_s,
         timeout_s=timeout_s,

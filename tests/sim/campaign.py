@@ -41,6 +41,10 @@ SETTLE_S = 12.0
 """The bound of liveness: so long after the last fault, somebody leads, or it is at rest for a reason."""
 PAUSING = 0.3
 """Share of the runs in which operators pause and resume."""
+MOVING_LINE = 0.3
+"""Share of the runs with three nodes in which operators change the line of succession."""
+CEDING = 0.3
+"""How often an operator who has a third node takes the right to lead for another one."""
 SWITCHING = 0.4
 """Share of the runs in which operators hand the workload over."""
 LEASING = 0.35
@@ -124,6 +128,8 @@ def run_seed(
     pauses = pausing.random() < PAUSING
     moving = random.Random(f"move-{seed}")
     moves = moving.random() < SWITCHING
+    lining = random.Random(f"line-{seed}")
+    lines_move = len(spec.nodes) > 2 and lining.random() < MOVING_LINE
     end = world.now + trouble_s
     while world.now < end:
         world.run(rng.uniform(0.1, 2 * world.weather.fault_every_s))
@@ -131,7 +137,9 @@ def run_seed(
             _pause_or_resume(world, pausing)
         if moves and moving.random() < 0.7:
             _switch_over(world, moving)
-        _strike(world, rng)
+        if lines_move and lining.random() < 0.3:
+            _move_line(world, lining)
+        _strike(world, rng, lining)
         if world.leases is not None and leasing.random() < 0.6:
             host = world.hosts[leasing.choice(spec.nodes)]
             world.leases.strike(host, leasing.choice(ETCD_FAULTS), leasing.uniform(0.1, 8.0))
@@ -183,13 +191,13 @@ def move_by_hand(world: World) -> None:
         world.resume(name)
     for _ in range(MOVES):
         before = world.leaders[max(world.leaders)] if world.leaders else ""
-        to = next(name for name in world.spec.nodes if name != before)  # the first start is for the first
-        if any(host.role is not None and host.role.name == "leading" for host in world.hosts.values()):
-            request = world.switchover(before, to)
-        else:
-            request = world.start(to)
+        leads = [host.role for host in world.hosts.values() if host.role and host.role.name == "leading"]
+        line = leads[0].spec.nodes if leads else world.spec.nodes
+        to = next(name for name in line if name != before)  # the first start is for the first
+        request = world.switchover(before, to) if leads else world.start(to)
         if world.refused(request) and world.refused(world.failover(to)) and before:
-            world.start(before)  # nothing of it is there: it has to run here first
+            # Nothing of it is there, or it is not first in line: it has to run elsewhere first.
+            any(not world.refused(world.start(name)) for name in (before, *world.spec.nodes))
         world.run(SETTLE_S / 3)
         if world.changes_of_leader:
             return
@@ -229,8 +237,15 @@ def at_rest(world: World) -> Result:
     return Result(world.changes_of_leader, False, states, world.handovers, world.taken_back)
 
 
-def _strike(world: World, rng: random.Random) -> None:
-    """Let one thing go wrong, or an operator do something."""
+def _move_line(world: World, rng: random.Random) -> None:
+    """Operators declare another line of succession on every node; it counts from the next start on."""
+    nodes = tuple(rng.sample(world.spec.nodes, len(world.spec.nodes)))
+    world.tell(f"operators: nodes are {nodes}")
+    world.spec = msgspec.structs.replace(world.spec, nodes=nodes)
+
+
+def _strike(world: World, rng: random.Random, lining: random.Random) -> None:
+    """Let one thing go wrong, or an operator do something. `lining` decides what is for three nodes only."""
     fault = rng.choice(world.weather.faults)
     host = world.hosts[rng.choice(world.spec.nodes)]
     back_s = rng.uniform(0.05, 6.0)
@@ -260,7 +275,9 @@ def _strike(world: World, rng: random.Random) -> None:
     elif fault == "failover":
         off = [name for name, other in world.hosts.items() if not other.on]
         if off or world.spec.right_to_lead == "fence":
-            world.failover(host.name, rng.choice(off) if off else "")
+            others = [name for name in world.hosts if name != host.name]
+            to = lining.choice(others) if len(others) > 1 and lining.random() < CEDING else ""
+            world.failover(host.name, rng.choice(off) if off else "", to)
 
 
 def _pause_or_resume(world: World, rng: random.Random) -> None:

@@ -334,6 +334,81 @@ def test_a_keeper_that_restarts_on_the_way_costs_nothing(seed: int, moment: str)
     assert world.hosts["a"].frozen is world.hosts["b"].frozen is False
 
 
+THREE = msgspec.structs.replace(TWO, nodes=("a", "b", "c"))
+
+
+def cut_off(world: World, *names: str) -> None:
+    """Let these hear nobody, and nobody hear them."""
+    world.blocked |= {
+        pair for name in names for other in world.hosts for pair in ((name, other), (other, name))
+    }
+
+
+def move_the_line_and_lose_the_leader(seed: int) -> World:
+    """`b` misses that `c` is the successor now, and hears nobody when `a` is lost."""
+    world = protected_pair(seed, THREE)
+    world.power_off(world.hosts["b"])
+    world.run(1.0)
+    world.stop("a")
+    world.run(2.0)
+    world.spec = msgspec.structs.replace(THREE, nodes=("a", "c", "b"))
+    if world.refused(world.start("a")):
+        return world
+    world.run(4.0)
+    world.power_off(world.hosts["a"])
+    cut_off(world, "b")
+    world.power_on(world.hosts["b"])
+    world.run(8.0)
+    return world
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_line_is_not_moved_past_a_successor_that_has_not_heard_of_the_stop(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = move_the_line_and_lose_the_leader(seed)
+    assert state(world, "a") == "stopped"
+    world.power_on(world.hosts["b"])
+    world.run(1.0)
+    assert not world.refused(world.start("a"))
+    cut_off(world, "b")  # it may not even hear of the new term
+    world.run(4.0)
+    world.power_off(world.hosts["a"])
+    world.run(4.0)
+    assert (state(world, "b"), state(world, "c")) != ("leading", "leading")
+    assert state(world, "c") == "leading"
+    monkeypatch.setattr(succession, "_passed_over", lambda *_: None)
+    with pytest.raises(Violation, match=r"it runs on|two leaders"):
+        move_the_line_and_lose_the_leader(seed)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_third_node_that_alone_has_epochs_leads_by_the_successors_leave(seed: int) -> None:
+    world = protected_pair(seed, THREE)
+    world.power_off(world.hosts["a"])
+    world.run(4.0)
+    assert state(world, "b") == "leading"
+    cut_off(world, "a")
+    world.power_on(world.hosts["a"])
+    world.run(1.0)
+    world.power_off(world.hosts["b"])
+    world.blocked.clear()
+    world.run(4.0)
+    assert (state(world, "a"), state(world, "c")) == ("waiting", "waiting")
+    assert world.refused(world.failover("c"))
+    given = world.failover("a", to="c")
+    world.run(4.0)
+    assert not world.refused(given)
+    assert (state(world, "a"), state(world, "c")) == ("yielded", "waiting")
+    assert not world.refused(world.failover("c"))
+    world.run(4.0)
+    assert (state(world, "a"), state(world, "c")) == ("following", "leading")
+    assert world.hosts["c"].restored is not None
+    world.power_on(world.hosts["b"])
+    world.run(4.0)
+    assert state(world, "b") == "following"
+
+
 def skip_fence(monkeypatch: pytest.MonkeyPatch) -> str:
     return "skip-fence"
 

@@ -46,6 +46,7 @@ from common.role_events import (
     PersistPauses,
     PersistTerm,
     RunFence,
+    SaveSpec,
     StepDone,
     StepFailed,
     TermPersisted,
@@ -53,7 +54,7 @@ from common.role_events import (
     Tick,
     WorkloadEnded,
 )
-from common.role_explain import takeovers
+from common.role_explain import replaces, takeovers
 from common.role_table import step
 from common.roles import (
     LEADING,
@@ -62,15 +63,18 @@ from common.roles import (
     Instant,
     Refusal,
     Role,
+    Takeover,
     TermRecord,
     Timing,
     claim_of,
     heir_of,
     new_role,
 )
-from common.succession import is_silent, keeps_frozen, planned
+from common.succession import is_silent, keeps_frozen, planned, unheard_leader
 from tests.sim.leases import Leases
 
+REPLACES = (Takeover(silence="host loss", missing=("not said here",)),)
+"""What heartbeats say of a takeover where there is a leader to replace."""
 TICK_S = 0.05
 BEAT_S = 0.1
 REPORT_S = 0.1
@@ -117,6 +121,10 @@ class Host:
     """One host: what is on its disk, and what is gone when its power is."""
 
     name: str
+    saved: WorkloadSpec
+    """How its disk has the workload declared."""
+    declared: WorkloadSpec
+    """How its agent has it declared: as the last order says, or as came with the leader's epochs."""
     on: bool = True
     boot: int = 1
     record: TermRecord = field(default_factory=TermRecord)
@@ -194,12 +202,16 @@ class World:
         self.seed = seed
         self.random = random.Random(seed)
         self.spec = spec
+        """How operators have it declared on every node; another line of succession counts from a start on."""
         self.weather = weather
         self.bugs = bugs
         self.now = 0.0
         self.by_ssh = random.Random(f"ssh-{seed}")
         clocks = random.Random(f"clocks-{seed}")
-        self.hosts = {name: Host(name, clock_s=clocks.uniform(-3600, 3600)) for name in spec.nodes}
+        self.hosts = {
+            name: Host(name, saved=spec, declared=spec, clock_s=clocks.uniform(-3600, 3600))
+            for name in spec.nodes
+        }
         self.blocked: set[tuple[str, str]] = set()
         self.story: deque[str] = deque(maxlen=STORY_LINES)
         self.leaders: dict[int, str] = {}
@@ -269,7 +281,7 @@ class World:
         host.role = new_role(
             me=host.name,
             boot_id="the-same" if "one-boot-id" in self.bugs else f"boot-{host.boot}",
-            spec=self.spec,
+            spec=host.saved,
             timing=TIMING,
             fenceable=frozenset(self.spec.nodes),
             record=record,
@@ -377,6 +389,8 @@ class World:
                 self.answers[request] = answer
                 self._check_answer(host, request, answer)
                 self.tell(f"{host.name}: answers {answer}")
+            case SaveSpec(spec):
+                self._save(host, spec)
             case Note() | _:
                 pass
 
@@ -413,6 +427,16 @@ class World:
                 self.feed(host, TermPersisted(record))
 
         self.later(ends - self.now, write)
+
+    def _save(self, host: Host, spec: WorkloadSpec) -> None:
+        """In its turn on the disk, unless the keeper is gone before."""
+        life = host.keeper_life
+
+        def write() -> None:
+            if host.keeper_life == life and host.role is not None:
+                host.saved = spec
+
+        self.later(max(0.0, host.disk_free_at - self.now), write)
 
     def _persist_pauses(self, host: Host, pauses: Pauses) -> None:
         """As terms are; what a crash interrupts is on the disk or not when the next keeper reads it."""
@@ -569,6 +593,8 @@ class World:
                     alive=role.alive,
                     pauses=role.pauses,
                     in_doubt=bool(role.in_doubt),
+                    leader=unheard_leader(role, self.instant(host)),
+                    takeovers=REPLACES if replaces(role) else (),
                 )
             hear = partial(self._hear, other, event, host.sequence, host.boot, self.now, self._leads(host))
             for _ in range(2 if self.chance(self.weather.double) else 1):
@@ -637,7 +663,7 @@ class World:
         running = host.container is not None
         report = WorkloadReport(
             name=self.spec.name,
-            spec=self.spec,
+            spec=host.declared,
             running=running,
             init_pid=host.container or 0,
             exit_code=None if running else host.exit_code,
@@ -670,6 +696,7 @@ class World:
         if order.role == "lead" and (host.record.term, host.record.leader) != (order.term, host.name):
             raise self.broken(f"{host.name} is to lead term {order.term}, its disk says {host.record}")
         host.busy, life, kills = True, host.agent_life, host.kills
+        host.declared = order.spec or host.declared
         host.handed = None
         if order.action == "hand_over" and host.container is not None:
             self._hand_over(host, order.number, order.heir)
@@ -796,6 +823,7 @@ class World:
             return
         if other.stored is None or epoch > other.stored:
             other.stored, other.stored_at = epoch, captured_at
+            other.declared = host.declared
         host.acked[other.name] = epoch
 
     # --- power ------------------------------------------------------------------------------------
@@ -845,9 +873,9 @@ class World:
     def stop(self, name: str) -> int:
         return self._ask(name, lambda n: OperatorStop(request=n))
 
-    def failover(self, name: str, off: str = "") -> int:
+    def failover(self, name: str, off: str = "", to: str = "") -> int:
         return self._ask(
-            name, lambda n: OperatorFailover(request=n, accept_data_loss=True, old_primary_is_off=off)
+            name, lambda n: OperatorFailover(request=n, accept_data_loss=True, old_primary_is_off=off, to=to)
         )
 
     def switchover(self, name: str, to: str) -> int:

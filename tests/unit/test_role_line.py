@@ -1,0 +1,331 @@
+"""The line of succession with three nodes: how it is changed, and who takes the right for whom."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from common.control import Done, Refused
+from common.model import EpochId
+from common.role_events import (
+    Answer,
+    ClaimTerm,
+    FenceResult,
+    Heard,
+    OperatorFailover,
+    OperatorStart,
+    PersistTerm,
+    RunFence,
+    SaveSpec,
+    StepDone,
+)
+from common.role_explain import Covers, takeovers
+from common.roles import SILENCES, Claim, Mark, Takeover, TermRecord, claim_of, heir_of
+from common.succession import unheard_leader
+from tests.unit.test_roles import SPEC, Driver
+
+LINE = replace(SPEC, nodes=("a", "b", "c"))
+MOVED = replace(SPEC, nodes=("a", "c", "b"))
+ALL: Covers = {name: frozenset(SILENCES) for name in LINE.nodes}
+WOULD = (Takeover(silence="host loss", missing=()),)
+
+
+def stopped_leader(**values: object) -> Driver:
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("a", record, spec=LINE, **values)  # type: ignore[arg-type]
+    driver.feed(StepDone(step="kill"))
+    return driver
+
+
+def says(
+    driver: Driver, node: str, claim: Claim | None, term: int = 2, would: tuple[Takeover, ...] = ()
+) -> None:
+    driver.feed(
+        Heard(node=node, origin="keeper", boot_id=f"boot-{node}", term=term, claim=claim, takeovers=would)
+    )
+
+
+def answer(driver: Driver, request: int) -> Done | Refused:
+    return next(
+        each.answer for each in driver.effects if isinstance(each, Answer) and each.request == request
+    )
+
+
+def start(driver: Driver, request: int = 1, *, off: tuple[str, ...] = (), spec: object = MOVED) -> None:
+    driver.feed(OperatorStart(request=request, spec=spec, peers_are_off=off))  # type: ignore[arg-type]
+
+
+# --- another line -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("claim", "term", "would"),
+    [("following", 2, WOULD), ("following", 1, ()), ("acquiring", 2, ()), ("starting", 2, ())],
+)
+def test_a_start_that_passes_over_the_successor_waits_until_that_one_knows_of_the_stop(
+    claim: Claim, term: int, would: tuple[Takeover, ...]
+) -> None:
+    driver = stopped_leader()
+    says(driver, "b", claim, term, would)
+    says(driver, "c", "following")
+    start(driver)
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert driver.role.wanted is None
+    says(driver, "b", "following")
+    start(driver, 2)
+    assert driver.role.wanted is not None
+
+
+def test_a_successor_that_is_silent_is_passed_over_only_by_an_operators_word() -> None:
+    driver = stopped_leader()
+    says(driver, "b", "following")
+    driver.after(3.0)
+    start(driver)
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert "b was the successor of a until now" in refused.message
+    assert "--off b" in refused.hint
+    start(driver, 2, off=("b",))
+    assert driver.role.newest.term == 100
+
+
+def test_a_node_that_is_taken_off_the_line_can_be_vouched_for() -> None:
+    driver = stopped_leader()
+    driver.after(3.0)
+    start(driver, off=("b",), spec=replace(SPEC, nodes=("a", "c")))
+    assert driver.role.newest.term == 100
+
+
+@pytest.mark.parametrize("claim", ["stopped", "yielded", None])
+def test_who_has_a_term_of_its_own_or_knows_nothing_of_it_takes_nothing_over(claim: Claim | None) -> None:
+    driver = stopped_leader()
+    says(driver, "b", claim, 2 if claim else 0)
+    start(driver)
+    assert driver.role.wanted is not None
+
+
+def test_a_moved_line_begins_a_new_term_that_is_on_disk_before_the_line_is() -> None:
+    driver = stopped_leader()
+    says(driver, "b", "following")
+    start(driver)
+    assert driver.role.newest == replace(
+        driver.role.newest, term=3, leader="a", mark="launching", boot_id="boot-1"
+    )
+    written = [type(each) for each in driver.effects if isinstance(each, PersistTerm | SaveSpec)]
+    assert written == [PersistTerm, SaveSpec]
+
+
+def test_the_same_line_goes_on_in_the_same_term_whoever_is_away() -> None:
+    driver = stopped_leader()
+    start(driver, spec=replace(LINE, epoch_interval_ms=700))
+    assert (driver.role.newest.term, driver.role.newest.mark) == (2, "launching")
+
+
+def test_with_a_lease_the_line_decides_nothing_and_is_not_asked() -> None:
+    driver = stopped_leader()
+    start(driver, spec=replace(MOVED, right_to_lead="etcd"))
+    assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
+def test_who_knows_that_it_was_stopped_says_that_it_takes_nothing_over() -> None:
+    record = TermRecord(term=2, leader="a", mark="leads", boot_id="boot-1")
+    driver = Driver("b", record, spec=LINE)
+    assert takeovers(driver.role, driver.instant(), ALL)
+    driver.hear("stopped", term=2)
+    assert takeovers(driver.role, driver.instant(), ALL), "it is not on disk yet"
+    driver.persisted()
+    assert takeovers(driver.role, driver.instant(), ALL) == ()
+
+
+def test_who_still_kills_what_it_has_of_a_running_term_does_not_say_that_there_is_nothing() -> None:
+    record = TermRecord(term=2, leader="a", mark="leads", boot_id="boot-1")
+    driver = Driver("b", record, spec=LINE, running=True)
+    assert (driver.state, claim_of(driver.role)) == ("deposed", "following")
+    assert takeovers(driver.role, driver.instant(), ALL)[0].missing == (driver.role.reason,)
+
+
+# --- the right for another node -----------------------------------------------------------------------
+
+
+def returned(**values: object) -> Driver:
+    """A, back from a loss: B led meanwhile and is lost, C has its epochs and is heard."""
+    record = TermRecord(term=2, leader="b", mark="leads", boot_id="boot-1")
+    driver = Driver("a", record, **{"spec": LINE, "fenceable": frozenset("abc"), **values})  # type: ignore[arg-type]
+    driver.report()
+    driver.after(2.5)
+    says(driver, "c", "following", would=WOULD)
+    driver.report()
+    driver.after(0.05)
+    assert driver.state == "waiting"
+    return driver
+
+
+def cede(driver: Driver, request: int = 1, to: str = "c", off: str = "", *, accepted: bool = True) -> None:
+    driver.feed(OperatorFailover(request=request, accept_data_loss=accepted, old_primary_is_off=off, to=to))
+
+
+def test_the_successor_takes_the_right_for_another_node_and_gives_it_up_in_the_same_record() -> None:
+    driver = returned()
+    cede(driver)
+    assert any(isinstance(each, RunFence) for each in driver.effects)
+    driver.feed(FenceResult(node="b", attempt=1, outcome="confirmed", reason="off"))
+    assert driver.role.record.term == 2, "nothing is said before it is on disk"
+    driver.persisted()
+    record = driver.role.record
+    assert (record.term, record.leader, record.mark, record.heir) == (3, "a", "yielded", "c")
+    assert (driver.state, claim_of(driver.role), heir_of(driver.role)) == ("yielded", "yielded", "c")
+    done = answer(driver, 1)
+    assert isinstance(done, Done)
+    assert done.detail.endswith("on c: outlive failover w --accept-data-loss")
+    driver.after(40.0)
+    assert driver.state == "yielded"
+
+
+def test_the_heir_restores_what_it_has_once_it_is_asked() -> None:
+    record = TermRecord(term=2, leader="b", mark="leads", boot_id="boot-1")
+    heir = Driver("c", record, spec=LINE, fenceable=frozenset("abc"))
+    heir.report(stored=EpochId(2, 9), restorable=True)
+    heir.feed(Heard(node="a", origin="keeper", boot_id="boot-a", term=3, claim="yielded", heir="c"))
+    heir.persisted()
+    heir.after(0.05)
+    assert heir.state == "waiting"
+    assert heir.role.reason.endswith("older than term 3: outlive failover w --accept-data-loss")
+    heir.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    heir.persisted()
+    assert (heir.state, heir.role.record.term, heir.role.order.newest_only) == ("taking_over", 4, False)
+
+
+def test_a_fence_that_does_not_confirm_gives_nothing_up_and_is_not_forgotten_into_the_next_attempt() -> None:
+    driver = returned()
+    cede(driver)
+    driver.feed(FenceResult(node="b", attempt=1, outcome="unknown", reason="?"))
+    assert isinstance(answer(driver, 1), Refused)
+    assert driver.role.wanted is None
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.after(1.5)
+    driver.feed(FenceResult(node="b", attempt=2, outcome="confirmed", reason="off"))
+    assert (driver.role.newest.mark, driver.role.newest.heir) == ("taking_over", "")
+
+
+def test_without_a_fence_an_operator_vouches_for_the_lost_leader() -> None:
+    driver = returned(spec=replace(LINE, right_to_lead="manual"), fenceable=frozenset())
+    cede(driver)
+    assert "no fence confirmed that it is off" in answer(driver, 1).message  # type: ignore[union-attr]
+    cede(driver, 2, off="b")
+    assert (driver.role.newest.term, driver.role.newest.heir) == (100, "c")
+
+
+@pytest.mark.parametrize(
+    ("values", "to", "accepted", "word"),
+    [
+        ({}, "b", True, "cannot take it over from b"),
+        ({}, "d", True, "one of: c"),
+        ({}, "c", False, "--accept-data-loss"),
+        ({"spec": replace(LINE, right_to_lead="etcd")}, "c", True, "on c: outlive failover w"),
+        ({"spec": replace(LINE, nodes=("b", "c", "a"))}, "c", True, "c is the successor of b, not a"),
+    ],
+)
+def test_the_right_is_not_taken_for_another_node(
+    values: dict[str, object], to: str, accepted: bool, word: str
+) -> None:
+    driver = returned(**values)
+    cede(driver, to=to, accepted=accepted)
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert word in f"{refused.message} {refused.hint}"
+    assert driver.state == "waiting"
+
+
+def test_a_node_that_is_not_heard_is_given_no_right() -> None:
+    driver = returned()
+    driver.after(3.0)
+    cede(driver)
+    assert "c is not heard" in answer(driver, 1).message  # type: ignore[union-attr]
+
+
+def test_what_was_handed_over_is_given_to_no_third_node() -> None:
+    record = TermRecord(term=2, leader="b", mark="yielded", boot_id="boot-1", heir="a")
+    driver = Driver("a", record, spec=LINE, fenceable=frozenset("abc"))
+    says(driver, "c", "following")
+    cede(driver)
+    assert isinstance(answer(driver, 1), Refused)
+
+
+def test_with_leases_a_third_node_needs_nobodys_leave() -> None:
+    record = TermRecord(term=2, leader="b", mark="leads", boot_id="boot-1")
+    driver = Driver("c", record, spec=replace(LINE, right_to_lead="etcd"), fenceable=frozenset())
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.after(2.5)
+    says(driver, "a", "following", would=WOULD)
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
+def test_a_third_node_is_told_whom_to_ask() -> None:
+    record = TermRecord(term=2, leader="b", mark="leads", boot_id="boot-1")
+    driver = Driver("c", record, spec=LINE, fenceable=frozenset("abc"))
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.after(2.5)
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert refused.hint == "run it on a, or if nothing is stored there, with: --to c"
+
+
+# --- who led, by the word of a third node -----------------------------------------------------------
+
+
+def hearsay(leader: str, term: int = 2, would: tuple[Takeover, ...] = WOULD) -> Heard:
+    return Heard(
+        node="c",
+        origin="keeper",
+        boot_id="boot-c",
+        term=term,
+        claim="following",
+        leader=leader,
+        takeovers=would,
+    )
+
+
+@pytest.mark.parametrize(("would", "mark"), [(WOULD, "leads"), ((), "stopped")])
+def test_who_returns_learns_from_a_third_node_who_led_and_whether_that_one_stopped_it(
+    would: tuple[Takeover, ...], mark: str
+) -> None:
+    driver = Driver("a", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-0"), spec=LINE)
+    driver.feed(hearsay("", would=would))
+    driver.persisted()
+    assert (driver.role.record.term, driver.role.record.leader) == (2, ""), "c still hears it"
+    driver.feed(hearsay("b", would=would))
+    driver.persisted()
+    record = driver.role.record
+    assert (record.term, record.leader, record.mark) == (2, "b", mark)
+
+
+@pytest.mark.parametrize("leader", ["", "a"])
+def test_nobody_is_told_by_others_that_he_leads(leader: str) -> None:
+    driver = Driver("a", spec=LINE)
+    driver.feed(hearsay(leader))
+    driver.persisted()
+    assert (driver.role.record.term, driver.role.record.leader) == (2, "")
+    driver.feed(hearsay(leader))
+    assert driver.role.wanted is None
+
+
+def test_who_knows_the_leader_of_a_term_believes_nobody_else_about_that() -> None:
+    driver = Driver("a", TermRecord(term=2, leader="b", mark="leads", boot_id="boot-1"), spec=LINE)
+    driver.feed(hearsay("c"))
+    assert driver.role.wanted is None
+
+
+@pytest.mark.parametrize(("mark", "said"), [("leads", "b"), ("stopped", "b"), ("yielded", "")])
+def test_a_leader_is_named_for_others_once_it_is_not_heard_and_unless_it_gave_its_term_up(
+    mark: Mark, said: str
+) -> None:
+    driver = Driver("c", TermRecord(term=2, leader="b", mark=mark, boot_id="boot-1"), spec=LINE)
+    says(driver, "b", "leading")
+    assert unheard_leader(driver.role, driver.instant()) == ""
+    driver.after(1.0)
+    assert unheard_leader(driver.role, driver.instant()) == said
