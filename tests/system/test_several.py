@@ -122,3 +122,33 @@ async def test_three_nodes_take_over_from_one_another_and_the_first_one_returns(
         second = (await nodes["b"].history(NAME)).terms[-2]
         assert second.timeline[-1].event == "leading", "how it began is kept"
         assert second.handover[-1].event == "handed over"
+
+
+async def test_a_third_node_that_alone_has_the_epochs_leads_by_the_leave_of_the_first() -> None:
+    async with protected_redis(("a", "b", "c")) as cluster:
+        nodes, lab = cluster.nodes, cluster.lab
+        await nodes["c"].wait_for(NAME, stands_by, what="standing by")
+        await lab.power_off("a")
+        await nodes["b"].wait_for(NAME, leads, what="taken over")
+        await nodes["c"].wait_for(NAME, lambda w: stands_by(w) and w.term == 2, what="following b")
+        await eventually(cluster.answers, what="redis answers at b")
+        await cluster.redis("set", "kept", "since a was lost")
+        await wait_for_epochs(nodes["b"], NAME)
+
+        await lab.power_off("b")
+        await lab.power_on("a")
+        await nodes["a"].start()
+        await nodes["a"].wait_for(
+            NAME,
+            lambda w: w.leader == "b" and "no epoch is stored here" in w.reason,
+            what="told by c who led, and without anything to restore",
+        )
+        refused = await nodes["c"].cli("failover", NAME, "--accept-data-loss", check=False)
+        assert (refused.returncode, "--to c" in refused.stderr) == (10, True)
+        given = await nodes["a"].cli("failover", NAME, "--accept-data-loss", "--to", "c")
+        assert "on c: outlive failover" in given.stdout
+        await nodes["c"].wait_for(NAME, lambda w: w.leader == "a" and w.term == 3, what="given the right")
+        await nodes["c"].cli("failover", NAME, "--accept-data-loss")
+        await nodes["c"].wait_for(NAME, leads, what="led")
+        assert await cluster.redis("get", "kept") == "since a was lost"
+        await nodes["a"].wait_for(NAME, lambda w: stands_by(w) and w.term == 4, what="standing by for c")

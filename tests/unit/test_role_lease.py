@@ -22,6 +22,8 @@ from common.role_events import (
     PersistTerm,
     RunFence,
     StepDone,
+    StepFailed,
+    WorkloadEnded,
 )
 from common.role_explain import ETCD, explain
 from common.role_view import workload_status
@@ -178,6 +180,27 @@ def test_a_claim_of_another_that_came_to_nothing_is_passed_over_and_one_that_may
     driver.feed(result(claim.attempt, term=3))
     driver.persisted()
     assert (driver.state, driver.role.record.term) == ("taking_over", 3)
+
+
+def test_a_workload_that_ends_while_its_lease_is_in_doubt_is_given_up_though_its_packets_stay_held() -> None:
+    """The hold is lifted once this node leads no more, and nobody else can lead before it says so."""
+    driver = leader(spec=replace(LEASED, on_exit="failover"), fenceable=NO_FENCE)
+    driver.report(running=True, replicas=(ready_replica(),))
+    driver.hear("following", node="b")
+    driver.feed(LeaseInDoubt("the lease is lost: b has claimed term 2", "b"))
+    driver.feed(WorkloadEnded(137))
+    driver.after(0.05)
+    assert driver.state == "yielding"
+    driver.feed(StepFailed(step="lift", reason="not while the lease is in doubt"))
+    driver.feed(StepDone(step="kill"))
+    driver.after(0.05)
+    assert driver.role.wanted is None, "the address may still be here"
+    driver.feed(StepDone(step="drop_vip"))
+    driver.after(0.05)
+    driver.persisted()
+    assert driver.state == "yielded"
+    driver.feed(LeaseStands())
+    assert LiftHold() in driver.after(5.0)
 
 
 def test_an_operator_may_have_a_frozen_leader_go_on_in_a_new_term() -> None:
