@@ -309,7 +309,9 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     term: Count
     state: Literal["starting", "taking_over", "leading", "stopped", "yielded", "following", "acquiring"]
     heir: NameOrNone
-    """To whom the term is handed over; empty: to nobody by name."""
+    """Yielded: to whom the term is handed over; empty: to nobody by name. Following: since version 6 the
+    leader, if it does not hear that one; older ones say nothing here, and do nothing with what they hear.
+    """
     alive: bool
     """A process of it runs there."""
     agent_alive: bool
@@ -318,8 +320,6 @@ class BeatWorkload(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """Empty: it follows no leader, or one that, as is recorded there, has stopped the workload."""
     in_doubt: bool = False
     """It leads, and has frozen the workload because its lease in etcd may be over. Since version 6."""
-    leader: NameOrNone = ""
-    """Whom it follows, if it does not hear that one. Since version 6."""
 
 
 class Beat(_Message, frozen=True, forbid_unknown_fields=False):

@@ -38,9 +38,9 @@ from common.succession import (
     kept_by_giver,
     last_heard_s,
     leads_nothing_newer,
+    line_moves,
     planned,
     right_stands,
-    successor,
     unvouched,
 )
 
@@ -83,14 +83,16 @@ def persist(role: Role, record: TermRecord) -> Acted:
     return replace(role, wanted=record, retry_at_s=0.0), (PersistTerm(record),)
 
 
-def remark(role: Role, mark: Mark, *, heir: str = "") -> Acted:
-    """Record how far this term's leader is, and, if it gave the term up, to whom by name.
+def remark(role: Role, mark: Mark, *, heir: str = "", nothing_kept: bool = False) -> Acted:
+    """Record how far the leader of this term is; if it gave that up, to whom, and whether it keeps nothing.
 
     What another node said counts as heard under this boot. This node's own term stays bound to the boot in
     which it began: after another boot others may lead, and no mark of ours can change that.
     """
     boot_id = role.newest.boot_id if role.newest.leader == role.me else role.boot_id
-    return persist(role, replace(role.newest, mark=mark, boot_id=boot_id, heir=heir))
+    return persist(
+        role, replace(role.newest, mark=mark, boot_id=boot_id, heir=heir, nothing_kept=nothing_kept)
+    )
 
 
 def next_term(
@@ -205,6 +207,7 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         cause=f"heard from {event.node}",
         began_wall_s=now.wall_s,
         heir=event.heir,
+        nothing_kept=_keeps_nothing(event),
     )
     refusal = Refused(error="NoRightToLeadError", message=f"{event.node} knows the newer term {event.term}")
     cleared = replace(
@@ -215,6 +218,7 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         step=None,
         heir="",
         starts_from=None,
+        spec_before=None,
         launched_at_s=now.monotonic_s,
     )
     told = answered(cleared, refusal)
@@ -237,7 +241,13 @@ def give_way(role: Role, event: Heard, now: Instant) -> Acted:
 
 def record_mark(role: Role, event: Heard, now: Instant) -> Acted:
     """Record how far the leader is now."""
-    return remark(replace(role, launched_at_s=now.monotonic_s), mark_of(event), heir=event.heir)
+    role = replace(role, launched_at_s=now.monotonic_s)
+    return remark(role, mark_of(event), heir=event.heir, nothing_kept=_keeps_nothing(event))
+
+
+def _keeps_nothing(event: Heard) -> bool:
+    """Tell whether who gives a term up by name has nothing of the workload: what has ended stays so in it."""
+    return event.claim == "yielded" and bool(event.heir) and not event.alive
 
 
 def mark_of(event: Heard) -> Mark:
@@ -391,7 +401,7 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
         request=event.request,
         vouched=event.old_primary_is_off,
         by_operator=True,
-        cedes_to=event.to,
+        cedes_to=event.to if event.to != role.me else "",
     )
     return pursue(noted(role, now, "failover", "asked for by an operator"), event, now)
 
@@ -403,28 +413,29 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """
     record = role.record
     same = record.leader == role.me and record.mark != "yielded" and right_stands(role)
-    moved = record.term > 0 and successor(role.spec, role.me) != successor(event.spec, role.me)
+    moved = record.term > 0 and line_moves(role, event.spec, role.me)
     same = same and not moved and not event.peers_are_off
     role = replace(role, spec=event.spec, request=event.request)
     if not same:
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
     lost = _lost(role)
     role = noted(role, now, "start", f"asked for by an operator{lost}")
-    saved: Acted = (role, (SaveSpec(event.spec),))
+    saved: Acted = (role, () if moved else (SaveSpec(event.spec),))
     if same:
         return both(saved, remark(role, "launching"))
-    # Who lost the right by a boot or a fence is not the only one to create the next term.
-    leap = bool(event.peers_are_off) or (record.term > 0 and not right_stands(role))
-    begun = next_term(role, "launching", f"started by an operator{lost}", now, leap=leap)
-    # Not on disk before the term: a keeper that is started again in between would not know that it moved.
-    return both(begun, (begun[0], saved[1])) if moved else both(saved, begun)
+    # Who lost the right by a boot or a fence is not the only one to create the next term; nor is the leader,
+    # if an operator takes it over where only the old line is known.
+    leap = moved or bool(event.peers_are_off) or (record.term > 0 and not right_stands(role))
+    return both(saved, next_term(role, "launching", f"started by an operator{lost}", now, leap=leap))
 
 
 def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """Ask etcd for the term of a fresh start."""
+    moved = role.record.term > 0 and line_moves(role, event.spec, role.me)
     role = replace(
         role,
         spec=event.spec,
+        spec_before=role.spec,
         request=event.request,
         starts_from=role.name,
         timeline=(),
@@ -433,18 +444,18 @@ def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     )
     role = noted(role, now, "start", f"asked for by an operator{_lost(role)}")
     role, effects = claim(role, now, blank=all_accounted(role, event, now))
-    return role, (SaveSpec(event.spec), *effects)
+    return role, effects if moved else (SaveSpec(event.spec), *effects)
 
 
 def start_by_lease(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Record the fresh start in the term that etcd gave."""
-    role = noted(replace(role, starts_from=None), now, "right acquired", event.reason)
+    role = noted(replace(role, starts_from=None, spec_before=None), now, "right acquired", event.reason)
     return next_term(role, "launching", f"started by an operator{_lost(role)}", now, given=event.term)
 
 
 def start_denied(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Tell the operator; everything stays as it was."""
-    role = replace(role, starts_from=None)
+    role = replace(role, starts_from=None, spec=role.spec_before or role.spec, spec_before=None)
     message = f"etcd: {event.outcome}: {event.reason}"
     return answered(role, Refused(error="NoRightToLeadError", message=message, hint=_NO_LEASE))
 

@@ -20,7 +20,7 @@ from common.role_events import ClaimTerm, FenceResult, RunFence, TermPersisted, 
 from common.role_guards import leader_audible
 from common.role_table import step
 from common.roles import LEADING, PURSUING, SILENCES, Instant, PeerView, Role, Silence, Takeover
-from common.succession import by_lease, keeper_speaks, obstacles, paused, ready, successor
+from common.succession import by_lease, holder, keeper_speaks, obstacles, paused, ready, successor
 
 Covers = Mapping[str, frozenset[str]]
 """For each node: the failures in which a fence method can confirm that it is off."""
@@ -47,7 +47,7 @@ def takeovers(role: Role, now: Instant, covers: Covers) -> tuple[Takeover, ...]:
 def explain(role: Role, now: Instant, covers: Covers) -> Explanation:
     """Return what would follow from each failure, by what this node knows."""
     leader = role.record.leader or role.me
-    heir = successor(role.spec, leader)
+    heir = holder(role) if role.record.mark == "yielded" else successor(role.spec, leader)
     by_silence = _decided_by(role, heir, now, covers)
     held = _held_by(role, heir)
     cases = [

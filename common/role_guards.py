@@ -112,6 +112,8 @@ def newer(role: Role, event: Heard, now: Instant) -> str:
     """A newer term is known by a peer."""
     if not supersedes(role, event):
         return ""
+    if event.leader:
+        return f"{event.node} says that {event.leader} led term {event.term}"
     return f"{event.node} says {event.claim} in term {event.term}; this node knew term {role.newest.term}"
 
 

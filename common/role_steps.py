@@ -21,6 +21,7 @@ from common.role_events import (
     HoldVip,
     LiftHold,
     OperatorStop,
+    SaveSpec,
     StepDone,
     StepFailed,
     ThawWorkload,
@@ -50,6 +51,15 @@ def begin(role: Role, event: Event, now: Instant) -> Acted:
     doing = f"term {role.record.term} begins: {role.record.cause}"
     starting = both((role, (history(role),)), answered(role, Done(detail=doing)))
     return both(starting, advance(starting[0], event, now))
+
+
+def begin_start(role: Role, event: Event, now: Instant) -> Acted:
+    """Begin a fresh start whose term is on disk.
+
+    Another line of succession follows the term there, not the other way round: a keeper that is started again
+    in between would not know that it moved.
+    """
+    return both((role, (SaveSpec(role.spec),)), begin(role, event, now))
 
 
 def resume(role: Role, event: Event, now: Instant) -> Acted:

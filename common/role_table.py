@@ -168,6 +168,7 @@ from common.role_pauses import (
 from common.role_steps import (
     advance,
     begin,
+    begin_start,
     clean_up,
     fail,
     forget,
@@ -533,7 +534,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(("acquiring",), FenceResult, "not confirmed", not_confirmed, "waiting", unfenced),
     Row(("acquiring",), TermPersisted, "term recorded", recorded("taking_over"), "taking_over", begin),
-    Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin),
+    Row(("acquiring",), TermPersisted, "start recorded", recorded("launching"), "launching", begin_start),
     Row(("acquiring",), TermPersisted, "ceded", ceded, "yielded", tell_ceded),
     # Operators; what they may not do was refused before.
     Row((*_AT_REST, *_WATCHING), OperatorStart, "start", starts_by_lease, "acquiring", ask_lease_to_start),

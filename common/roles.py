@@ -140,6 +140,8 @@ class TermRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Marked yielded: the node to which the term was handed over; empty: its successor has the right."""
     handed_by: str = ""
     """The node that handed the term before this one over, and may still keep the frozen workload."""
+    nothing_kept: bool = False
+    """Marked yielded to a node by name: who gave it up had nothing of the workload, by its own word."""
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,6 +240,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The node that has claimed a newer term while this one's lease was in doubt; empty: none is known."""
     starts_from: StateName | None = None
     """The state in which an operator's start asked etcd for a term; where it goes if there is none."""
+    spec_before: WorkloadSpec | None = None
+    """With `starts_from`: the declaration that counts again if there is none."""
     timeline: tuple[TimelineEntry, ...] = ()
     timeline_from_s: float = 0.0
     pauses: Pauses = ()

@@ -55,7 +55,7 @@ def kept_by_giver(role: Role) -> str:
     Its own word that nothing of it is there stands for as long as the term does: what has ended does not come
     back in it. So it is with a node that was fenced, and gave its term to the one that had fenced it.
     """
-    if not planned(role):
+    if not planned(role) or role.record.nothing_kept:
         return ""
     view = role.peers.get(role.record.leader, _UNHEARD)
     ended = view.claim == "yielded" and view.term == role.record.term and not view.alive
@@ -381,7 +381,12 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     rival = contender(role, now)
     if not rival:
         return None
-    heir = role.me if keeps_frozen(role) else successor(spec, rival)
+    if record.mark == "stopped" and (away := _unheard_third(role, rival, now)):
+        return _refused(
+            f"{away} is not heard: it may lead by a start of {rival} that this node did not hear of",
+            f"start {away}'s keeper",
+        )
+    heir = role.me if keeps_frozen(role) or planned(role) else successor(spec, rival)
     cede = f"run it on {heir}, or if nothing is stored there, with: --to {role.me}"
     if heir != role.me and spec.right_to_lead == "fence":
         return _refused(f"{heir} may take over by itself at any time", cede)
@@ -392,16 +397,23 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     return None
 
 
+def _unheard_third(role: Role, rival: str, now: Instant) -> str:
+    """Return a node beside this one and `rival` that is not heard, if etcd does not decide; else empty."""
+    others = (node for node in role.spec.nodes if node not in (role.me, rival))
+    return next((node for node in others if not by_lease(role) and not keeper_speaks(role, node, now)), "")
+
+
 def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
     """Return why this node cannot take the right to lead for another one, and give it up to that at once.
 
-    Only the successor of a leader that is lost can: nobody else takes over unasked. What a leader handed
-    over, and may keep, is given to no third node.
+    Only the successor of a leader that is lost can, for nobody else takes over unasked; and later whoever
+    gave it up so, once that other node is lost. What a leader handed over, and may keep, is given to no
+    third node.
     """
     record, spec, to = role.record, role.spec, event.to
-    if to not in spec.nodes or to == record.leader:
-        others = [node for node in spec.nodes if node not in (role.me, record.leader)]
-        return _refused(f"{to} cannot take it over from {record.leader}", f"one of: {', '.join(others)}")
+    if to not in spec.nodes or to == holder(role):
+        others = [node for node in spec.nodes if node not in (role.me, holder(role))]
+        return _refused(f"{to} cannot take it over from {holder(role)}", f"one of: {', '.join(others)}")
     if by_lease(role):
         return _refused(
             "with leases any node may ask for it",
@@ -409,11 +421,12 @@ def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused 
         )
     if role.request is not None or role.wanted is not None or role.name == "acquiring":
         return _refused("another change of role is under way", "ask again in a moment")
-    if role.name not in PURSUING or record.mark == "yielded":
+    again = role.name == "yielded" and let_go(role) and is_silent(role, record.heir, now)
+    if not again and (role.name not in PURSUING or record.mark == "yielded"):
         return _refused(f"this node is {role.name}: {role.reason}", "outlive status on the other nodes")
     if not record.leader:
         return _refused(f"nobody here knows who led term {record.term}", "outlive status on the other nodes")
-    if (heir := successor(spec, record.leader)) != role.me:
+    if not again and (heir := successor(spec, record.leader)) != role.me:
         return _refused(f"{heir} is the successor of {record.leader}, not {role.me}", f"run it on {heir}")
     if not keeper_speaks(role, to, now):
         return _refused(f"{to} is not heard: it could not take it", f"start {to}'s keeper")
@@ -499,7 +512,7 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
             return None
         return _unaccounted(role, event, "", now)  # this node may have lost its state, and a peer may lead
     owner = holder(role)
-    if spec.right_to_lead != "etcd" and (refusal := _passed_over(role, event, owner, now)):
+    if owner and (refusal := _passed_over(role, event, owner, now)):
         return refusal
     if owner == me and right_stands(role):
         return None
@@ -510,20 +523,33 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     return None if spec.right_to_lead == "etcd" else _unaccounted(role, event, owner, now)
 
 
+def line_moves(role: Role, spec: WorkloadSpec, leader: str) -> bool:
+    """Tell whether by that declaration another node takes over from the leader, or by another right to lead.
+
+    With leases before and after it does not matter who: etcd decides.
+    """
+    if by_lease(role) and spec.right_to_lead == "etcd":
+        return False
+    return spec.right_to_lead != role.spec.right_to_lead or (
+        successor(role.spec, leader) != successor(spec, leader)
+    )
+
+
 def _passed_over(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:
     """Return which node, the successor of `owner` until now, could still take over, by what it has heard.
 
-    Invariant: one node at most takes over from a leader. So who is not its successor any more, by the `nodes`
-    of this start, has to have recorded that the workload was stopped, or not to know it, or to be off. The
-    start begins a new term, and who hears of that takes nothing over before it has an epoch of it, with which
-    the new `nodes` come. Not guaranteed: that a node which an operator said to be off, and which comes back
-    while nobody else is heard, does not follow the old line.
+    Invariant: one node at most takes over from a leader. So if this start changes who that is, or how it has
+    the right, the successor until now has to have recorded that the workload was stopped, or not to know it,
+    or to be off. The start begins a new term, and who hears of that takes nothing over before it has an epoch
+    of it, with which the new declaration comes. Not guaranteed: that a node which an operator said to be off,
+    and which comes back while nobody else is heard, does not follow the old line.
     """
     heir = successor(role.spec, owner)
-    if heir in ("", role.me, successor(event.spec, owner)):
+    if heir in ("", role.me) or not line_moves(role, event.spec, owner):
         return None
     view = role.peers.get(heir, _UNHEARD)
-    rests = view.claim in ("stopped", "yielded") or (view.claim == "following" and not view.takeovers)
+    follows_none = view.claim == "following" and not view.takeovers and not view.alive
+    rests = follows_none or view.claim in ("stopped", "yielded")
     rests = view.claim is None or (rests and view.term == role.record.term)
     if rests and keeper_speaks(role, heir, now):
         return None

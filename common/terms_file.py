@@ -199,7 +199,8 @@ def look_up(config: NodeConfig, files: TermFiles) -> Known:
     """Return every workload that this node knows: what it declares and what peers sent.
 
     The configuration wins where this node led last, or nobody did; else the leader's declaration, which
-    came with the stream.
+    came with the stream. But `nodes` stay as they are in the term that began with them: another order counts
+    from the next start on, which asks who could still take over by this one.
     """
     known = Known({spec.name: spec for spec in config.workloads}, {})
     for name in sorted({*known.specs, *files.workloads()}):
@@ -211,8 +212,12 @@ def look_up(config: NodeConfig, files: TermFiles) -> Known:
         except StoreError as error:
             known.damaged[name] = error
             continue
-        if kept is not None and (name not in known.specs or leader not in ("", config.node.name)):
+        if kept is None:
+            continue
+        if name not in known.specs or leader not in ("", config.node.name):
             known.specs[name] = kept
+        elif leader:
+            known.specs[name] = msgspec.structs.replace(known.specs[name], nodes=kept.nodes)
     return known
 
 

@@ -358,7 +358,7 @@ class KeptWorkload:
             name=self.role.spec.name,
             term=self.role.record.term,
             state=claim_of(self.role),
-            heir=heir_of(self.role),
+            heir=heir_of(self.role) or unheard_leader(self.role, _now()),
             alive=self.role.alive,
             agent_alive=agent_alive,
             pauses=tuple(
@@ -373,7 +373,6 @@ class KeptWorkload:
             ),
             takeovers=self._beat_takeovers(_now()),
             in_doubt=bool(self.role.in_doubt),
-            leader=unheard_leader(self.role, _now()),
         )
 
     def _beat_takeovers(self, now: Instant) -> tuple[BeatTakeover, ...]:

@@ -116,10 +116,10 @@ def heard_of(beat: Beat, workload: str) -> Heard:
         wall_s=beat.wall_s,
         term=said.term,
         claim=said.state,
-        heir=said.heir,
+        heir=said.heir if said.state != "following" else "",
         alive=said.alive,
         in_doubt=said.in_doubt,
-        leader=said.leader,
+        leader=said.heir if said.state == "following" else "",
         pauses=tuple(
             Pause(
                 node=pause.node,

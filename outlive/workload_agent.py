@@ -108,6 +108,8 @@ class WorkloadAgent:
         """Incarnation that the leader greeted with last; empty: not known."""
         self.learned = False
         """A leader sent it, and no order has named it since."""
+        self._greeted = False
+        """A leader has sent its declaration since this node led last: no order of a follower is newer."""
 
     # --- what the keeper says ---------------------------------------------------------------------
 
@@ -115,8 +117,10 @@ class WorkloadAgent:
         """Take the keeper's order and see that it is, or is being, carried out. Never blocks."""
         self.learned = False
         newly = self._order is None or order.number != self._order.number
-        if order.spec is not None and (newly or order.role == "lead"):
-            self.spec = order.spec  # a follower's spec comes with the stream, and may be newer
+        if order.role == "lead":
+            self._greeted = False
+        if order.spec is not None and (order.role == "lead" or (newly and not self._greeted)):
+            self.spec = order.spec
         if self._carrying is not None and not self._carrying.done():
             handing = self._order is not None and self._order.action == "hand_over"
             if newly and handing and self._carrying is not self._given_up:
@@ -154,7 +158,7 @@ class WorkloadAgent:
             raise StaleTermError(f"{spec.name} still runs on {here}, so {here} cannot be its replica yet")
         for problem in workload_problems(spec, set(spec.nodes)):
             raise ProtocolError(f"{node} sends {spec.name} with a declaration that cannot be: {problem}")
-        self.spec = spec
+        self.spec, self._greeted = spec, True
         self.leader_run = hello.incarnation
 
     def not_committed(self, nack: Nack) -> None:

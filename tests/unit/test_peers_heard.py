@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.config import Peer
 from common.events import EventLog, read_events
-from common.messages import Beat
+from common.messages import Beat, BeatWorkload
 from common.roles import Instant, Timing
-from outlive.peers_heard import PeersHeard
+from outlive.peers_heard import PeersHeard, heard_of
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 PEERS = [
@@ -82,3 +83,21 @@ def test_a_peer_that_is_heard_is_not_called_refused(peers: PeersHeard) -> None:
 def test_a_refusal_is_forgotten_when_it_does_not_go_on(peers: PeersHeard) -> None:
     peers.refuse("b", "b refuses this node's key", at(1.0))
     assert refusals(peers, 200.0) == ["", ""]
+
+
+@pytest.mark.parametrize(("state", "heir", "leader"), [("yielded", "c", ""), ("following", "", "c")])
+def test_the_name_beside_a_state_is_the_heir_of_who_yields_and_the_leader_of_who_follows(
+    state: str, heir: str, leader: str
+) -> None:
+    said = BeatWorkload(
+        name="w",
+        term=2,
+        state=state,  # type: ignore[arg-type]
+        heir="c",
+        alive=False,
+        agent_alive=True,
+        pauses=(),
+        takeovers=(),
+    )
+    heard = heard_of(msgspec.structs.replace(beat(), workloads=(said,)), "w")
+    assert (heard.heir, heard.leader) == (heir, leader)

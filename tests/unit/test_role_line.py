@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from common.control import Done, Refused
-from common.model import EpochId
+from common.model import EpochId, WorkloadSpec
 from common.role_events import (
     Answer,
     ClaimTerm,
@@ -19,9 +19,9 @@ from common.role_events import (
     SaveSpec,
     StepDone,
 )
-from common.role_explain import Covers, takeovers
+from common.role_explain import Covers, explain, takeovers
 from common.roles import SILENCES, Claim, Mark, Takeover, TermRecord, claim_of, heir_of
-from common.succession import unheard_leader
+from common.succession import kept_by_giver, unheard_leader
 from tests.unit.test_roles import SPEC, Driver
 
 LINE = replace(SPEC, nodes=("a", "b", "c"))
@@ -51,8 +51,8 @@ def answer(driver: Driver, request: int) -> Done | Refused:
     )
 
 
-def start(driver: Driver, request: int = 1, *, off: tuple[str, ...] = (), spec: object = MOVED) -> None:
-    driver.feed(OperatorStart(request=request, spec=spec, peers_are_off=off))  # type: ignore[arg-type]
+def start(driver: Driver, request: int = 1, *, off: tuple[str, ...] = (), spec: WorkloadSpec = MOVED) -> None:
+    driver.feed(OperatorStart(request=request, spec=spec, peers_are_off=off))
 
 
 # --- another line -----------------------------------------------------------------------------------
@@ -105,15 +105,19 @@ def test_who_has_a_term_of_its_own_or_knows_nothing_of_it_takes_nothing_over(cla
     assert driver.role.wanted is not None
 
 
+def written(driver: Driver) -> list[type]:
+    return [type(each) for each in driver.effects if isinstance(each, PersistTerm | SaveSpec)]
+
+
 def test_a_moved_line_begins_a_new_term_that_is_on_disk_before_the_line_is() -> None:
+    """The term leaps: an operator may have the old successor take over the next one, unheard."""
     driver = stopped_leader()
     says(driver, "b", "following")
     start(driver)
-    assert driver.role.newest == replace(
-        driver.role.newest, term=3, leader="a", mark="launching", boot_id="boot-1"
-    )
-    written = [type(each) for each in driver.effects if isinstance(each, PersistTerm | SaveSpec)]
-    assert written == [PersistTerm, SaveSpec]
+    assert (driver.role.newest.term, driver.role.newest.mark) == (100, "launching")
+    assert written(driver) == [PersistTerm]
+    driver.persisted()
+    assert written(driver) == [PersistTerm, SaveSpec]
 
 
 def test_the_same_line_goes_on_in_the_same_term_whoever_is_away() -> None:
@@ -122,10 +126,58 @@ def test_the_same_line_goes_on_in_the_same_term_whoever_is_away() -> None:
     assert (driver.role.newest.term, driver.role.newest.mark) == (2, "launching")
 
 
-def test_with_a_lease_the_line_decides_nothing_and_is_not_asked() -> None:
-    driver = stopped_leader()
+LEASED = replace(LINE, right_to_lead="etcd")
+
+
+@pytest.mark.parametrize(("before", "after"), [(LINE, LEASED), (LEASED, LINE)])
+def test_another_right_to_lead_is_another_line_and_is_asked_for_alike(
+    before: WorkloadSpec, after: WorkloadSpec
+) -> None:
+    """Who was away still knows the old one: a fence there, and a lease here, would make two primaries."""
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("a", record, spec=before)
+    driver.feed(StepDone(step="kill"))
+    driver.after(3.0)
+    start(driver, spec=after)
+    assert "b was the successor" in answer(driver, 1).message  # type: ignore[union-attr]
+    says(driver, "b", "following")
+    start(driver, 2, spec=after)
+    assert driver.state == "acquiring"
+    assert SaveSpec not in written(driver), "only with the term"
+
+
+def test_with_a_lease_before_and_after_the_line_decides_nothing_and_is_not_asked() -> None:
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("a", record, spec=LEASED)
+    driver.feed(StepDone(step="kill"))
     start(driver, spec=replace(MOVED, right_to_lead="etcd"))
     assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
+def test_a_start_that_etcd_refuses_leaves_the_line_as_it_was() -> None:
+    driver = stopped_leader()
+    says(driver, "b", "following")
+    start(driver, spec=LEASED)
+    (claim,) = (each for each in driver.effects if isinstance(each, ClaimTerm))
+    driver.feed(FenceResult(node="etcd", attempt=claim.attempt, outcome="refused", reason="so"))
+    assert (driver.state, driver.role.spec) == ("stopped", LINE)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_stopped_workload_is_not_failed_over_past_a_third_node_that_may_lead_it_by_another_line(
+    heard: bool,
+) -> None:
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("b", record, spec=LINE, fenceable=frozenset("abc"))
+    driver.after(3.0)
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    if heard:
+        says(driver, "c", "following")
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    asked = any(isinstance(each, RunFence) for each in driver.effects)
+    assert asked == heard
+    if not heard:
+        assert answer(driver, 1).hint == "start c's keeper"  # type: ignore[union-attr]
 
 
 def test_who_knows_that_it_was_stopped_says_that_it_takes_nothing_over() -> None:
@@ -261,6 +313,69 @@ def test_with_leases_a_third_node_needs_nobodys_leave() -> None:
     driver.report(stored=EpochId(2, 9), restorable=True)
     driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
     assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
+def test_to_give_the_right_to_oneself_is_to_take_over() -> None:
+    driver = returned()
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    cede(driver, to="a")
+    attempt = driver.role.fence_attempt
+    driver.feed(FenceResult(node="b", attempt=attempt, outcome="confirmed", reason="off"))
+    assert (driver.role.newest.mark, driver.role.newest.heir) == ("taking_over", "")
+
+
+def ceded(*, alive: bool = False) -> Driver:
+    """C, to which A, which keeps nothing, has given the right."""
+    record = TermRecord(term=2, leader="b", mark="leads", boot_id="boot-1")
+    heir = Driver("c", record, spec=LINE, fenceable=frozenset("abc"))
+    heir.feed(
+        Heard(node="a", origin="keeper", boot_id="boot-a", term=3, claim="yielded", heir="c", alive=alive)
+    )
+    heir.persisted()
+    return heir
+
+
+@pytest.mark.parametrize("boot", ["boot-1", "boot-2"])
+def test_the_heir_needs_the_giver_no_more_though_keeper_or_host_were_started_again(boot: str) -> None:
+    heir = Driver("c", ceded().role.record, spec=LINE, fenceable=frozenset("abc"), boot=boot)
+    heir.after(3.0)
+    heir.report(stored=EpochId(2, 9), restorable=True)
+    heir.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    if boot == "boot-2":  # others may have been told that this node is off
+        attempt = heir.role.fence_attempt
+        heir.feed(FenceResult(node="a", attempt=attempt, outcome="confirmed", reason="off"))
+    heir.persisted()
+    assert (heir.state, heir.role.record.handed_by) == ("taking_over", "")
+    assert heir.role.order.newest_only is False
+
+
+def test_the_heir_of_a_kept_workload_does_not_believe_that_nothing_is_kept() -> None:
+    record = ceded(alive=True).role.record
+    assert not record.nothing_kept
+    heir = Driver("c", record, spec=LINE, fenceable=frozenset("abc"))
+    assert kept_by_giver(heir.role) == "a"
+
+
+def test_who_gave_the_right_to_a_node_that_is_lost_can_give_it_to_another_one() -> None:
+    record = TermRecord(term=3, leader="a", mark="yielded", boot_id="boot-1", heir="c")
+    driver = Driver("a", record, spec=LINE, fenceable=frozenset("abc"))
+    says(driver, "b", "following", 3)
+    says(driver, "c", "following", 3)
+    cede(driver, to="b")
+    assert isinstance(answer(driver, 1), Refused), "c is heard"
+    driver.after(1.0)
+    says(driver, "b", "following", 3)
+    cede(driver, 2, to="b")
+    attempt = driver.role.fence_attempt
+    driver.feed(FenceResult(node="c", attempt=attempt, outcome="confirmed", reason="off"))
+    driver.persisted()
+    assert (driver.role.record.heir, driver.state) == ("b", "yielded")
+
+
+def test_explain_names_the_heir_of_a_term_that_was_given_up_by_name() -> None:
+    record = TermRecord(term=3, leader="a", mark="yielded", boot_id="boot-1", heir="c")
+    driver = Driver("a", record, spec=LINE, fenceable=frozenset("abc"))
+    assert explain(driver.role, driver.instant(), ALL).successor == "c"
 
 
 def test_a_third_node_is_told_whom_to_ask() -> None:

@@ -172,6 +172,21 @@ def test_a_damaged_file_costs_the_other_workloads_nothing(tmp_path: Path, file: 
     assert known_workloads(config) == known.specs
 
 
+@pytest.mark.parametrize(("leader", "nodes"), [("a", ("a", "b", "c")), ("", ("a", "c", "b"))])
+def test_the_line_of_succession_is_that_of_the_term_and_not_what_the_configuration_says_meanwhile(
+    tmp_path: Path, leader: str, nodes: tuple[str, ...]
+) -> None:
+    """A start asks who could still take over by the old one; a keeper that is started again asks nobody."""
+    declared = replace(SPEC, nodes=("a", "c", "b"), epoch_interval_ms=700)
+    node = Node(name="a", address="127.0.0.1", state_dir=str(tmp_path))
+    files = TermFiles(tmp_path, "a")
+    files.save_spec(replace(SPEC, nodes=("a", "b", "c")))
+    if leader:
+        files.record("w", TermRecord(term=2, leader=leader, mark="stopped"))
+    known = look_up(NodeConfig(node=node, workloads=(declared,)), files)
+    assert known.specs["w"] == replace(declared, nodes=nodes)
+
+
 def test_first_files_may_be_written_by_two_threads_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

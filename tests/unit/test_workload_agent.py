@@ -284,6 +284,22 @@ async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         made.log.close()
 
 
+# --- whose declaration counts -------------------------------------------------------------------------
+
+
+async def test_an_order_to_follow_does_not_replace_what_the_leader_has_sent(scene: Scene) -> None:
+    """It may be older: epochs that came by a new line of succession would stand beside the old one."""
+    newer = msgspec.structs.replace(SPEC, nodes=("b", "c", "a"))
+    await scene.obeyed(order(1, "follow", spec=SPEC))
+    scene.agent.accept(hello(spec=newer))
+    await scene.obeyed(order(2, "follow", term=2, spec=SPEC))
+    assert scene.agent.spec == newer
+    await scene.obeyed(order(3, "lead", "start", term=3, spec=SPEC))
+    assert scene.agent.spec == SPEC
+    await scene.obeyed(order(4, "follow", term=4, spec=newer))
+    assert scene.agent.spec == newer, "nobody has greeted it since"
+
+
 # --- orders to lead ---------------------------------------------------------------------------------
 
 
