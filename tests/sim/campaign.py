@@ -22,6 +22,7 @@ from functools import partial
 import msgspec
 
 from common.model import WorkloadSpec
+from common.succession import successor
 from tests.sim.leases import FAULTS as ETCD_FAULTS
 from tests.sim.world import Host, Violation, Weather, World
 
@@ -194,6 +195,8 @@ def move_by_hand(world: World) -> None:
         leads = [host.role for host in world.hosts.values() if host.role and host.role.name == "leading"]
         line = leads[0].spec.nodes if leads else world.spec.nodes
         to = next(name for name in line if name != before)  # the first start is for the first
+        if leads and successor(leads[0].spec, to) != before:  # a third node could replace both
+            put_first(world, before)
         request = world.switchover(before, to) if leads else world.start(to)
         if world.refused(request) and world.refused(world.failover(to)) and before:
             # Nothing of it is there, or it is not first in line: it has to run elsewhere first.
@@ -202,6 +205,16 @@ def move_by_hand(world: World) -> None:
         if world.changes_of_leader:
             return
     raise world.broken(f"an operator could not have another node than {before or 'none'} lead")
+
+
+def put_first(world: World, leader: str) -> None:
+    """Let an operator put the leader first in the line of succession, which takes a new start there."""
+    nodes = (leader, *(name for name in world.spec.nodes if name != leader))
+    world.spec = msgspec.structs.replace(world.spec, nodes=nodes)
+    world.stop(leader)
+    world.run(2.0)
+    world.start(leader)
+    world.run(2.0)
 
 
 def heal(world: World) -> None:

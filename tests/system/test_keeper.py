@@ -604,11 +604,14 @@ async def test_a_planned_switchover_can_be_cancelled_and_ends_with_its_term() ->
         async def forgotten() -> bool:
             return (await a.status()).planned is None
 
+        async def told() -> bool:  # it is written after the plan is gone
+            history = await a.ask(AskHistory(workload="w"))
+            assert isinstance(history, History)
+            first = next(each for each in history.terms if each.term < status.term)
+            return "term 1, which is over" in first.timeline[-1].reason
+
         await until(forgotten, "the plan is forgotten")
-        history = await a.ask(AskHistory(workload="w"))
-        assert isinstance(history, History)
-        first = next(each for each in history.terms if each.term < status.term)
-        assert "term 1, which is over" in first.timeline[-1].reason
+        await until(told, "why is kept in its term's history")
 
 
 async def test_a_keeper_that_finds_what_a_newer_version_wrote_ends_with_one_error() -> None:
