@@ -187,6 +187,16 @@ def as_thawed(role: Role, report: WorkloadReport) -> WorkloadReport:
 # --- taking back, before it was said ----------------------------------------------------------------
 
 
+def on_its_way_to_disk(role: Role, event: Heard, now: Instant) -> str:
+    """That the term is the heir's is being recorded, and a newer one is known in which it does not run yet.
+
+    It stands still, and is kept as by one who has recorded that: whoever leads that term may fail. With
+    leases only: it stays frozen for the lack of one if that cannot be recorded, and it is taken back.
+    """
+    given = role.wanted is not None and role.wanted.mark == "yielded" and by_lease(role)
+    return role.reason if given and supersedes(role, event) and not runs_there(role, event, now) else ""
+
+
 def could_not(role: Role, event: AgentReport, now: Instant) -> str:
     """The agent could not get the last epoch to the heir; or it was thawed before that was recorded."""
     asked = role.step in ("order", None) and role.wanted is None

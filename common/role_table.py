@@ -146,6 +146,7 @@ from common.role_handover import (
     let_go_not_confirmed,
     may_take_back,
     need_no_keeper,
+    on_its_way_to_disk,
     record_failure,
     runs_there,
     switchover_refusal,
@@ -483,6 +484,7 @@ TABLE: tuple[Row, ...] = (
     Row(("starting",), KeeperStarted, "others lead", found_elsewhere, "following", give_way_quietly),
     Row(("starting",), KeeperStarted, "never started", never_started, "stopped", stopped),
     # A newer term is known: whatever this node did, it follows.
+    Row(("handing_over",), Heard, "newer term, not there yet", on_its_way_to_disk, None, nothing),
     Row((*_LEADING, "handing_over", "deposed"), Heard, "newer term", newer, "deposed", depose),
     Row(("acquiring",), Heard, "newer term, not there yet", kept_undecided, "handed_over", wait_again),
     Row(("acquiring",), Heard, "newer term, hearsay", kept_hearsay, None, nothing),

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from common.control import Done, Refused
+from common.model import EpochId
 from common.role_events import (
     Answer,
     ClaimTerm,
@@ -27,7 +28,7 @@ from common.role_events import (
 )
 from common.role_explain import ETCD, explain
 from common.role_view import workload_status
-from common.roles import TermRecord
+from common.roles import Claim, TermRecord
 from tests.unit.test_roles import SPEC, Driver, follower, leader, ready_replica
 
 LEASED = replace(SPEC, right_to_lead="etcd")
@@ -201,6 +202,27 @@ def test_a_workload_that_ends_while_its_lease_is_in_doubt_is_given_up_though_its
     assert driver.state == "yielded"
     driver.feed(LeaseStands())
     assert LiftHold() in driver.after(5.0)
+
+
+@pytest.mark.parametrize(("claim", "state"), [("taking_over", "handed_over"), ("leading", "deposed")])
+def test_what_is_about_to_be_recorded_as_handed_over_is_kept_until_it_runs_in_the_newer_term(
+    claim: Claim, state: str
+) -> None:
+    """The heir had the lease first, and has the last epoch: if it fails, this is the last copy."""
+    driver = primary()
+    driver.hear("following", node="b")
+    driver.report(running=True, replicas=(ready_replica(),))
+    driver.feed(OperatorSwitchover(request=1, to="b"))
+    done = driver.role.order.number
+    driver.report(running=True, order_done=done, handed_over=EpochId(1, 9), replicas=(ready_replica(),))
+    driver.feed(StepDone(step="drop_vip"))
+    driver.after(0.05)
+    assert driver.role.newest.mark == "yielded"
+    driver.hear("taking_over", term=2, node="b")
+    assert driver.state == "handing_over"
+    driver.persisted()
+    driver.hear(claim, term=2, node="b")
+    assert driver.state == state
 
 
 def test_an_operator_may_have_a_frozen_leader_go_on_in_a_new_term() -> None:
