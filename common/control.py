@@ -195,6 +195,7 @@ class Failover(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Name of the node that the operator vouches for; empty for none."""
     to: str = ""
     """The node that is to lead in the place of the one that is asked; empty: that one itself."""
+    others_are_off: tuple[str, ...] = ()
 
 
 class Switchover(msgspec.Struct, frozen=True, tag=True, kw_only=True):

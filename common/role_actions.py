@@ -24,7 +24,6 @@ from common.role_events import (
     PersistTerm,
     RunFence,
     SaveHistory,
-    SaveSpec,
     StepFailed,
     TermPersisted,
 )
@@ -218,6 +217,7 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
         step=None,
         heir="",
         starts_from=None,
+        spec=role.spec_before or role.spec,
         spec_before=None,
         launched_at_s=now.monotonic_s,
     )
@@ -415,23 +415,21 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     same = record.leader == role.me and record.mark != "yielded" and right_stands(role)
     moved = record.term > 0 and line_moves(role, event.spec, role.me)
     same = same and not moved and not event.peers_are_off
-    role = replace(role, spec=event.spec, request=event.request)
+    role = replace(role, spec=event.spec, spec_before=role.spec, request=event.request)
     if not same:
         role = replace(role, timeline=(), timeline_from_s=now.monotonic_s)
     lost = _lost(role)
     role = noted(role, now, "start", f"asked for by an operator{lost}")
-    saved: Acted = (role, () if moved else (SaveSpec(event.spec),))
     if same:
-        return both(saved, remark(role, "launching"))
+        return remark(role, "launching")
     # Who lost the right by a boot or a fence is not the only one to create the next term; nor is the leader,
     # if an operator takes it over where only the old line is known.
     leap = moved or bool(event.peers_are_off) or (record.term > 0 and not right_stands(role))
-    return both(saved, next_term(role, "launching", f"started by an operator{lost}", now, leap=leap))
+    return next_term(role, "launching", f"started by an operator{lost}", now, leap=leap)
 
 
 def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """Ask etcd for the term of a fresh start."""
-    moved = role.record.term > 0 and line_moves(role, event.spec, role.me)
     role = replace(
         role,
         spec=event.spec,
@@ -443,13 +441,12 @@ def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
         retries=0,
     )
     role = noted(role, now, "start", f"asked for by an operator{_lost(role)}")
-    role, effects = claim(role, now, blank=all_accounted(role, event, now))
-    return role, effects if moved else (SaveSpec(event.spec), *effects)
+    return claim(role, now, blank=all_accounted(role, event, now))
 
 
 def start_by_lease(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Record the fresh start in the term that etcd gave."""
-    role = noted(replace(role, starts_from=None, spec_before=None), now, "right acquired", event.reason)
+    role = noted(replace(role, starts_from=None), now, "right acquired", event.reason)
     return next_term(role, "launching", f"started by an operator{_lost(role)}", now, given=event.term)
 
 

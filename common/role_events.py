@@ -135,6 +135,8 @@ class OperatorFailover(msgspec.Struct, frozen=True, kw_only=True):
     old_primary_is_off: str
     to: str = ""
     """The node that is to lead in the place of this one, its successor; empty: this one itself."""
+    others_are_off: tuple[str, ...] = ()
+    """Other nodes that the operator vouches for, beside the old primary."""
 
 
 class OperatorSwitchover(msgspec.Struct, frozen=True, kw_only=True):

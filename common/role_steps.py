@@ -54,11 +54,11 @@ def begin(role: Role, event: Event, now: Instant) -> Acted:
 
 
 def begin_start(role: Role, event: Event, now: Instant) -> Acted:
-    """Begin a fresh start whose term is on disk.
+    """Begin a fresh start whose term is on disk; its declaration counts, and is kept, from here on.
 
-    Another line of succession follows the term there, not the other way round: a keeper that is started again
-    in between would not know that it moved.
+    Not before: a keeper that is started again in between would not know that the line of succession moves.
     """
+    role = replace(role, spec_before=None)
     return both((role, (SaveSpec(role.spec),)), begin(role, event, now))
 
 

@@ -241,7 +241,7 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     starts_from: StateName | None = None
     """The state in which an operator's start asked etcd for a term; where it goes if there is none."""
     spec_before: WorkloadSpec | None = None
-    """With `starts_from`: the declaration that counts again if there is none."""
+    """During an operator's start: the declaration that counts again if nothing comes of it."""
     timeline: tuple[TimelineEntry, ...] = ()
     timeline_from_s: float = 0.0
     pauses: Pauses = ()

@@ -363,7 +363,7 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
         return _refused(f"this node is {role.name}: {role.reason}", f"outlive start {spec.name}")
     if role.me not in spec.nodes:
         return _refused(f"{role.me} is not one of its nodes ({', '.join(spec.nodes)})")
-    if refusal := _stranger(spec.nodes, spec.name, event.old_primary_is_off):
+    if refusal := _stranger(spec.nodes, spec.name, event.old_primary_is_off, *event.others_are_off):
         return refusal
     if not event.accept_data_loss:
         return _refused("what was not committed here would be lost", "say so: --accept-data-loss")
@@ -381,12 +381,10 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     rival = contender(role, now)
     if not rival:
         return None
-    if record.mark == "stopped" and (away := _unheard_third(role, rival, now)):
-        return _refused(
-            f"{away} is not heard: it may lead by a start of {rival} that this node did not hear of",
-            f"start {away}'s keeper",
-        )
-    heir = role.me if keeps_frozen(role) or planned(role) else successor(spec, rival)
+    if refusal := _third_unheard(role, event, rival, now):
+        return refusal
+    by_name = keeps_frozen(role) or planned(role) or let_go(role)
+    heir = role.me if by_name else successor(spec, rival)
     cede = f"run it on {heir}, or if nothing is stored there, with: --to {role.me}"
     if heir != role.me and spec.right_to_lead == "fence":
         return _refused(f"{heir} may take over by itself at any time", cede)
@@ -397,10 +395,21 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     return None
 
 
-def _unheard_third(role: Role, rival: str, now: Instant) -> str:
-    """Return a node beside this one and `rival` that is not heard, if etcd does not decide; else empty."""
-    others = (node for node in role.spec.nodes if node not in (role.me, rival))
-    return next((node for node in others if not by_lease(role) and not keeper_speaks(role, node, now)), "")
+def _third_unheard(role: Role, event: OperatorFailover, rival: str, now: Instant) -> Refused | None:
+    """Return which other node may lead what was stopped, by a newer line of succession; None if none may.
+
+    Whoever was stopped starts by such a line once the old successor, this node perhaps, knows of the stop.
+    """
+    if role.record.mark != "stopped" or by_lease(role):
+        return None
+    for node in role.spec.nodes:
+        vouched = node in event.others_are_off and is_silent(role, node, now)
+        if node not in (role.me, rival) and not vouched and not keeper_speaks(role, node, now):
+            return _refused(
+                f"{node} is not heard, and may lead by a start on {rival} of which this node has not heard",
+                f"start {node}'s keeper; or make sure that it is off, and say --off {node}",
+            )
+    return None
 
 
 def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
@@ -433,6 +442,8 @@ def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused 
     if not event.accept_data_loss:
         return _refused(f"what was not committed on {to} would be lost", "say so: --accept-data-loss")
     rival = contender(role, now)
+    if refusal := _third_unheard(role, event, rival, now):
+        return refusal
     return None if replaceable(role, rival) else unvouched(role, event.old_primary_is_off, now)
 
 
@@ -516,11 +527,12 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
         return refusal
     if owner == me and right_stands(role):
         return None
-    if owner != me and successor(spec, owner) != me:
+    if owner != me and successor(spec, owner) != me and not let_go(role):
         return _refused(
             f"the right to start it is {owner or 'unknown'}'s", f"run it on {owner or 'the leader'}"
         )
-    return None if spec.right_to_lead == "etcd" else _unaccounted(role, event, owner, now)
+    etcd_decides = by_lease(role) and spec.right_to_lead == "etcd"
+    return None if etcd_decides else _unaccounted(role, event, owner, now)
 
 
 def line_moves(role: Role, spec: WorkloadSpec, leader: str) -> bool:
@@ -536,30 +548,35 @@ def line_moves(role: Role, spec: WorkloadSpec, leader: str) -> bool:
 
 
 def _passed_over(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:
-    """Return which node, the successor of `owner` until now, could still take over, by what it has heard.
+    """Return which node could still take over from `owner` by the old line, for what it has heard.
 
-    Invariant: one node at most takes over from a leader. So if this start changes who that is, or how it has
-    the right, the successor until now has to have recorded that the workload was stopped, or not to know it,
-    or to be off. The start begins a new term, and who hears of that takes nothing over before it has an epoch
-    of it, with which the new declaration comes. Not guaranteed: that a node which an operator said to be off,
-    and which comes back while nobody else is heard, does not follow the old line.
+    Invariant: one node at most takes over from a leader. So if this start changes who that is, the successor
+    until now has to have recorded that the workload was stopped, or not to know it, or to be off; and all
+    have, if it changes how the right is had. The start begins a new term, and who hears of that takes nothing
+    over before it has an epoch of it, with which the new declaration comes. Not guaranteed: that a node which
+    an operator said to be off, and which comes back while nobody else is heard, does not follow the old line.
     """
-    heir = successor(role.spec, owner)
-    if heir in ("", role.me) or not line_moves(role, event.spec, owner):
+    if not line_moves(role, event.spec, owner):
         return None
-    view = role.peers.get(heir, _UNHEARD)
+    same_right = role.spec.right_to_lead == event.spec.right_to_lead
+    for node in (successor(role.spec, owner),) if same_right else role.spec.nodes:
+        vouched = node in event.peers_are_off and is_silent(role, node, now)
+        if node not in ("", role.me) and not vouched and not _knows_of_stop(role, node, now):
+            return _refused(
+                f"{node} could take over until now, and does not say that it knows that it was stopped",
+                f"outlive stop {role.spec.name} on {owner} while {node} is heard; "
+                f"or power {node} off, remove its state, and say --off {node}",
+            )
+    return None
+
+
+def _knows_of_stop(role: Role, node: str, now: Instant) -> bool:
+    """Tell whether the node says that by what it has on disk there is nothing to take over."""
+    view = role.peers.get(node, _UNHEARD)
     follows_none = view.claim == "following" and not view.takeovers and not view.alive
     rests = follows_none or view.claim in ("stopped", "yielded")
     rests = view.claim is None or (rests and view.term == role.record.term)
-    if rests and keeper_speaks(role, heir, now):
-        return None
-    if heir in event.peers_are_off and is_silent(role, heir, now):
-        return None
-    return _refused(
-        f"{heir} was the successor of {owner} until now, and did not say that it knows that it was stopped",
-        f"outlive stop {role.spec.name} on {owner} while {heir} is heard; "
-        f"or power {heir} off, remove its state, and say --off {heir}",
-    )
+    return rests and keeper_speaks(role, node, now)
 
 
 def all_accounted(role: Role, event: OperatorStart, now: Instant) -> bool:

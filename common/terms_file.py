@@ -16,6 +16,7 @@ keeper that hangs while the node is fenced cannot write over it. Blocking: call 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -142,9 +143,29 @@ class TermFiles:
         self._write(self._path(spec.name) / "spec.json", spec, "term.spec")
 
     def forget_spec(self, workload: str) -> None:
-        """Remove the declaration and what is planned; all else stays, for a term is never used twice."""
-        (self._path(workload) / "planned.json").unlink(missing_ok=True)
-        (self._path(workload) / "spec.json").unlink(missing_ok=True)
+        """Forget the declaration and what is planned; all else stays, for a term is never used twice.
+
+        Who could take over by that declaration stays known: nodes that are away have not forgotten it.
+        """
+        path = self._path(workload)
+        (path / "planned.json").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            (path / "spec.json").rename(path / "forgotten.json")
+
+    def in_force(self, declared: WorkloadSpec) -> WorkloadSpec:
+        """Return a declaration with that line of succession which counts until a start changes it.
+
+        Such a start asks who could still take over by the old one, so nothing else may change it: `nodes`,
+        and the right to lead of what does not run. (That of what runs may have to change, to have it go on.)
+        Raises StoreError.
+        """
+        record, path = self.load(declared.name), self._path(declared.name)
+        kept = self.load_spec(declared.name) or _read(path / "forgotten.json", WorkloadSpec)
+        if kept is None or not record.term:
+            return declared
+        rests = record.mark in ("stopped", "failed", "yielded")
+        right = kept.right_to_lead if rests else declared.right_to_lead
+        return msgspec.structs.replace(declared, nodes=kept.nodes, right_to_lead=right)
 
     def history(self, workload: str) -> tuple[TermHistory, ...]:
         """Return what is kept of past terms, oldest first."""
@@ -199,8 +220,7 @@ def look_up(config: NodeConfig, files: TermFiles) -> Known:
     """Return every workload that this node knows: what it declares and what peers sent.
 
     The configuration wins where this node led last, or nobody did; else the leader's declaration, which
-    came with the stream. But `nodes` stay as they are in the term that began with them: another order counts
-    from the next start on, which asks who could still take over by this one.
+    came with the stream.
     """
     known = Known({spec.name: spec for spec in config.workloads}, {})
     for name in sorted({*known.specs, *files.workloads()}):
@@ -212,12 +232,8 @@ def look_up(config: NodeConfig, files: TermFiles) -> Known:
         except StoreError as error:
             known.damaged[name] = error
             continue
-        if kept is None:
-            continue
-        if name not in known.specs or leader not in ("", config.node.name):
+        if kept is not None and (name not in known.specs or leader not in ("", config.node.name)):
             known.specs[name] = kept
-        elif leader:
-            known.specs[name] = msgspec.structs.replace(known.specs[name], nodes=kept.nodes)
     return known
 
 

@@ -184,7 +184,7 @@ class Keeper:
                     self._set_aside(name, error)
                 for name in known.specs.keys() - known.damaged.keys():
                     await in_thread(bring_inside, self._config, name)
-                    await self._take_up(known.specs[name])
+                    await self._take_up(await in_thread(self._files.in_force, known.specs[name]))
                 self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [
                     tasks.create_task(self._thaw_forgotten()),
@@ -432,11 +432,15 @@ class Keeper:
             case EndFreeze(workload=name, criu_pid=pid):
                 self._freezes.end(name, pid)
                 return Done()
-            case Failover(workload=name, accept_data_loss=accepted, old_primary_is_off=off, to=to):
+            case Failover():
                 event = OperatorFailover(
-                    request=self._next_request(), accept_data_loss=accepted, old_primary_is_off=off, to=to
+                    request=self._next_request(),
+                    accept_data_loss=request.accept_data_loss,
+                    old_primary_is_off=request.old_primary_is_off,
+                    to=request.to,
+                    others_are_off=request.others_are_off,
                 )
-                return await self._known(name).ask(event)
+                return await self._known(request.workload).ask(event)
             case Switchover(workload=name, to=to):
                 return await self._known(name).ask(OperatorSwitchover(request=self._next_request(), to=to))
             case PlanSwitchover(workload=name):
@@ -490,7 +494,9 @@ class Keeper:
     async def _start(self, request: StartWorkload) -> Done | Refused:
         """Start it once all peers were heard, or had the time to be: one of them may lead it."""
         self._aside.refuse(request.spec.name)
-        kept = self._workloads.get(request.spec.name) or await self._take_up(request.spec)
+        kept = self._workloads.get(request.spec.name)
+        if kept is None:
+            kept = await self._take_up(await in_thread(self._files.in_force, request.spec))
         while not kept.has_listened(request.spec):  # noqa: ASYNC110 - time alone may fulfil it
             await asyncio.sleep(_LISTEN_POLL_S)
         event = OperatorStart(

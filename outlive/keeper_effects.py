@@ -209,6 +209,7 @@ _DISK: dict[type[Effect], Literal["persist", "pauses"]] = {PersistTerm: "persist
 
 
 _TRY_TO_WRITE_S = 2.0
+_WRITE_AGAIN_S = 2.0
 
 
 class Effects:
@@ -236,6 +237,8 @@ class Effects:
         self._tasks = tasks
         self._host: asyncio.Queue[tuple[_HostStep, WorkloadSpec]] = asyncio.Queue()
         self._disk: asyncio.Queue[tuple[Effect, WorkloadSpec]] = asyncio.Queue()
+        self._declared: Effect | None = None
+        """The newest declaration that was to be kept, or its removal."""
         self._workers = [tasks.create_task(self._work_on_host()), tasks.create_task(self._work_on_disk())]
 
     def perform(self, effect: Effect, spec: WorkloadSpec) -> None:
@@ -245,6 +248,8 @@ class Effects:
                 self._host.put_nowait((_HOST[type(effect)], spec))
             case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
+                if isinstance(effect, SaveSpec | ForgetFiles):
+                    self._declared = effect
             case RunFence():
                 self._begin(self._fence(effect, spec))
             case CheckHealth():
@@ -289,11 +294,19 @@ class Effects:
                 await in_thread(self._write, effect, spec)
             except (OutliveError, OSError) as error:
                 self._feed(StepFailed(step=_DISK.get(type(effect), "history"), reason=str(error)))
+                if effect is self._declared:
+                    self._begin(self._write_again(effect, spec))
             else:
                 if isinstance(effect, PersistTerm):
                     self._feed(TermPersisted(effect.record))
                 elif isinstance(effect, PersistPauses):
                     self._feed(PausesPersisted(effect.pauses))
+
+    async def _write_again(self, effect: Effect, spec: WorkloadSpec) -> None:
+        """Have the newest declaration on disk in the end: by it succession goes on after a restart."""
+        await asyncio.sleep(_WRITE_AGAIN_S)
+        if effect is self._declared:
+            self._disk.put_nowait((effect, spec))
 
     def _write(self, effect: Effect, spec: WorkloadSpec) -> None:
         match effect:

@@ -210,11 +210,24 @@ def stop(call: Call, name: str, timeout_s: float) -> None:
     metavar="NODE",
     help="You have made sure yourself that this node is off. If it is not, two of them will run.",
 )
+@click.option(
+    "--off",
+    "others_are_off",
+    multiple=True,
+    metavar="NODE",
+    help="The same for another node, where a third one has to be heard.",
+)
 @click.option("--to", default="", metavar="NODE", help="Not this node is to lead, but that one.")
 @click.option("--timeout", "timeout_s", default=300.0, show_default=True, help="Seconds to follow it.")
 @click.pass_obj
 def failover(
-    call: Call, name: str, accept_data_loss: bool, old_primary_is_off: str, to: str, timeout_s: float
+    call: Call,
+    name: str,
+    accept_data_loss: bool,
+    old_primary_is_off: str,
+    others_are_off: tuple[str, ...],
+    to: str,
+    timeout_s: float,
 ) -> None:
     """Let this node take a workload over, and follow that until it serves from here.
 
@@ -228,7 +241,11 @@ def failover(
     asked_wall_s = time.time()
     before = find_workload(call, config, name)
     request = Failover(
-        workload=name, accept_data_loss=accept_data_loss, old_primary_is_off=old_primary_is_off, to=to
+        workload=name,
+        accept_data_loss=accept_data_loss,
+        old_primary_is_off=old_primary_is_off,
+        to=to,
+        others_are_off=others_are_off,
     )
     done = call.ask(config.keeper_endpoint, request, Done)
     outcome = follow_role(

@@ -84,7 +84,7 @@ def test_a_successor_that_is_silent_is_passed_over_only_by_an_operators_word() -
     start(driver)
     refused = answer(driver, 1)
     assert isinstance(refused, Refused)
-    assert "b was the successor of a until now" in refused.message
+    assert "b could take over until now" in refused.message
     assert "--off b" in refused.hint
     start(driver, 2, off=("b",))
     assert driver.role.newest.term == 100
@@ -139,9 +139,12 @@ def test_another_right_to_lead_is_another_line_and_is_asked_for_alike(
     driver.feed(StepDone(step="kill"))
     driver.after(3.0)
     start(driver, spec=after)
-    assert "b was the successor" in answer(driver, 1).message  # type: ignore[union-attr]
+    assert "b could take over" in answer(driver, 1).message  # type: ignore[union-attr]
     says(driver, "b", "following")
     start(driver, 2, spec=after)
+    assert "c could take over" in answer(driver, 2).message  # type: ignore[union-attr]
+    says(driver, "c", "following")
+    start(driver, 3, spec=after)
     assert driver.state == "acquiring"
     assert SaveSpec not in written(driver), "only with the term"
 
@@ -156,11 +159,23 @@ def test_with_a_lease_before_and_after_the_line_decides_nothing_and_is_not_asked
 
 def test_a_start_that_etcd_refuses_leaves_the_line_as_it_was() -> None:
     driver = stopped_leader()
-    says(driver, "b", "following")
+    for node in "bc":
+        says(driver, node, "following")
     start(driver, spec=LEASED)
     (claim,) = (each for each in driver.effects if isinstance(each, ClaimTerm))
     driver.feed(FenceResult(node="etcd", attempt=claim.attempt, outcome="refused", reason="so"))
     assert (driver.state, driver.role.spec) == ("stopped", LINE)
+
+
+@pytest.mark.parametrize("spec", [MOVED, LEASED])
+def test_a_start_that_a_newer_term_forestalls_leaves_the_line_as_it_was(spec: WorkloadSpec) -> None:
+    driver = stopped_leader()
+    for node in "bc":
+        says(driver, node, "following")
+    start(driver, spec=spec)
+    assert driver.role.spec == spec
+    driver.hear("leading", term=200, node="b")
+    assert driver.role.spec == LINE
 
 
 @pytest.mark.parametrize("heard", [True, False])
@@ -177,7 +192,12 @@ def test_a_stopped_workload_is_not_failed_over_past_a_third_node_that_may_lead_i
     asked = any(isinstance(each, RunFence) for each in driver.effects)
     assert asked == heard
     if not heard:
-        assert answer(driver, 1).hint == "start c's keeper"  # type: ignore[union-attr]
+        assert answer(driver, 1).hint.endswith("say --off c")  # type: ignore[union-attr]
+        word = OperatorFailover(
+            request=2, accept_data_loss=True, old_primary_is_off="", others_are_off=("c",)
+        )
+        driver.feed(word)
+        assert any(isinstance(each, RunFence) for each in driver.effects)
 
 
 def test_who_knows_that_it_was_stopped_says_that_it_takes_nothing_over() -> None:
@@ -370,6 +390,26 @@ def test_who_gave_the_right_to_a_node_that_is_lost_can_give_it_to_another_one() 
     driver.feed(FenceResult(node="c", attempt=attempt, outcome="confirmed", reason="off"))
     driver.persisted()
     assert (driver.role.record.heir, driver.state) == ("b", "yielded")
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_who_gave_the_right_to_a_node_that_is_lost_can_use_it_itself(stored: bool) -> None:
+    """With what it has stored, or afresh: nobody else can any more."""
+    record = TermRecord(term=3, leader="b", mark="yielded", boot_id="boot-1", heir="c")
+    driver = Driver("b", record, spec=LINE, fenceable=frozenset("abc"))
+    driver.feed(StepDone(step="kill"))
+    driver.after(3.0)
+    if stored:
+        driver.report(stored=EpochId(1, 9), restorable=True)
+        driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+        attempt = driver.role.fence_attempt
+        driver.feed(FenceResult(node="c", attempt=attempt, outcome="confirmed", reason="off"))
+        assert driver.role.newest.mark == "taking_over"
+        return
+    start(driver, off=("a",), spec=LINE)
+    assert "c holds the right" in answer(driver, 1).message  # type: ignore[union-attr]
+    start(driver, 2, off=("a", "c"), spec=LINE)
+    assert driver.role.newest.mark == "launching"
 
 
 def test_explain_names_the_heir_of_a_term_that_was_given_up_by_name() -> None:

@@ -17,7 +17,7 @@ from common.durable import RealDisk
 from common.errors import StaleTermError, StoreError
 from common.model import EpochId, WorkloadSpec
 from common.pauses import with_pause, without_pauses
-from common.roles import TermRecord
+from common.roles import Mark, TermRecord
 from common.terms_file import HISTORY_TERMS, TermFiles, known_workloads, look_up
 
 SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
@@ -172,19 +172,33 @@ def test_a_damaged_file_costs_the_other_workloads_nothing(tmp_path: Path, file: 
     assert known_workloads(config) == known.specs
 
 
-@pytest.mark.parametrize(("leader", "nodes"), [("a", ("a", "b", "c")), ("", ("a", "c", "b"))])
-def test_the_line_of_succession_is_that_of_the_term_and_not_what_the_configuration_says_meanwhile(
-    tmp_path: Path, leader: str, nodes: tuple[str, ...]
+LINE = replace(SPEC, nodes=("a", "b", "c"), right_to_lead="manual")
+MOVED = replace(SPEC, nodes=("a", "c", "b"), right_to_lead="etcd", epoch_interval_ms=700)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize(
+    ("mark", "in_force"),
+    [
+        ("stopped", replace(MOVED, nodes=LINE.nodes, right_to_lead="manual")),
+        ("leads", replace(MOVED, nodes=LINE.nodes)),
+    ],
+)
+def test_the_line_of_succession_is_that_of_the_term_and_not_what_is_declared_meanwhile(
+    tmp_path: Path, mark: Mark, in_force: WorkloadSpec, forgotten: bool
 ) -> None:
     """A start asks who could still take over by the old one; a keeper that is started again asks nobody."""
-    declared = replace(SPEC, nodes=("a", "c", "b"), epoch_interval_ms=700)
-    node = Node(name="a", address="127.0.0.1", state_dir=str(tmp_path))
     files = TermFiles(tmp_path, "a")
-    files.save_spec(replace(SPEC, nodes=("a", "b", "c")))
-    if leader:
-        files.record("w", TermRecord(term=2, leader=leader, mark="stopped"))
-    known = look_up(NodeConfig(node=node, workloads=(declared,)), files)
-    assert known.specs["w"] == replace(declared, nodes=nodes)
+    files.save_spec(LINE)
+    assert files.in_force(MOVED) == MOVED, "nobody ever led it"
+    files.record("w", TermRecord(term=2, leader="a", mark=mark))
+    if forgotten:
+        files.forget_spec("w")
+        files.forget_spec("w")
+        assert (files.load_spec("w"), files.workloads()) == (None, ())
+    assert files.in_force(MOVED) == in_force
+    config = NodeConfig(node=Node(name="a", address="127.0.0.1", state_dir=str(tmp_path)), workloads=(MOVED,))
+    assert known_workloads(config)["w"] == MOVED, "what a start declares"
 
 
 def test_first_files_may_be_written_by_two_threads_at_once(
