@@ -24,6 +24,7 @@ from common.role_events import (
     PersistTerm,
     RunFence,
     SaveHistory,
+    SaveSpec,
     StepFailed,
     TermPersisted,
 )
@@ -224,7 +225,7 @@ def adopt(role: Role, event: Heard, now: Instant) -> Acted:
     told = answered(cleared, refusal)
     known = (SaveHistory(_heading(role, record)),) if record.leader else ()
     followed, effects = both(told, persist(told[0], record))
-    return followed, (*effects, *known)
+    return followed, (*effects, SaveSpec(followed.spec), *known)
 
 
 def depose(role: Role, event: Heard, now: Instant) -> Acted:
@@ -329,8 +330,8 @@ def claim(role: Role, now: Instant, *, blank: bool) -> Acted:
 
 
 def _next_may_have_begun(role: Role) -> bool:
-    """Tell whether who is to be fenced may lead the next term already: the recorded one was given up."""
-    return role.record.mark == "yielded"
+    """Tell whether the next term may be led already: this one was given up, or a node is off by a word only."""
+    return role.record.mark == "yielded" or (role.by_operator and bool(role.others_off))
 
 
 def acquired(role: Role, now: Instant, reason: str, *, leap: bool = False, given: int = 0) -> Acted:
@@ -401,6 +402,7 @@ def ask_failover(role: Role, event: OperatorFailover, now: Instant) -> Acted:
         request=event.request,
         vouched=event.old_primary_is_off,
         by_operator=True,
+        others_off=event.others_are_off,
         cedes_to=event.to if event.to != role.me else "",
     )
     return pursue(noted(role, now, "failover", "asked for by an operator"), event, now)

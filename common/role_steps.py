@@ -33,7 +33,10 @@ from common.roles import PIPELINE, Instant, Role, Step
 
 
 def begin(role: Role, event: Event, now: Instant) -> Acted:
-    """Begin the steps of a term that is on disk now."""
+    """Begin the steps of a term that is on disk now, and keep the declaration that counts in it.
+
+    Not before: a keeper that is started again in between would not know that the line of succession moves.
+    """
     role = replace(
         role,
         step=None,
@@ -49,17 +52,13 @@ def begin(role: Role, event: Event, now: Instant) -> Acted:
     )
     role = noted(role, now, "term recorded", f"term {role.record.term} is led by {role.me}")
     doing = f"term {role.record.term} begins: {role.record.cause}"
-    starting = both((role, (history(role),)), answered(role, Done(detail=doing)))
+    starting = both((role, (SaveSpec(role.spec), history(role))), answered(role, Done(detail=doing)))
     return both(starting, advance(starting[0], event, now))
 
 
 def begin_start(role: Role, event: Event, now: Instant) -> Acted:
-    """Begin a fresh start whose term is on disk; its declaration counts, and is kept, from here on.
-
-    Not before: a keeper that is started again in between would not know that the line of succession moves.
-    """
-    role = replace(role, spec_before=None)
-    return both((role, (SaveSpec(role.spec),)), begin(role, event, now))
+    """Begin a fresh start whose term is on disk; its declaration counts from here on."""
+    return begin(replace(role, spec_before=None), event, now)
 
 
 def resume(role: Role, event: Event, now: Instant) -> Acted:

@@ -429,7 +429,7 @@ def _learn_time(role: Role, now: Instant) -> Acted:
 def _reorder(role: Role) -> Acted:
     """Give the agent a new order if it is to do something else from now on."""
     old = role.order
-    if role.name == "taking_over" and role.step in ("hold", "add_vip"):
+    if role.name == "taking_over" and role.step in ("hold", "add_vip") and old.role in ("follow", "keep"):
         return role, ()  # what is still on its way from the old leader may be committed until the restore
     order = Order(
         workload=role.spec.name,

@@ -232,6 +232,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """The node to which it is being handed over."""
     by_operator: bool = False
     """The pending attempt to lead was asked for by an operator who accepts the loss of data."""
+    others_off: tuple[str, ...] = ()
+    """With `by_operator`: nodes beside the old primary that the operator vouches for."""
     cedes_to: str = ""
     """With `by_operator`: the node to which the right to lead is given once it is had; empty: none."""
     in_doubt: str = ""

@@ -398,9 +398,10 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
 def _third_unheard(role: Role, event: OperatorFailover, rival: str, now: Instant) -> Refused | None:
     """Return which other node may lead what was stopped, by a newer line of succession; None if none may.
 
-    Whoever was stopped starts by such a line once the old successor, this node perhaps, knows of the stop.
+    What was stopped starts by such a line once the old successor, this node perhaps, knows of the stop. And
+    what this node gave up may have been led, and taken over, since.
     """
-    if role.record.mark != "stopped" or by_lease(role):
+    if by_lease(role) or (role.record.mark != "stopped" and not let_go(role)):
         return None
     for node in role.spec.nodes:
         vouched = node in event.others_are_off and is_silent(role, node, now)

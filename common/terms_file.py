@@ -156,7 +156,8 @@ class TermFiles:
         """Return a declaration with that line of succession which counts until a start changes it.
 
         Such a start asks who could still take over by the old one, so nothing else may change it: `nodes`,
-        and the right to lead of what does not run. (That of what runs may have to change, to have it go on.)
+        and the right to lead of what does not run. (That of what runs, or is kept frozen, may have to become
+        an operator's, once etcd is gone for good.)
         Raises StoreError.
         """
         record, path = self.load(declared.name), self._path(declared.name)
@@ -164,7 +165,8 @@ class TermFiles:
         if kept is None or not record.term:
             return declared
         rests = record.mark in ("stopped", "failed", "yielded")
-        right = kept.right_to_lead if rests else declared.right_to_lead
+        by_hand = declared.right_to_lead == "manual" and record.mark != "stopped"
+        right = kept.right_to_lead if rests and not by_hand else declared.right_to_lead
         return msgspec.structs.replace(declared, nodes=kept.nodes, right_to_lead=right)
 
     def history(self, workload: str) -> tuple[TermHistory, ...]:

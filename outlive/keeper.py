@@ -184,7 +184,10 @@ class Keeper:
                     self._set_aside(name, error)
                 for name in known.specs.keys() - known.damaged.keys():
                     await in_thread(bring_inside, self._config, name)
-                    await self._take_up(await in_thread(self._files.in_force, known.specs[name]))
+                    try:
+                        await self._take_up(await in_thread(self._in_force, known.specs[name]))
+                    except StoreError as error:
+                        self._set_aside(name, error)
                 self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [
                     tasks.create_task(self._thaw_forgotten()),
@@ -220,6 +223,13 @@ class Keeper:
             log.info("keeper.stopped")
 
     # --- workloads --------------------------------------------------------------------------------
+
+    def _in_force(self, declared: WorkloadSpec) -> WorkloadSpec:
+        """Return the declaration that counts, and see that it is kept. Raises StoreError, NoSpaceError."""
+        spec = self._files.in_force(declared)
+        if self._files.load(spec.name).term and self._files.load_spec(spec.name) != spec:
+            self._files.save_spec(spec)
+        return spec
 
     async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
         """Begin to keep a workload. Raises StoreError if a file about it cannot be read."""

@@ -121,8 +121,8 @@ class Host:
     """One host: what is on its disk, and what is gone when its power is."""
 
     name: str
-    saved: WorkloadSpec
-    """How its disk has the workload declared."""
+    saved: WorkloadSpec | None
+    """How its disk keeps the workload; None: not yet."""
     declared: WorkloadSpec
     """How its agent has it declared: as the last order says, or as came with the leader's epochs."""
     on: bool = True
@@ -209,7 +209,7 @@ class World:
         self.by_ssh = random.Random(f"ssh-{seed}")
         clocks = random.Random(f"clocks-{seed}")
         self.hosts = {
-            name: Host(name, saved=spec, declared=spec, clock_s=clocks.uniform(-3600, 3600))
+            name: Host(name, saved=None, declared=spec, clock_s=clocks.uniform(-3600, 3600))
             for name in spec.nodes
         }
         self.blocked: set[tuple[str, str]] = set()
@@ -281,7 +281,7 @@ class World:
         host.role = new_role(
             me=host.name,
             boot_id="the-same" if "one-boot-id" in self.bugs else f"boot-{host.boot}",
-            spec=host.saved,
+            spec=host.saved or self.spec,
             timing=TIMING,
             fenceable=frozenset(self.spec.nodes),
             record=record,

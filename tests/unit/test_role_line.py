@@ -197,7 +197,10 @@ def test_a_stopped_workload_is_not_failed_over_past_a_third_node_that_may_lead_i
             request=2, accept_data_loss=True, old_primary_is_off="", others_are_off=("c",)
         )
         driver.feed(word)
-        assert any(isinstance(each, RunFence) for each in driver.effects)
+        (fence,) = (each for each in driver.effects if isinstance(each, RunFence))
+        assert fence.up_to == 109
+        driver.feed(FenceResult(node="a", attempt=fence.attempt, outcome="confirmed", reason="off"))
+        assert driver.role.newest.term == 110
 
 
 def test_who_knows_that_it_was_stopped_says_that_it_takes_nothing_over() -> None:
@@ -401,10 +404,13 @@ def test_who_gave_the_right_to_a_node_that_is_lost_can_use_it_itself(stored: boo
     driver.after(3.0)
     if stored:
         driver.report(stored=EpochId(1, 9), restorable=True)
-        driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+        word = OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="")
+        driver.feed(word)
+        assert "a is not heard" in answer(driver, 1).message  # type: ignore[union-attr]
+        driver.feed(replace(word, request=2, others_are_off=("a",)))
         attempt = driver.role.fence_attempt
         driver.feed(FenceResult(node="c", attempt=attempt, outcome="confirmed", reason="off"))
-        assert driver.role.newest.mark == "taking_over"
+        assert (driver.role.newest.mark, driver.role.newest.term) == ("taking_over", 110)
         return
     start(driver, off=("a",), spec=LINE)
     assert "c holds the right" in answer(driver, 1).message  # type: ignore[union-attr]

@@ -1148,3 +1148,22 @@ def test_a_stop_is_not_overwritten_by_what_happens_before_it_is_on_disk(running:
     driver.persisted()
     assert driver.state == "stopped"
     assert isinstance(_answer(driver, 1, Done), Done)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_keeper_that_restarts_on_the_way_to_serve_does_not_have_its_agent_end_what_it_takes_back(
+    running: bool,
+) -> None:
+    """A frozen workload that was taken back is the last copy there is."""
+    record = TermRecord(term=100, leader="a", mark="taking_over", boot_id="boot-1")
+    driver = Driver("a", record, running=running, frozen=running)
+    assert (driver.state, driver.role.step) == ("taking_over", "hold")
+    assert (driver.role.order.role, driver.role.order.action) == ("lead", "none")
+
+
+def test_what_is_on_its_way_is_committed_until_the_restore_begins() -> None:
+    driver = follower()
+    driver.after(0.4)
+    driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
+    driver.persisted()
+    assert (driver.role.step, driver.role.order.role) == ("hold", "follow")
