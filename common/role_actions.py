@@ -330,7 +330,7 @@ def claim(role: Role, now: Instant, *, blank: bool) -> Acted:
 
 
 def _next_may_have_begun(role: Role) -> bool:
-    """Tell whether the next term may be led already: this one was given up, or a node is off by a word only."""
+    """Tell whether the next term may be led: this one was given up, or only a word says who is off."""
     return role.record.mark == "yielded" or (role.by_operator and bool(role.others_off))
 
 
