@@ -14,7 +14,7 @@ from common.roles import TermRecord
 from common.terms_file import TermFiles
 from outlive import accept_fence as module
 from outlive.accept_fence import accept_fence
-from tests.unit.test_processes import holder
+from tests.unit.test_processes import holder, lives
 
 REQUEST = FenceRequest(node="a", by="b", terms={"w": 4})
 
@@ -61,6 +61,21 @@ async def test_a_keeper_that_hangs_is_ended_with_what_it_has_started(
         keeper.send_signal(signal.SIGSTOP)
         assert (await accept_fence(config, REQUEST)).outcome == "confirmed"
         assert keeper.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("guards", [True, False])
+async def test_a_guard_that_the_keeper_has_started_goes_on_for_other_workloads(
+    config: NodeConfig, files: TermFiles, monkeypatch: pytest.MonkeyPatch, guards: bool
+) -> None:
+    """Nothing else freezes what they lead once their keeper is gone."""
+    with holder(Path(config.node.run_dir) / "keeper.sock") as (keeper, child):
+        word = Path(f"/proc/{child}/cmdline").read_text().split("\0")[-2]
+        monkeypatch.setattr(module.lease_guard, "__file__", word if guards else "/none")
+        found = {"keeper.sock": [keeper.pid]}
+        monkeypatch.setattr(module, "holders", lambda path: found.get(Path(path).name, []))
+        assert (await accept_fence(config, REQUEST)).outcome == "confirmed"
+        assert keeper.wait(5) == -signal.SIGKILL
+        assert lives(child) == guards
 
 
 @pytest.mark.parametrize(
