@@ -259,8 +259,11 @@ def mark_of(event: Heard) -> Mark:
 
 
 def give_way_quietly(role: Role, event: Event, now: Instant) -> Acted:
-    """Leave nothing of an earlier leadership here; an earlier keeper may have died before it had done so."""
-    return undo(role, "drop_vip", "lift")
+    """Leave nothing of an earlier leadership here; an earlier keeper may have died before it had done so.
+
+    With leases, that may be half brought up, and wait for a gate to open.
+    """
+    return undo(role, *(("kill",) if by_lease(role) else ()), "drop_vip", "lift")
 
 
 def kill(role: Role, event: Event, now: Instant) -> Acted:

@@ -254,6 +254,13 @@ def found_handed_over(role: Role, event: KeeperStarted, now: Instant) -> str:
     return f"term {record.term} is handed over to {record.heir}; it is kept here, frozen, until it runs there"
 
 
+def may_have_fenced(role: Role, event: KeeperStarted, now: Instant) -> Acted:
+    """Count with a fence of the heir that the keeper before this one asked for: its program runs on."""
+    if by_lease(role) or not replaceable(role, holder(role)):
+        return role, ()
+    return replace(role, fencing_until_s=now.monotonic_s + role.timing.fence_s), ()
+
+
 def runs_there(role: Role, event: Heard, now: Instant) -> str:
     """A newer term is known in which nobody gives it back any more."""
     if not supersedes(role, event) or _may_be_ended_late(role, event, now):
@@ -271,6 +278,7 @@ def _may_be_ended_late(role: Role, event: Heard, now: Instant) -> bool:
     What is heard to run there may be ended by that in the next moment; then this is the last copy.
     """
     asked = role.retries > 0 and now.monotonic_s < role.retry_at_s
+    asked = asked or now.monotonic_s < role.fencing_until_s
     return asked and _a_fence_ends(role, event)
 
 

@@ -19,6 +19,7 @@ from common.role_events import (
     Forget,
     ForgetFiles,
     HoldVip,
+    KeeperStarted,
     LiftHold,
     OperatorStop,
     SaveSpec,
@@ -28,6 +29,7 @@ from common.role_events import (
     Tick,
 )
 from common.roles import PIPELINE, Instant, Role, Step
+from common.succession import by_lease
 
 # --- bringing the workload up -----------------------------------------------------------------------
 
@@ -217,11 +219,13 @@ def stop(role: Role, event: Event, now: Instant) -> Acted:
 def stopped(role: Role, event: Event, now: Instant) -> Acted:
     """End it: the agent gracefully, the keeper by force if that takes too long.
 
-    What does not run yet may be half brought up, and wait for a gate to open: that is not left for later.
+    What does not run yet may be half brought up, and wait for a gate to open: that is not left for later. Nor
+    is what an earlier keeper, before it was started again, may have left like that.
     """
     grace_s = role.timing.stop_grace_s if role.alive else 0.0
     role = replace(role, stop_deadline_s=now.monotonic_s + grace_s, step=None)
-    half = not role.alive and role.order.role == "lead"
+    begins = isinstance(event, KeeperStarted) and role.record.term > 0 and by_lease(role)
+    half = not role.alive and (role.order.role == "lead" or begins)
     cleaning = undo(role, *(("kill",) if half else ()), "drop_vip", "lift")
     return both(cleaning, answered(cleaning[0], Done(detail="it is being ended and stays so")))
 

@@ -144,6 +144,7 @@ from common.role_handover import (
     kept_not_confirmed,
     kept_undecided,
     let_go_not_confirmed,
+    may_have_fenced,
     may_take_back,
     need_no_keeper,
     on_its_way_to_disk,
@@ -455,6 +456,13 @@ def _order_role(role: Role) -> Any:
         return "lead" if role.step == "order" else "keep"
     if keeps_frozen(role) and role.name in ("handed_over", "acquiring"):
         return "keep"
+    if (
+        role.name == "acquiring"
+        and role.alive
+        and role.record.leader == role.me
+        and role.record.mark == "leads"
+    ):
+        return "keep"  # frozen for the lack of a lease, and etcd is asked for the next term: the last copy
     return "follow" if role.name in (*PURSUING, "deposed") and role.record.leader != role.me else "idle"
 
 
@@ -475,7 +483,7 @@ TABLE: tuple[Row, ...] = (
     Row(("starting",), KeeperStarted, "led, right stands", found("leads"), "leading", lead_again),
     Row(("starting",), KeeperStarted, "was launching", found("launching"), "launching", resume),
     Row(("starting",), KeeperStarted, "was taking over", found("taking_over"), "taking_over", resume),
-    Row(("starting",), KeeperStarted, "had handed over", found_handed_over, "handed_over", nothing),
+    Row(("starting",), KeeperStarted, "had handed over", found_handed_over, "handed_over", may_have_fenced),
     Row(("starting",), KeeperStarted, "was stopped", found("stopped"), "stopped", stopped),
     Row(("starting",), KeeperStarted, "had failed", found("failed"), "failed", kill),
     Row(("starting",), KeeperStarted, "had yielded", found("yielded"), "yielded", kill),

@@ -221,6 +221,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     fence_attempt: int = 0
     retries: int = 0
     retry_at_s: float = 0.0
+    fencing_until_s: float = 0.0
+    """Until then a fence that an earlier keeper of this node asked for may do its work."""
     restarts: int = 0
     launched_at_s: float = 0.0
     stop_deadline_s: float = 0.0

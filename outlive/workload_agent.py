@@ -50,6 +50,8 @@ _STOP_GRACE_S = 10.0
 """From SIGTERM to SIGKILL; the keeper kills by itself after 15 s."""
 _FAILURE_TOLD_S = 60.0
 """How long a leader is told that a restore failed here: who gave it back wants to know why."""
+_SAID_WITHIN_S = 0.5
+"""Within this the keeper has answered a report with its newest order."""
 _AGAIN_S = 1.0
 """How long to wait before capturing is begun again that broke or could not be begun."""
 
@@ -108,6 +110,8 @@ class WorkloadAgent:
         """Incarnation that the leader greeted with last; empty: not known."""
         self.learned = False
         """A leader sent it, and no order has named it since."""
+        self._newest_order = 0
+        """Number of the keeper's newest order, which waits until the one under way is carried out."""
         self._greeted = False
         """A leader has sent its declaration since this node led last: no order of a follower is newer."""
 
@@ -116,6 +120,7 @@ class WorkloadAgent:
     def obey(self, order: Order) -> None:
         """Take the keeper's order and see that it is, or is being, carried out. Never blocks."""
         self.learned = False
+        self._newest_order = order.number
         newly = self._order is None or order.number != self._order.number
         if order.role == "lead":
             self._greeted = False
@@ -390,6 +395,8 @@ class WorkloadAgent:
             candidates = [each for each in candidates if not self.store.doubt_about(each.id)]
         failure: RestoreError | None = None
         for record in candidates[: 1 if order.newest_only else 2]:
+            if failure is not None and await self._is_superseded(order):
+                break  # the keeper has killed what was being restored
             try:
                 with self.store.hold():
                     pid = await restore_workload(
@@ -406,6 +413,11 @@ class WorkloadAgent:
             return detail
         assert failure is not None  # noqa: S101 - the loop ran at least once
         raise failure
+
+    async def _is_superseded(self, order: Order) -> bool:
+        """Tell whether the keeper wants something else by now; it is given the time to say so."""
+        await asyncio.sleep(_SAID_WITHIN_S)
+        return self._newest_order != order.number
 
     def _tell_up(self, event: Event, reason: str) -> None:
         self._told = True

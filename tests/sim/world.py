@@ -184,6 +184,8 @@ class Host:
     """When a node sent the last sign of life that arrived here while it led a term."""
     pauses: Pauses = ()
     """What its disk holds of pauses."""
+    terms_writing: list[TermRecord] = field(default_factory=list)
+    """Those on their way to the disk, one after the other."""
     pauses_writing: list[Pauses] = field(default_factory=list)
     told_paused: set[tuple[str, int]] = field(default_factory=set)
     """Pauses, by node and number, that its keeper knows: acknowledged here, read from disk, or heard."""
@@ -270,6 +272,13 @@ class World:
         host.newest_beat.clear()
         host.spoke_at.clear()
         host.led_at.clear()
+        for (
+            record
+        ) in host.terms_writing:  # the keeper before this one is gone, and what it wrote is there or not
+            if self.chance(0.5):
+                break
+            self._written(host, record)
+        host.terms_writing.clear()
         record = TermRecord() if "forget-terms" in self.bugs else host.record
         for unfinished in host.pauses_writing:
             host.pauses = joined(host.pauses, unfinished if self.chance(0.5) else ())
@@ -414,8 +423,12 @@ class World:
         if "act-before-persist" in self.bugs:
             ends += 0.5
         host.disk_free_at = ends
+        host.terms_writing.append(record)
 
         def write() -> None:
+            if not any(each is record for each in host.terms_writing):
+                return
+            host.terms_writing = [each for each in host.terms_writing if each is not record]
             same = host.keeper_life == life and host.role is not None
             if host.boot != boot or host.fences != fences or not host.on or (not same and self.chance(0.5)):
                 return  # the crash came first
@@ -556,6 +569,7 @@ class World:
             if target.refusal is None or target.refusal.term <= term:
                 target.refusal = Refusal(term=term, by=host.name)
             target.fences += 1
+            target.terms_writing.clear()
             target.role = None
             target.agent_on, target.vip = False, False
             target.agent_life += 1
@@ -840,6 +854,7 @@ class World:
         host.lease = host.lease_record = None
         host.vip = host.held = False
         host.acked.clear()
+        host.terms_writing.clear()
 
     def power_on(self, host: Host) -> None:
         if host.on:

@@ -14,6 +14,7 @@ from common.role_events import (
     Effect,
     FenceResult,
     Heard,
+    KillWorkload,
     LeaseInDoubt,
     LeaseStands,
     LiftHold,
@@ -235,6 +236,27 @@ def test_an_operator_may_have_a_frozen_leader_go_on_in_a_new_term() -> None:
     assert claim.over
     effects = driver.feed(result(claim.attempt, term=3))
     assert any(isinstance(effect, PersistTerm) for effect in effects)
+
+
+def test_what_stands_still_for_the_lack_of_a_lease_is_kept_while_the_next_one_is_asked_for() -> None:
+    """It is the last copy: who ends it gets nothing but an older epoch by that lease."""
+    driver = primary()
+    driver.feed(LeaseInDoubt("the lease is lost: b has claimed term 2", "b"))
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert (driver.state, driver.role.order.role) == ("acquiring", "keep")
+    driver.feed(result(1, term=3))
+    driver.persisted()
+    assert (driver.state, driver.role.order.role) == ("taking_over", "keep")
+    while driver.role.step in ("hold", "add_vip"):
+        driver.feed(StepDone(step=driver.role.step))
+    assert (driver.role.order.role, driver.role.order.action) == ("lead", "restore")
+
+
+@pytest.mark.parametrize(("leader", "state"), [("a", "stopped"), ("b", "following")])
+def test_a_restarted_keeper_leaves_nothing_half_brought_up_behind_a_gate(leader: str, state: str) -> None:
+    record = TermRecord(term=2, leader=leader, mark="stopped", boot_id="boot-1")
+    driver = Driver("a", record, spec=LEASED, fenceable=NO_FENCE)
+    assert (driver.state, KillWorkload() in driver.effects) == (state, True)
 
 
 def test_explain_knows_whether_etcd_answers() -> None:

@@ -1024,7 +1024,9 @@ def test_a_term_that_another_node_leads_is_told_in_the_history_too() -> None:
 def test_what_is_kept_is_not_ended_while_a_fence_may_end_the_other_copy(outcome: str) -> None:
     record = TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-1", heir="b")
     driver = Driver("a", record, running=True, frozen=True)
-    driver.hear("acquiring", node="b")
+    for _ in range(101):  # no earlier keeper's fence counts any more
+        driver.hear("acquiring", node="b")
+        driver.after(0.1)
     (fence,) = (effect for effect in driver.after(0.5) if isinstance(effect, RunFence))
     driver.hear("leading", term=2, node="b")
     assert (driver.state, KillWorkload() in driver.effects) == ("acquiring", False)
@@ -1167,3 +1169,17 @@ def test_what_is_on_its_way_is_committed_until_the_restore_begins() -> None:
     driver.feed(FenceResult(node="a", attempt=1, outcome="confirmed", reason="off"))
     driver.persisted()
     assert (driver.role.step, driver.role.order.role) == ("hold", "follow")
+
+
+@pytest.mark.parametrize("fenceable", [True, False])
+def test_a_restarted_keeper_counts_with_a_fence_that_the_one_before_it_asked_for(fenceable: bool) -> None:
+    """Its program runs on, and may end what is heard to run elsewhere: then this is the last copy."""
+    record = TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-1", heir="b")
+    fences = frozenset("ab") if fenceable else frozenset()
+    driver = Driver("a", record, running=True, frozen=True, fenceable=fences)
+    driver.hear("leading", term=2, node="b")
+    assert driver.state == ("handed_over" if fenceable else "deposed")
+    for _ in range(101):
+        driver.after(0.1)
+        driver.hear("leading", term=2, node="b")
+    assert (driver.state, KillWorkload() in driver.effects) == ("deposed", True)
