@@ -173,6 +173,7 @@ class Host:
     vip: bool = False
     held: bool = False
     sequence: int = 0
+    newest_boot: dict[str, int] = field(default_factory=dict)
     newest_beat: dict[tuple[str, str, int], int] = field(default_factory=dict)
     spoke_at: dict[str, float] = field(default_factory=dict)
     without_right_since: float | None = None
@@ -270,6 +271,7 @@ class World:
         host.inbox.clear()
         host.delayed.clear()
         host.newest_beat.clear()
+        host.newest_boot.clear()
         host.spoke_at.clear()
         host.led_at.clear()
         for (
@@ -627,6 +629,9 @@ class World:
         if not host.on or host.role is None or (event.node, host.name) in self.blocked:
             return
         key = (event.node, event.origin, boot)
+        if boot < host.newest_boot.get(event.node, 0):
+            return  # as `BeatFilter` has it: what an earlier boot said comes too late
+        host.newest_boot[event.node] = boot
         if sequence <= host.newest_beat.get(key, 0):
             return
         host.newest_beat[key] = sequence
@@ -729,6 +734,7 @@ class World:
             if order.role == "keep":
                 pass
             elif order.role != "lead":
+                self._check_not_led(host)
                 self._remove(host)
             elif host.container is None and order.action != "none" and host.order_of_run != order.number:
                 if order.action == "restore" and (
@@ -964,6 +970,13 @@ class World:
         ran = stopped or unaware or any(other.served > host.handed_term for other in others)
         if not ran:
             raise self.broken(f"{host.name} ends what it keeps, and it did not run elsewhere")
+
+    def _check_not_led(self, host: Host) -> None:
+        """No agent ends what its node leads, by its disk and by all that its keeper knows."""
+        role = host.role
+        led = host.record.leader == host.name and host.record.mark == "leads" and host.container is not None
+        if led and role is not None and role.newest == host.record and role.name in ("leading", "acquiring"):
+            raise self.broken(f"the agent of {host.name} ends what is led there in term {host.record.term}")
 
     def _check_thawed(self, host: Host) -> None:
         """Who leads does not leave its workload frozen."""
