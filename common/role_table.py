@@ -456,12 +456,8 @@ def _order_role(role: Role) -> Any:
         return "lead" if role.step == "order" else "keep"
     if keeps_frozen(role) and role.name in ("handed_over", "acquiring"):
         return "keep"
-    if (
-        role.name == "acquiring"
-        and role.alive
-        and role.record.leader == role.me
-        and role.record.mark == "leads"
-    ):
+    own = role.record.leader == role.me and role.record.mark == "leads"
+    if role.name == "acquiring" and role.alive and own:
         return "keep"  # frozen for the lack of a lease, and etcd is asked for the next term: the last copy
     return "follow" if role.name in (*PURSUING, "deposed") and role.record.leader != role.me else "idle"
 

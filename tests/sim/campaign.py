@@ -287,7 +287,8 @@ def _strike(world: World, rng: random.Random, lining: random.Random) -> None:
         world.stop(host.name)
     elif fault == "failover":
         off = [name for name, other in world.hosts.items() if not other.on]
-        if off or world.spec.right_to_lead == "fence":
+        doubted = host.role is not None and bool(host.role.in_doubt)  # it stands still, and could go on
+        if off or doubted or world.spec.right_to_lead == "fence":
             others = [name for name in world.hosts if name != host.name]
             to = lining.choice(others) if len(others) > 1 and lining.random() < CEDING else ""
             world.failover(host.name, rng.choice(off) if off else "", to)

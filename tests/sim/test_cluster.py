@@ -409,6 +409,24 @@ def test_a_third_node_that_alone_has_epochs_leads_by_the_successors_leave(seed: 
     assert state(world, "b") == "following"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_frozen_for_the_lack_of_a_lease_outlives_the_claim_of_the_next_one(seed: int) -> None:
+    world = protected_pair(seed, msgspec.structs.replace(TWO, right_to_lead="etcd"))
+    host = world.hosts["a"]
+    assert world.leases is not None
+    life = host.container
+    world.power_off(world.hosts["b"])
+    world.leases.etcd.up = False
+    while not role_of(world, "a").in_doubt:
+        world.run(0.1)
+    world.failover("a")
+    assert state(world, "a") == "acquiring"
+    world.run(1.0)  # nobody answers, and the agent has an order for that time
+    world.leases.etcd.up = True
+    world.run(6.0)
+    assert (state(world, "a"), host.container, host.outer_frozen) == ("leading", life, False)
+
+
 def skip_fence(monkeypatch: pytest.MonkeyPatch) -> str:
     return "skip-fence"
 
