@@ -196,7 +196,10 @@ def _workload_ended(role: Role, leader: str, heir: str, now: Instant) -> Prospec
             else f"it does not run: {role.reason}"
         )
         return Prospect(failure="workload ended", outcome="not known here", node="", reason=reason)
-    ended, _ = step(replace(role, ticked_at_s=now.monotonic_s), WorkloadEnded(), now)
+    listened_s = now.monotonic_s - role.timing.listen_s  # whoever can go on with it has said so by then
+    began_s = min(role.listening_since_s, listened_s)
+    role = replace(role, ticked_at_s=now.monotonic_s, listening_since_s=began_s)
+    ended, _ = step(role, WorkloadEnded(), now)
     after, _ = step(ended, Tick(), now)
     if after.name == "yielding":
         return Prospect(failure="workload ended", outcome="failover", node=heir, reason=after.reason)

@@ -450,7 +450,7 @@ def _policy(role: Role) -> str:
 
 def ended_yield(role: Role, event: Event, now: Instant) -> str:
     """It ended by itself, and the successor is to run it."""
-    if not _ended(role) or role.spec.on_exit != "failover" or paused(role) or not has_heir(role):
+    if not _ended(role) or role.spec.on_exit != "failover" or paused(role) or not has_heir(role, now):
         return ""
     return f"{how_it_ended(role)}: on_exit is failover, {successor(role.spec, role.me)} can restore it"
 
@@ -458,6 +458,8 @@ def ended_yield(role: Role, event: Event, now: Instant) -> str:
 def ended_restart(role: Role, event: Event, now: Instant) -> str:
     """It ended by itself, and is to be started again here."""
     if not _ended(role) or role.spec.on_exit == "stop" or not _restarts_left(role, now):
+        return ""
+    if _heir_may_speak(role, now):
         return ""
     why = "on_exit is restart" if role.spec.on_exit == "restart" else "no other node could restore it"
     if role.spec.on_exit == "failover" and (pause := paused(role)):
@@ -467,7 +469,12 @@ def ended_restart(role: Role, event: Event, now: Instant) -> str:
 
 def ended_stop(role: Role, event: Event, now: Instant) -> str:
     """It ended by itself and stays so."""
-    return f"{how_it_ended(role)}: {_policy(role)}" if _ended(role) else ""
+    return f"{how_it_ended(role)}: {_policy(role)}" if _ended(role) and not _heir_may_speak(role, now) else ""
+
+
+def _heir_may_speak(role: Role, now: Instant) -> bool:
+    """Tell whether this keeper has just begun, and has not heard the successor, which may have its memory."""
+    return role.spec.on_exit == "failover" and not paused(role) and not has_listened(role, now)
 
 
 def briefly(guard: Guard) -> Guard:

@@ -185,7 +185,7 @@ from common.role_steps import (
     stopped,
 )
 from common.roles import LEADING, PURSUING, RUNS, Instant, PeerView, Role, StateName
-from common.succession import failover_refusal, keeps_frozen, start_refusal
+from common.succession import failover_refusal, keeps_frozen, reports_heir, start_refusal
 
 Action = Callable[[Role, Any, Instant], Acted]
 
@@ -323,6 +323,8 @@ def _learn(role: Role, event: Event, now: Instant) -> Acted:
             known = replace(
                 role, report=report, agent_at_s=now.monotonic_s, alive=role.alive or report.running
             )
+            if report.running and reports_heir(known):
+                known = replace(known, heir_ready_at_s=now.monotonic_s)
             if report.exit_code is not None and not report.running:
                 known = replace(known, exit_code=report.exit_code)
             declared = role.newest.leader == role.me or role.starts_from is not None

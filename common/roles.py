@@ -16,6 +16,7 @@ In and out of `common.role_table.step`: a `Role`, an `Event`, an `Instant`; a ne
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -203,6 +204,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     """Never changed in place."""
     report: WorkloadReport | None = None
     agent_at_s: float | None = None
+    heir_ready_at_s: float = -math.inf
+    """When the agent reported last that the successor could restore what runs here."""
     alive: bool = False
     """The workload's first process lives here, by the keeper's own knowledge."""
     exit_code: int | None = None

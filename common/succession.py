@@ -328,7 +328,20 @@ def too_far_behind(role: Role) -> str:
     )
 
 
-def has_heir(role: Role) -> bool:
+def has_heir(role: Role, now: Instant) -> bool:
+    """Tell whether the successor could restore what ran here: as the agent reports, or that node itself says.
+
+    An agent whose workload has ended reports of no replica any more: what it said just before counts.
+    """
+    if reports_heir(role) or now.monotonic_s - role.heir_ready_at_s <= role.timing.agent_silent_after_s:
+        return True
+    heir = successor(role.spec, role.me)
+    view = role.peers.get(heir, _UNHEARD)
+    would = any(not takeover.missing for takeover in view.takeovers)
+    return would and view.term == role.record.term and keeper_speaks(role, heir, now)
+
+
+def reports_heir(role: Role) -> bool:
     """Tell whether, by the agent's last report, the successor could restore the workload."""
     heir = successor(role.spec, role.me)
     replicas = role.report.replicas if role.report is not None else ()

@@ -236,6 +236,7 @@ def test_what_is_said_of_the_workloads_end_is_what_the_machine_does_when_it_ends
     on_exit: str, able: bool, paused: bool
 ) -> None:
     driver = leader(spec=replace(SPEC, on_exit=on_exit))
+    driver.hear("following", node="b")
     driver.report(replicas=(ready_replica(),) if able else (), running=True)
     if paused:
         driver.feed(OperatorPause(request=1, by="root"))

@@ -58,6 +58,7 @@ from common.roles import (
     Mark,
     Refusal,
     Role,
+    Takeover,
     TermRecord,
     Timing,
     claim_of,
@@ -1183,3 +1184,47 @@ def test_a_restarted_keeper_counts_with_a_fence_that_the_one_before_it_asked_for
         driver.after(0.1)
         driver.hear("leading", term=2, node="b")
     assert (driver.state, KillWorkload() in driver.effects) == ("deposed", True)
+
+
+FAILS_OVER = replace(SPEC, on_exit="failover")
+
+
+@pytest.mark.parametrize(("late_s", "mark"), [(0.3, "yielded"), (5.0, "launching")])
+def test_an_agent_that_reports_of_no_replica_any_more_does_not_cost_the_workload_its_memory(
+    late_s: float, mark: str
+) -> None:
+    """The keeper hears of the exit a moment after the agent has stopped capturing."""
+    driver = leader(spec=FAILS_OVER)
+    driver.report(replicas=(ready_replica(),))
+    driver.report(replicas=())
+    driver.now_s += late_s
+    driver.feed(Tick())
+    driver.hear("stopped", term=0, node="b")
+    driver.feed(WorkloadEnded(137))
+    driver.after(0.05)
+    for done in ("kill", "drop_vip", "lift"):
+        driver.feed(StepDone(step=done))  # type: ignore[arg-type]
+    driver.after(1.1)
+    assert driver.role.newest.mark == mark
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_what_ended_while_its_keeper_was_away_goes_on_where_its_memory_is(able: bool) -> None:
+    record = TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1")
+    driver = Driver("a", record, spec=FAILS_OVER)
+    driver.report(running=False, exit_code=1)
+    driver.after(0.5)
+    assert driver.role.newest.mark == "leads", "the successor was not heard yet"
+    missing = () if able else ("nothing is stored here",)
+    says = (Takeover(silence="host loss", missing=missing),)
+    driver.feed(Heard(node="b", origin="keeper", boot_id="b", term=1, claim="following", takeovers=says))
+    driver.feed(Tick())
+    assert driver.state == ("yielding" if able else "launching")
+
+
+def test_what_ended_while_its_keeper_was_away_is_started_afresh_if_nobody_speaks() -> None:
+    driver = Driver("a", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-1"), spec=FAILS_OVER)
+    driver.after(1.9)
+    assert driver.role.newest.mark == "leads"
+    driver.after(0.2)
+    assert driver.state == "launching"
