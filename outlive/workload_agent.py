@@ -334,8 +334,11 @@ class WorkloadAgent:
         pid, run = running_init_pid(self._config, name), incarnation(self._config, name)
         ours = run is not None and run.order == order.number
         interrupted = ours and run is not None and not run.came_up
-        if pid is not None and not (interrupted and order.action == "start"):
-            mark_up(self._config, name)
+        # Made, and not seen to run: perhaps nothing executes. If its keeper died too, the number is another.
+        unstarted = run is not None and not run.came_up and run.restored is None
+        if pid is not None and not ((interrupted or unstarted) and order.action == "start"):
+            if not unstarted or order.action != "none":  # else it is to be started next, or was long ago
+                mark_up(self._config, name)
             if not self._told:
                 self._tell_up(Event.WORKLOAD_FOUND, f"PID {pid}, led in term {order.term}")
             if order.action == "hand_over":

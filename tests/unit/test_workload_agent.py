@@ -359,6 +359,15 @@ async def test_a_container_that_was_made_but_perhaps_not_started_is_made_again(s
     assert scene.containers.done == ["kill", "start"]
 
 
+async def test_a_container_that_was_made_is_made_again_though_its_keeper_died_too(scene: Scene) -> None:
+    """A keeper that is started again counts anew, and has its agent hold the packets first."""
+    scene.containers.run, scene.containers.pid = Incarnation(id="made", order=1), 77
+    await scene.obeyed(order(1_000_001, "lead", "none"))
+    assert not scene.containers.run.came_up
+    await scene.obeyed(order(1_000_002, "lead", "start"))
+    assert scene.containers.done == ["kill", "start"]
+
+
 async def test_a_defect_is_told_to_the_keeper_like_any_failure(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +478,19 @@ async def test_if_the_newest_cannot_be_restored_the_one_before_is_and_that_is_sa
     assert "criu cannot restore t1-e3" in report.order_detail
     ((_, reason),) = scene.events()
     assert "older" in reason
+
+
+async def test_a_restore_that_its_keeper_has_killed_does_not_go_on_with_the_epoch_before(
+    scene: Scene,
+) -> None:
+    """What the keeper wants by now is the next order, which waits until this one has ended."""
+    scene.store.held = [record(1), record(2)]
+    scene.containers.unrestorable = {EpochId(1, 2)}
+    scene.agent.obey(order(1, "lead", "restore"))
+    await until(lambda: scene.containers.done)
+    await scene.obeyed(order(2, "follow", term=2))
+    assert scene.containers.done == ["restore t1-e2 of /epochs/2"]
+    assert scene.containers.pid is None
 
 
 async def test_what_was_handed_over_is_restored_from_that_very_epoch_or_not_at_all(scene: Scene) -> None:
