@@ -93,7 +93,7 @@
 enum status {
 	OK = 0,
 	BAD_USAGE = 2,
-	GONE = 20,         /* no such process, or it ended under us */
+	GONE = 20,         /* no such process, or it ended under us, or executed another program */
 	TRACED = 21,       /* somebody else traces it */
 	REFUSED = 22,      /* the kernel does not let us */
 	COMPAT = 23,       /* in 32-bit code */
@@ -373,7 +373,9 @@ static enum stop next_stop(struct target *t, int *number)
 }
 
 /* Let the stopped thread run to the entry of its next system call. It may have to stop on the way, for a
- * SIGSTOP or an earlier request of ours: it is in get_signal() then, on unchanged registers. */
+ * SIGSTOP or an earlier request of ours: it is in get_signal() then, on unchanged registers. All signals are
+ * blocked: any other one is a fault of the code that it was sent into, and would end it. It is not let through.
+ */
 static enum status enter(struct target *t)
 {
 	int pass = 0;
@@ -388,6 +390,8 @@ static enum status enter(struct target *t)
 			pass = 0;
 			break;
 		case AT_SIGNAL: /* SIGSTOP, which cannot be blocked: this only stops its process, at our detach */
+			if (number != SIGSTOP)
+				return fail(STUCK, 0);
 			pass = number;
 			break;
 		case ENDED:
@@ -421,7 +425,7 @@ static enum status leave(struct target *t, registers *aimed)
 		case IN_GET_SIGNAL:
 			return OK;
 		case AT_SIGNAL:
-			pass = number;
+			pass = number == SIGSTOP ? number : 0;
 			break;
 		case AT_CALL:
 			pass = 0;
@@ -528,6 +532,15 @@ static size_t read_memory(const struct target *t, uint64_t from, void *into, siz
 	return done;
 }
 
+/* Whether the thread has those bytes in the memory that it executes now: `mem` is of what it executed once. */
+static bool has_now(const struct target *t, uint64_t at, const unsigned char *what, size_t size)
+{
+	unsigned char found[64];
+	struct iovec here = {found, size}, there = {(void *)at, size};
+	return size <= sizeof found && process_vm_readv(t->tid, &here, 1, &there, 1, 0) == (ssize_t)size &&
+	       memcmp(found, what, size) == 0;
+}
+
 static uint64_t find_call(const unsigned char *bytes, size_t size, uint64_t from)
 {
 	for (size_t at = 0; at + sizeof CALL_INSTRUCTION <= size; at += CALL_ALIGNMENT)
@@ -598,6 +611,12 @@ static void write_slot(struct target *t)
 		t->slot = 0;
 }
 
+/* Whether the code is where the thread, stopped, would be sent. */
+static bool has_slot(const struct target *t)
+{
+	return !t->slot || has_now(t, t->slot, heal_code, CODE_BYTES < 64 ? CODE_BYTES : 64);
+}
+
 static void arm_slot(struct target *t)
 {
 	struct heal_data data = data_for(&t->saved, t->mask);
@@ -623,6 +642,7 @@ static uint64_t find_slot(const unsigned char *vdso, size_t size, uint64_t start
 static void write_slot(struct target *t) { t->slot = 0; }
 static void arm_slot(struct target *t) { t->slot = 0; }
 static void free_slot(struct target *t) { (void)t; }
+static bool has_slot(const struct target *t) { return !t->slot; }
 #endif
 
 /* Find a system call instruction and a slot: in the vDSO; without one, an instruction in any code. */
@@ -635,6 +655,7 @@ static enum status find_code(struct target *t)
 	if (!maps)
 		return fail(errno == ENOENT || errno == ESRCH ? GONE : REFUSED, errno);
 	uint64_t start, end, code_start = 0, code_end = 0, vdso_start = 0, vdso_end = 0;
+	size_t any = 0;
 	while (fgets(line, sizeof line, maps)) {
 		char flags[5];
 		if (sscanf(line, "%lx-%lx %4s", &start, &end, flags) != 3 || flags[2] != 'x')
@@ -647,14 +668,18 @@ static enum status find_code(struct target *t)
 	fclose(maps);
 	if (vdso_end - vdso_start > 0 && vdso_end - vdso_start <= sizeof bytes) {
 		size_t size = read_memory(t, vdso_start, bytes, vdso_end - vdso_start);
+		any += size;
 		t->call = find_call(bytes, size, vdso_start);
 		t->slot = size == vdso_end - vdso_start ? find_slot(bytes, size, vdso_start) : 0;
 	}
 	for (uint64_t at = code_start; !t->call && at < code_end; at += sizeof bytes) {
 		size_t size = sizeof bytes < code_end - at ? sizeof bytes : code_end - at;
-		t->call = find_call(bytes, read_memory(t, at, bytes, size), at);
+		size = read_memory(t, at, bytes, size);
+		any += size;
+		t->call = find_call(bytes, size, at);
 	}
-	return t->call ? OK : fail(NO_CODE, 0);
+	/* Where nothing can be read, `mem` and `maps` are not of the same program: it executes another one. */
+	return t->call ? OK : any ? fail(NO_CODE, 0) : fail(GONE, ENOEXEC);
 }
 
 /* ---- the stop ---- */
@@ -875,6 +900,13 @@ static enum status inject(struct target *t, int *taken)
 		return status;
 	reach(STOPPED);
 	t->deadline_ns = now_ns() + BORROWED_WITHIN_NS;
+	/* All that was looked up may be of another program: it can have executed one before it was stopped. From
+	 * here on it cannot, and another thread that does ends this one. What was written is not cleared: of a
+	 * vfork it is in its parent, where it does nothing. */
+	if (!has_now(t, t->call, CALL_INSTRUCTION, sizeof CALL_INSTRUCTION) || !has_slot(t)) {
+		ptrace(PTRACE_DETACH, t->tid, NULL, NULL);
+		return fail(GONE, ENOEXEC);
+	}
 	struct {
 		uint64_t mode, selector, offset, length;
 	} dispatch = {0};

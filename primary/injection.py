@@ -20,6 +20,7 @@ from __future__ import annotations
 import array
 import asyncio
 import enum
+import errno
 import os
 import platform
 import signal
@@ -147,7 +148,7 @@ async def take_userfaultfd(pid: int) -> Injection:
     CAP_SYS_ADMIN.
 
     Raises `UnsupportedError` if this process can never yield one, `InjectionError` if it did not this time
-    (it has ended, somebody else traces it, it does not stop), `DescriptorLeftError` if it kept one.
+    (it has ended, executes another program, is traced, does not stop), `DescriptorLeftError` if it kept one.
     """
     work = asyncio.ensure_future(asyncio.to_thread(inject, program(), pid))
     try:
@@ -227,6 +228,8 @@ def judge(pid: int, answer: Answer, descriptors: list[int]) -> Injection:
         )
     why, hint = _WORDS[answer.status]
     cause = f": {os.strerror(answer.error)}" if answer.error else ""
+    if answer.status is Status.GONE and answer.error == errno.ENOEXEC:
+        why, cause = "it executes another program", ""
     message = f"no userfaultfd of process {pid}: {why}{cause} (at {answer.stage.name})"
     if answer.status in _NEVER:
         raise UnsupportedError(message, hint=hint)

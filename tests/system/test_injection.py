@@ -86,6 +86,18 @@ public class Counts {
 """
 
 
+_EXECUTES = {
+    "itself": 'exec sh -c "$0" "$0"',
+    "children": "while :; do (exec true) || echo killed $?; done",
+}
+_EXECUTIONS = 150
+
+
+def _newest_child(pid: int) -> int:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[-1]) if children else 4_000_000
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     return Programs(tmp_path_factory.mktemp("injection"))
@@ -389,6 +401,26 @@ class TestRefusal:
             await until(lambda: " Z " in Path(f"/proc/{target.pid}/stat").read_text())
             with pytest.raises(InjectionError, match="has ended"):
                 await take_userfaultfd(target.pid)
+
+    @pytest.mark.parametrize("how", list(_EXECUTES))
+    async def test_of_what_executes_another_program_meanwhile_leaves_that_whole(self, how: str) -> None:
+        """What was looked up of the one is not there in the other: it would be sent into nowhere, and die."""
+        code, harm = _EXECUTES[how], {Status.STUCK, Status.NOT_RETURNED, Status.LEFT_OPEN}
+        with launch("sh", "-c", code, code, stdout=subprocess.PIPE) as target:
+            assert target.stdout is not None
+            harmful = 0
+            try:
+                for _ in range(_EXECUTIONS):
+                    pid = target.pid if how == "itself" else _newest_child(target.pid)
+                    try:
+                        await take_and_close(pid)
+                    except InjectionError as error:
+                        harmful += error.status in harm
+                assert target.poll() is None, "it died"
+            finally:
+                target.kill()
+            assert not harmful
+            assert target.stdout.read() == b"", "children died"
 
     async def test_of_a_kernel_thread(self) -> None:
         with pytest.raises(InjectionError):
