@@ -370,17 +370,20 @@ class FastBackend:
         self._room_pages = room_after(self._room_pages, dirty, copies_ahead=self._tracker.copies_ahead)
 
     def _see_that_all_stood_still(self) -> None:
-        """Raise if a process whose bits were cleared runs again, and hold everything for doubtful.
+        """Raise if a process did not stand still until it was read.
 
-        A write between reading and clearing them would never be told.
+        One that was killed meanwhile has no memory any more, and looks like one without any. If bits were
+        cleared of one that runs again, everything is held for doubtful: a write between reading and clearing
+        them would never be told.
         """
-        moving = {each.pid: each.state for each in self._taken if each.space.protects}
-        moving = {pid: state for pid, state in moving.items() if state not in "tT"}
+        states = {each: each.state for each in self._taken}
+        moving = {each: state for each, state in states.items() if state not in "tT"}
         if not moving:
             return
-        for process in self._taken:
-            process.forget_all()
-        names = ", ".join(f"{pid} (in state {state})" for pid, state in moving.items())
+        if any(each.space.protects for each in moving):
+            for process in self._taken:
+                process.forget_all()
+        names = ", ".join(f"{each.pid} (in state {state})" for each, state in moving.items())
         raise CaptureError(f"processes did not stand still while their memory was read: {names}")
 
     def _after_failure(self) -> None:

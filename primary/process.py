@@ -49,6 +49,8 @@ _WRITTEN_RUNS: Final = 16_384
 _SMAPS_AGE_S: Final = 1.0
 _SMAPS_SHARE: Final = 20.0
 """The flags of unchanged mappings are read anew after a second, and after 20 times as long as that takes."""
+_DROPPABLE: Final = b" dp "
+"""Among the flags of a mapping (MAP_DROPPABLE, since 6.11): the kernel may drop its pages."""
 _KCMP: Final = {"x86_64": 312, "aarch64": 272}
 _KCMP_VM: Final = 1
 
@@ -177,14 +179,19 @@ class TrackedProcess:
         self.space.make_room(len(bounds) // 2 * 5 // 4 + written, early=early)
 
     def smaps(self) -> Smaps | None:
-        """Return what its smaps say, read anew if its mappings changed or some time has passed."""
+        """Return what its smaps say, read anew if its mappings changed or some time has passed.
+
+        Or if any may drop its pages: criu leaves those out, and an ordinary mapping may be there by now.
+        """
         try:
             maps = Path(f"/proc/{self.pid}/maps").read_bytes()
             now_s = time.monotonic()
             if self._smaps is None or self._smaps.maps != maps or now_s > self._smaps_until_s:
-                self._smaps = Smaps.parse(Path(f"/proc/{self.pid}/smaps").read_bytes())
+                text = Path(f"/proc/{self.pid}/smaps").read_bytes()
+                self._smaps = Smaps.parse(text)
                 took_s = time.monotonic() - now_s
-                self._smaps_until_s = now_s + max(_SMAPS_AGE_S, _SMAPS_SHARE * took_s)
+                kept_s = 0.0 if _DROPPABLE in text else max(_SMAPS_AGE_S, _SMAPS_SHARE * took_s)
+                self._smaps_until_s = now_s + kept_s
         except OSError:
             self._smaps = None
         return self._smaps

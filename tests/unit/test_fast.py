@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import CaptureError
 from primary.fast import FastBackend, room_after
 
 MOST_ASKED = 8192
@@ -85,3 +87,34 @@ class TestWhatWasCopiedEarly:
         backend._keep_early(backend._not_taken())
         assert (dumped.told, beside.told) == (["in doubt", "kept"], ["in doubt"])
         assert backend._early == []
+
+
+class TestWhoDidNotStandStill:
+    """Of a process that was killed in the freeze no memory is there: it looks like one that has none."""
+
+    @pytest.mark.parametrize("protects", [True, False])
+    @pytest.mark.parametrize("state", ["S", "R", "X", "Z"])
+    def test_costs_the_epoch_whatever_tracks_it(self, state: str, protects: bool) -> None:
+        backend = cast(Any, FastBackend.__new__(FastBackend))
+        held, other = _Stopped(1, "t", protects), _Stopped(2, state, protects)
+        backend._taken = [held, other]
+        with pytest.raises(CaptureError, match=f"2 .in state {state}."):
+            backend._see_that_all_stood_still()
+        assert held.forgotten == other.forgotten == protects, "its bits were cleared, and a write may be lost"
+
+    def test_costs_nothing_if_all_did(self) -> None:
+        backend = cast(Any, FastBackend.__new__(FastBackend))
+        backend._taken = [_Stopped(1, "t", True), _Stopped(2, "T", False)]
+        backend._see_that_all_stood_still()
+        assert not any(each.forgotten for each in backend._taken)
+
+
+class _Stopped:
+    """A process in a state as proc(5) has it, and whether it was held for doubtful."""
+
+    def __init__(self, pid: int, state: str, protects: bool) -> None:
+        self.pid, self.state, self.forgotten = pid, state, False
+        self.space = SimpleNamespace(protects=protects)
+
+    def forget_all(self) -> None:
+        self.forgotten = True
