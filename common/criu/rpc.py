@@ -83,8 +83,10 @@ Ending = Literal["by itself", "after a no", "after an interrupt", "after a kill"
 _PACKET_BYTES: Final = 65536
 """More than any answer: the largest part is an error message of at most 1 KiB."""
 
+_UNDO_S: Final = 0.5
+"""How long `abandon` lets criu undo what it did: the only step without harm, so a slow machine gets time."""
 _GRACE_S: Final = 0.3
-"""How long `abandon` waits at each step. Its sum stays within the second between freeze and thaw deadline."""
+"""How long `abandon` waits at other steps. All stay within the second between freeze and thaw deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +240,7 @@ class Swrk:
     async def abandon(self) -> Ending:
         """End this criu by the ladder that the module's docstring describes, and say how far it went.
 
-        Returns when the process is gone and reaped, about 2 * 0.3 s after the call at the latest, unless the
+        Returns when the process is gone and reaped, about 0.85 s after the call at the latest, unless the
         process is in a system call that cannot be interrupted. Calling it again is harmless.
         """
         started = time.monotonic()
@@ -255,7 +257,7 @@ class Swrk:
         if self._asked:
             self._process.send_signal(signal.SIGCONT)
             with contextlib.suppress(TimeoutError, OSError, EOFError, DecodeError):
-                async with asyncio.timeout(_GRACE_S):
+                async with asyncio.timeout(_UNDO_S):
                     await self._converse(_say_no)
             if await self._ended_within(_GRACE_S / 10):
                 return "after a no"
