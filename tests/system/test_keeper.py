@@ -378,7 +378,8 @@ async def test_a_lost_host_is_fenced_and_taken_over_with_a_timeline() -> None:
         assert 300 <= suspected.at_ms < 600
         assert "the power is off" in story.timeline[3].reason
         assert (story.term, story.leader) == (2, "b")
-        assert b.agent.orders[-2].action == "restore"
+        # How many orders without an action follow depends on when the agent asks between two steps.
+        assert [order.action for order in b.agent.orders if order.action != "none"] == ["restore"]
         assert took_ms < 3000
 
 
