@@ -22,7 +22,7 @@ from functools import partial
 import msgspec
 
 from common.model import WorkloadSpec
-from common.succession import successor
+from common.succession import holder, successor
 from tests.sim.leases import FAULTS as ETCD_FAULTS
 from tests.sim.world import Host, Violation, Weather, World
 
@@ -199,12 +199,32 @@ def move_by_hand(world: World) -> None:
             put_first(world, before)
         request = world.switchover(before, to) if leads else world.start(to)
         if world.refused(request) and world.refused(world.failover(to)) and before:
-            # Nothing of it is there, or it is not first in line: it has to run elsewhere first.
-            any(not world.refused(world.start(name)) for name in (before, *world.spec.nodes))
+            run_elsewhere(world, before)
         world.run(SETTLE_S / 3)
         if world.changes_of_leader:
             return
     raise world.broken(f"an operator could not have another node than {before or 'none'} lead")
+
+
+def run_elsewhere(world: World, leader: str) -> None:
+    """Let an operator start it where it may: nothing of it is where it should lead, or that is not its turn.
+
+    If each node takes another one for the holder of the right, he does what the refusals say: who missed the
+    start that moved the line goes by the old one, and the node that is named is powered off.
+    """
+    if not all(world.refused(world.start(name)) for name in (leader, *world.spec.nodes)):
+        return
+    roles = [host.role for host in world.hosts.values()]
+    if any(role is None or holder(role) == role.me for role in roles):
+        return
+    role = world.hosts[leader].role
+    named = world.hosts[holder(role)] if role is not None else None
+    if named is not None:
+        world.power_off(named)
+        world.run(2.0)
+        world.start(leader, (named.name,))
+        world.run(2.0)
+        world.power_on(named)
 
 
 def put_first(world: World, leader: str) -> None:
