@@ -221,6 +221,7 @@ def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
         lease = _taken_in(lease, question, event.answer, now_s, effects)
     lease = _given_up(lease, now_s, effects)
     lease = _released(lease, need, effects)
+    lease = _staked(lease, need, now_s, effects)
     lease = _switched(lease, need, now_s, effects)
     return _asked_next(lease, need, now_s, effects), tuple(effects)
 
@@ -268,11 +269,6 @@ def _claimed(lease: Lease, question: Claim, answer: Answer, now_s: float, effect
     elif isinstance(answer, Granted):
         lease = replace(lease, leftover=answer.held.lease_id)
         reason = "etcd was too slow: the lease that it gave counts no more"
-    if outcome != "confirmed" and lease.held is not None:
-        # The claim may have revoked it. Invariant: nothing runs on a lease that this node may have let go of;
-        # if it still stands, `Reclaim` finds it.
-        effects.append(Drop())
-        lease = replace(lease, held=None, until_s=0.0)
     told = FenceResult(node="etcd", attempt=claim.attempt, outcome=outcome, reason=reason, term=term)
     effects.append(Tell(told))
     return lease
@@ -319,6 +315,19 @@ def _released(lease: Lease, need: Need, effects: list[Effect]) -> Lease:
         leftover = lease.held.lease_id if lease.held is not None else lease.leftover
         lease = replace(lease, held=None, until_s=0.0, leftover=leftover, next_at_s=0.0)
     return lease
+
+
+def _staked(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> Lease:
+    """Let go of a lease that the claim which is asked for next will revoke, whatever comes of that.
+
+    Invariant: nothing runs on a lease that this node may have asked to be ended. If the key still stands,
+    `Reclaim` finds it, and binds it to another one.
+    """
+    claims = lease.question is None and isinstance(_question(lease, need, now_s), Claim)
+    if not claims or lease.held is None:
+        return lease
+    effects.append(Drop())
+    return replace(lease, held=None, until_s=0.0)
 
 
 def unrecorded(lease: Lease, reason: str) -> Lease:

@@ -7,7 +7,10 @@ A question is a generator: it yields `Call`s, is sent their answers, may have an
 a call had no answer, and returns what came of it. The keeper sends the calls over HTTP (`common.etcd`), the
 simulator to an etcd of its own. Invariants:
 
-- `leader` is written only in a transaction that compares that it is absent and that `term` is as it was read.
+- `leader` is written only in a transaction that compares that `term` is as it was read, and that `leader` is
+  absent, or still what was read there: this node's own claim to that very term.
+- A lease that this node may have asked to be ended is never relied on again: etcd may carry that out at any
+  time, also long after nobody waits for its answer. So what is held again is bound to a new lease.
 - Whoever gains a term writes it to `term` in that same transaction, and it is greater than what stood there.
 - The moment from which a lease counts is read *before* the call that grants or renews it is made.
 
@@ -278,12 +281,11 @@ class LeaseKeys:
         if newest != mine:
             reason = f"{newest.node} has claimed term {newest.term}"
             return Denied(reason=reason, claimed_by=newest.node)
-        if read.leader is not None and leader == mine:  # by a keeper before this one
-            held = Held(lease_id=read.leader.lease, revision=read.leader.mod_revision, term=term)
-            return (yield from self._renew(held))
-        return (yield from self._take(mine, read.term_revision, write_term=False))
+        ours = read.leader.mod_revision if read.leader is not None and leader == mine else 0
+        return (yield from self._take(mine, read.term_revision, ours, write_term=False))
 
-    def _take(self, mine: Claimant, term_revision: int, *, write_term: bool) -> Calls:
+    def _take(self, mine: Claimant, term_revision: int, ours: int = 0, *, write_term: bool) -> Calls:
+        """Write the key with a new lease; `ours` is the revision at which this node wrote it, 0 if absent."""
         sent_s = self._clock()
         granted = yield _call("lease/grant", {"TTL": str(self._ttl_s)}, LeaseAnswer)
         if granted.ID == 0:
@@ -292,7 +294,7 @@ class LeaseKeys:
         puts = [{"request_put": {"key": _key(self._leader), "value": value, "lease": str(granted.ID)}}]
         if write_term:
             puts.append({"request_put": {"key": _key(self._term), "value": value}})
-        compare = [_unchanged(self._leader, 0), _unchanged(self._term, term_revision)]
+        compare = [_unchanged(self._leader, ours), _unchanged(self._term, term_revision)]
         answer = yield _call(
             "kv/txn", {"compare": compare, "success": puts, "failure": []}, TxnAnswer, repeatable=False
         )

@@ -350,6 +350,33 @@ def test_a_lease_that_ran_out_is_not_renewed_and_the_term_is_had_again_if_nobody
     assert answer == Denied(reason="b has claimed term 2", claimed_by="b")
 
 
+def test_a_term_that_still_stands_is_had_again_with_another_lease_which_no_late_revocation_ends() -> None:
+    """The claim that ended the first lease was given up here, and etcd has not carried that out yet."""
+    a, _ = pair()
+    first = claimed(a, term=1, known=0).held
+    again = a.ask(Reclaim(term=1))
+    assert isinstance(again, Granted)
+    assert (again.held.term, again.held.lease_id != first.lease_id) == (1, True)
+    a.ask(Revoke(lease_id=first.lease_id))
+    assert a.etcd.leader("w", 0.0) == "a"
+    assert isinstance(a.ask(Renew(held=again.held)), Granted)
+
+
+def test_who_has_it_again_while_an_earlier_question_moves_the_key_is_denied_and_loses_nothing() -> None:
+    a, _ = pair()
+    claimed(a, term=1, known=0)
+    slow = a.keys.ask(Reclaim(term=1))
+    call = slow.send(a.etcd.handle(next(slow), 0.0))
+    call = slow.send(a.etcd.handle(call, 0.0))  # its transaction is under way
+    again = a.ask(Reclaim(term=1))
+    assert isinstance(again, Granted)
+    call = slow.send(a.etcd.handle(call, 0.0))
+    with pytest.raises(StopIteration) as ended:
+        slow.send(a.etcd.handle(call, 0.0))
+    assert isinstance(ended.value.value, Denied)
+    assert isinstance(a.ask(Renew(held=again.held)), Granted)
+
+
 def test_a_term_of_an_earlier_boot_is_not_had_again() -> None:
     a, _ = pair()
     claimed(a, term=1, known=0)
@@ -442,10 +469,12 @@ def test_nothing_runs_on_a_lease_that_a_claim_which_failed_may_have_revoked(answ
     driver = leading()
     driver.feed(Passed(), 100.0 + GOOD_FOR_S)
     driver.feed(Wanted(CLAIM), 102.0, CLAIMING)
-    driver.answer(Granted(held=HELD, sent_s=102.0, ttl_s=2), 102.1, CLAIMING)
+    effects = driver.answer(Granted(held=HELD, sent_s=102.0, ttl_s=2), 102.1, CLAIMING)
     assert isinstance(driver.question, Claim)
+    assert [type(each) for each in effects][-2:] == [Drop, Ask], "off the record before it may be revoked"
+    assert driver.lease.held is None
+    assert Thaw() not in driver.feed(Passed(), 102.15, LEADING), "its answer is not there yet"
     effects = driver.answer(answer, 102.2, LEADING)
-    assert Drop() in effects
     assert Thaw() not in effects
     assert (driver.lease.held, driver.lease.closed) == (None, True)
     assert isinstance(driver.question, Reclaim), "if it still stands, it is had again"
