@@ -3,7 +3,7 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test bench sim kill-series switchovers scenarios injection-kills torture oracle test-kernels clean
+.PHONY: help setup demo check test coverage bench sim kill-series switchovers scenarios injection-kills torture oracle test-kernels clean
 
 SEEDS := 5000
 ROUNDS := 120
@@ -29,8 +29,14 @@ check: setup  ## lint, types, import rules, unit and sim tests
 	$(PYTEST) tests/unit
 	$(BIN)/pytest tests/sim
 
-test: check  ## check and the system tests, with branch coverage of unit and system tests
-	$(PYTEST) tests/system
+test: check  ## check, branch coverage of the unit tests, and the system tests
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	$(BIN)/pytest tests/system --durations=20
+
+coverage: setup  ## branch coverage of unit and system tests together; a third slower than these tests alone
+	$(BIN)/coverage erase
+	$(PYTEST) tests/unit tests/system
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
