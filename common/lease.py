@@ -98,6 +98,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     held: Held | None = None
     until_s: float = 0.0
     """The workload is frozen at this moment."""
+    recorded: bool = False
+    """It is on record, or was to be."""
     closed: bool | None = None
     """The switch keeps the workload frozen; None: how an earlier keeper left it is not known."""
     doubt: str = ""
@@ -188,16 +190,18 @@ Advanced = tuple[Lease, tuple[Effect, ...]]
 def need_of(role: Role) -> Need:
     """Return what a role needs of its lease.
 
-    One that acquires a term has nothing to run yet. What runs though the node leads no more is being killed,
-    or is kept frozen until another node runs it: nothing is done about a freeze of it.
+    One that acquires a term has nothing to run yet, and keeps no lease from others while it cannot record the
+    term. What runs though the node leads no more is being killed, or is kept frozen until another node runs
+    it: nothing is done about a freeze of it.
     """
     if role.spec.right_to_lead != "etcd":
         return Need(held=False, guarded=False, term=0)
     ours = role.record.leader == role.me
     ending = ours and not keeps_frozen(role) and (role.alive or bool(role.undo & {"kill", "drop_vip"}))
     guarded = role.name in LEADING or (ending and role.name != "acquiring")
+    cannot_record = role.wanted is not None and role.retry_at_s > 0
     return Need(
-        held=guarded or role.name == "acquiring",
+        held=guarded or (role.name == "acquiring" and not cannot_record),
         guarded=guarded,
         term=role.record.term if ours and role.record.boot_id == role.boot_id else 0,
         serves=role.alive or role.name in LEADING,
@@ -208,7 +212,7 @@ def found(terms: LeaseTerms, record: LeaseRecord | None) -> Lease:
     """Return the lease as a keeper finds it when it begins."""
     if record is None:
         return Lease(terms=terms)
-    return Lease(terms=terms, held=record.held, until_s=record.until_s)
+    return Lease(terms=terms, held=record.held, until_s=record.until_s, recorded=True)
 
 
 def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
@@ -220,9 +224,10 @@ def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
         question, lease = lease.question, replace(lease, question=None)
         lease = _taken_in(lease, question, event.answer, now_s, effects)
     lease = _given_up(lease, now_s, effects)
-    lease = _released(lease, need, effects)
-    lease = _staked(lease, need, now_s, effects)
+    lease = _released(lease, need)
+    lease = _staked(lease, need, now_s)
     lease = _switched(lease, need, now_s, effects)
+    lease = _off_record(lease, effects)
     return _asked_next(lease, need, now_s, effects), tuple(effects)
 
 
@@ -240,6 +245,8 @@ def _taken_in(lease: Lease, question: Question, answer: Answer, now_s: float, ef
         lease = replace(lease, standing=answer.standing if isinstance(answer, Seen) else lease.standing)
         return replace(lease, next_at_s=now_s + (_LOOK_EVERY_S if looked else lease.terms.renew_every_s))
     if isinstance(question, Revoke):
+        return replace(lease, next_at_s=now_s)
+    if isinstance(question, Renew) and question.held != lease.held:  # let go of meanwhile: it is to be ended
         return replace(lease, next_at_s=now_s)
     if isinstance(answer, Granted):
         return _renewed(lease, answer, effects)
@@ -292,9 +299,8 @@ def _question_of(claim: ClaimTerm) -> Claim:
 def _renewed(lease: Lease, answer: Granted, effects: list[Effect]) -> Lease:
     """Count the lease from before it was asked for."""
     until_s = counts_until_s(lease.terms, answer)
-    lease = replace(
-        lease, held=answer.held, until_s=until_s, next_at_s=answer.sent_s + lease.terms.renew_every_s
-    )
+    next_at_s = answer.sent_s + lease.terms.renew_every_s
+    lease = replace(lease, held=answer.held, until_s=until_s, recorded=True, next_at_s=next_at_s)
     effects.append(Keep(LeaseRecord(held=answer.held, until_s=until_s)))
     return lease
 
@@ -304,30 +310,25 @@ def counts_until_s(terms: LeaseTerms, answer: Granted) -> float:
     return answer.sent_s + min(terms.ttl_s, answer.ttl_s) * (1 - terms.drift) - terms.margin_s
 
 
-def _released(lease: Lease, need: Need, effects: list[Effect]) -> Lease:
+def _released(lease: Lease, need: Need) -> Lease:
     """Let go of a lease that nobody needs: of a term, too, that this node claimed and never recorded."""
     held = lease.held
     strange = need.guarded and need.term > 0 and held is not None and held.term != need.term
     if not strange and (need.held or lease.claim is not None):
         return lease
-    if lease.held is not None or lease.until_s:
-        effects.append(Drop())
-        leftover = lease.held.lease_id if lease.held is not None else lease.leftover
-        lease = replace(lease, held=None, until_s=0.0, leftover=leftover, next_at_s=0.0)
-    return lease
+    if held is None:
+        return lease
+    return replace(lease, held=None, until_s=0.0, leftover=held.lease_id, next_at_s=0.0)
 
 
-def _staked(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> Lease:
+def _staked(lease: Lease, need: Need, now_s: float) -> Lease:
     """Let go of a lease that the claim which is asked for next will revoke, whatever comes of that.
 
     Invariant: nothing runs on a lease that this node may have asked to be ended. If the key still stands,
     `Reclaim` finds it, and binds it to another one.
     """
     claims = lease.question is None and isinstance(_question(lease, need, now_s), Claim)
-    if not claims or lease.held is None:
-        return lease
-    effects.append(Drop())
-    return replace(lease, held=None, until_s=0.0)
+    return replace(lease, held=None, until_s=0.0) if claims else lease
 
 
 def unrecorded(lease: Lease, reason: str) -> Lease:
@@ -350,6 +351,17 @@ def _switched(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> 
         effects.append(Tell(LeaseStands()))
         return replace(lease, doubt="")
     return lease
+
+
+def _off_record(lease: Lease, effects: list[Effect]) -> Lease:
+    """Take off the record what does not count any more, so that no keeper that begins goes on with it.
+
+    Once the switch is closed: until then the guard would see to that if this keeper did not.
+    """
+    if lease.held is not None or not lease.recorded:
+        return lease
+    effects.append(Drop())
+    return replace(lease, recorded=False)
 
 
 def may_run(lease: Lease, now_s: float) -> bool:

@@ -137,10 +137,12 @@ class Leases:
         failed: Callable[[], None],
         tries: int = 2,
     ) -> None:
-        done = False
+        done, sent = False, self._reachable(host)
 
         def arrive() -> None:
-            if not self._reachable(host):
+            # What is on its way is carried out, or is not, whatever has become of its sender since.
+            under_way = sent and self.etcd.up and self.random.random() < 0.5
+            if not (self._reachable(host) or under_way):
                 return
             answer = self.etcd.handle(call, self.world.now)
             self.world.later(self._delay_s(), lambda: back(answer))

@@ -28,6 +28,7 @@ from common.lease import (
     Wanted,
     advance,
     found,
+    need_of,
     unrecorded,
 )
 from common.lease_calls import (
@@ -48,7 +49,9 @@ from common.lease_calls import (
     TxnAnswer,
     Unanswered,
 )
+from common.model import WorkloadSpec
 from common.role_events import ClaimTerm, FenceResult, LeaseInDoubt, LeaseStands
+from common.roles import Instant, TermRecord, Timing, new_role
 from tests.sim.etcd import Etcd
 
 TERMS = LeaseTerms(ttl_s=2, margin_s=0.3, drift=0.01)
@@ -189,6 +192,48 @@ def test_a_lease_that_nobody_needs_any_more_is_ended_and_the_gate_closed() -> No
     effects = driver.feed(Passed(), 100.2, IDLE)
     assert {Drop(), Freeze()} <= set(effects)
     assert driver.question == Revoke(lease_id=7)
+
+
+def test_a_lost_lease_goes_off_the_record_once_it_is_frozen() -> None:
+    driver = leading()
+    driver.feed(Passed(), 100.5)
+    effects = driver.answer(Denied(reason="the lease is over"), 100.6)
+    assert effects.index(Freeze()) < effects.index(Drop()) < len(effects) - 1
+    assert Drop() not in driver.feed(Passed(), 100.7)
+
+
+def test_a_renewal_of_a_lease_that_was_let_go_of_meanwhile_opens_nothing() -> None:
+    """The need comes back before the renewal is answered; the lease is to be ended."""
+    driver = leading()
+    driver.feed(Passed(), 100.5)
+    assert driver.question == Renew(held=HELD)
+    assert Drop() in driver.feed(Passed(), 100.6, IDLE)
+    assert driver.question == Renew(held=HELD)
+    driver.feed(Passed(), 100.7, LEADING)
+    effects = driver.answer(Granted(held=HELD, sent_s=100.5, ttl_s=2), 100.8)
+    assert {type(each) for each in effects}.isdisjoint({Thaw, Keep})
+    assert driver.question == Revoke(lease_id=7)
+    driver.answer(Seen(standing=driver.lease.standing), 100.9)
+    assert driver.question == Reclaim(term=1)
+
+
+def test_a_term_that_cannot_be_recorded_keeps_its_lease_from_nobody() -> None:
+    role = new_role(
+        me="b",
+        boot_id="boot",
+        spec=WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",), right_to_lead="etcd"),
+        timing=Timing(),
+        fenceable=frozenset(),
+        record=TermRecord(term=1, leader="a", mark="leads"),
+        first_order=1,
+        now=Instant(0.0, 0.0),
+    )
+    wanted = TermRecord(term=2, leader="b", mark="leads", boot_id="boot")
+    recording = msgspec.structs.replace(role, name="acquiring", wanted=wanted)
+    assert need_of(recording).held
+    assert not need_of(msgspec.structs.replace(recording, retry_at_s=5.0)).held, (
+        "its disk is full: it is tried again then"
+    )
 
 
 def test_a_keeper_that_finds_a_good_lease_on_record_goes_on_with_it_and_renews_at_once() -> None:
