@@ -15,6 +15,7 @@ needs no restart, and a disk that hangs holds up nothing.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -45,6 +46,12 @@ class _LogIn(msgspec.Struct, frozen=True):
     """Answer of `/v3/auth/authenticate`."""
 
     token: str = ""
+
+
+class _Status(msgspec.Struct, frozen=True):
+    """Answer of `/v3/maintenance/status`."""
+
+    version: str = ""
 
 
 class _NotLoggedInError(ValueError):
@@ -116,6 +123,12 @@ class EtcdClient:
         except StopIteration as ended:
             result: Answer = ended.value
             return result
+
+    async def version(self) -> tuple[int, ...]:
+        """Return which etcd answers: (3, 5, 13); empty if it does not say. Raises UnreachableError."""
+        asked = Call(path="/v3/maintenance/status", body=b"{}", answer=_Status, repeatable=True)
+        numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", (await self._call(asked)).version)
+        return tuple(map(int, numbers.groups())) if numbers else ()
 
     async def _call(self, call: Call) -> Any:
         """Make one call. Raises UnreachableError."""

@@ -29,6 +29,7 @@ _PEER_DEADLINE_S = 1.0
 _KEEPER_DEADLINE_S = 1.0
 _FENCE_DEADLINE_S = 5.0
 _ETCD_DEADLINE_S = 1.0
+_LEASES_LAST_3_4, _LEASES_LAST = (3, 4, 31), (3, 5, 13)
 
 
 async def check_named(config: NodeConfig) -> list[Check]:
@@ -44,14 +45,41 @@ async def check_named(config: NodeConfig) -> list[Check]:
 
 
 async def _check_etcd(etcd: Etcd, member: str) -> Check:
-    """Ask one member for what must go through all of them."""
+    """Ask one member for what must go through all of them, and which etcd it is."""
     keys = LeaseKeys("doctor", node="doctor", boot_id="", ttl_s=2, clock=time.monotonic)
-    answer = await EtcdClient(replace(etcd, endpoints=(member,)), _ETCD_DEADLINE_S).ask(keys, Look())
+    client = EtcdClient(replace(etcd, endpoints=(member,)), _ETCD_DEADLINE_S)
+    answer = await client.ask(keys, Look())
     if isinstance(answer, Seen):
-        return node_check("etcd", "ok", f"{member} answers")
+        return judge_etcd(member, await _version_of(client))
     reason = answer.reason if isinstance(answer, Unanswered) else "it does not answer as etcd would"
     hint = "is etcd running there, has it a leader (etcdctl endpoint status), does a firewall let us through?"
     return node_check("etcd", "warn", reason, hint)
+
+
+async def _version_of(client: EtcdClient) -> tuple[int, ...]:
+    try:
+        return await client.version()
+    except UnreachableError:
+        return ()
+
+
+def judge_etcd(member: str, version: tuple[int, ...]) -> Check:
+    """See that a lease lasts with that etcd; `version` is empty if it does not tell.
+
+    A leader of etcd that stood still until it was replaced ended leases that had been renewed with the next
+    one, before these versions (etcd-io/etcd issue 15247; pull requests 16822 and 17465).
+    """
+    told = ".".join(map(str, version)) or "of a version that it does not tell"
+    if version >= (_LEASES_LAST_3_4 if version[:2] == (3, 4) else _LEASES_LAST):
+        return node_check("etcd", "ok", f"{member} answers, and is etcd {told}")
+    newer = " or ".join(".".join(map(str, each)) for each in (_LEASES_LAST_3_4, _LEASES_LAST))
+    return node_check(
+        "etcd",
+        "warn",
+        f"{member} is etcd {told}, whose leader may end a lease that was renewed, after it hung and was "
+        "replaced: two nodes may run the workload for a moment",
+        f"etcd {newer}, or newer",
+    )
 
 
 def _check_address(address: str) -> Check:

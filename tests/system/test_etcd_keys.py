@@ -79,6 +79,7 @@ async def test_what_is_had_again_is_bound_to_a_new_lease_and_outlives_the_end_of
         async def ask(question: Question, node: str = "a") -> Answer:
             return await client.ask(keys(node), question)
 
+        assert await client.version() >= (3, 0, 0)
         first = await ask(Claim(term=1, known=0, over=False, blank=True))
         assert isinstance(first, Granted), first
         again = await ask(Reclaim(term=1))

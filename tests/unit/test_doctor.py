@@ -14,6 +14,7 @@ from common.errors import ConfigError
 from common.inspection import MappedFile, OpenDescriptor, ProcessUse, TreeUse
 from common.model import FilePath, WorkloadSpec
 from outlive.doctor import Check, DoctorReport, run_doctor, run_doctor_without_config
+from outlive.doctor.named import judge_etcd
 from outlive.doctor.workload import judge_fencing, judge_nodes, judge_tree
 
 SPEC = WorkloadSpec(
@@ -322,3 +323,20 @@ class TestNode:
         assert not report.fit
         assert msgspec.json.decode(msgspec.json.encode(report), type=DoctorReport) == report
         assert {check.area for check in report.checks} == {"node", "redis"}
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ((3, 4, 23), "warn"),
+        ((3, 4, 31), "ok"),
+        ((3, 5, 0), "warn"),
+        ((3, 5, 12), "warn"),
+        ((3, 5, 13), "ok"),
+        ((3, 6, 0), "ok"),
+        ((), "warn"),
+    ],
+)
+def test_an_etcd_that_may_end_a_renewed_lease_is_told(version: tuple[int, ...], status: str) -> None:
+    check = judge_etcd("http://10.0.0.5:2379", version)
+    assert (check.status, bool(check.hint)) == (status, status == "warn")
