@@ -20,7 +20,7 @@ Time is `CLOCK_BOOTTIME`: a host that was suspended has not stopped the clock of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -98,8 +98,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     held: Held | None = None
     until_s: float = 0.0
     """The workload is frozen at this moment."""
-    recorded: bool = False
-    """It is on record, or was to be."""
+    recorded: Literal["no", "held", "over"] = "no"
+    """What is on record, or was to be."""
     closed: bool | None = None
     """The switch keeps the workload frozen; None: how an earlier keeper left it is not known."""
     doubt: str = ""
@@ -178,7 +178,8 @@ class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A lease as it is on record; by the clock of this boot."""
 
     boot_id: str = ""
-    held: Held
+    held: Held | None = None
+    """None: it is over, and only the guard has something to do with it yet."""
     until_s: float
 
 
@@ -212,7 +213,9 @@ def found(terms: LeaseTerms, record: LeaseRecord | None) -> Lease:
     """Return the lease as a keeper finds it when it begins."""
     if record is None:
         return Lease(terms=terms)
-    return Lease(terms=terms, held=record.held, until_s=record.until_s, recorded=True)
+    if record.held is None:
+        return Lease(terms=terms, recorded="over")
+    return Lease(terms=terms, held=record.held, until_s=record.until_s, recorded="held")
 
 
 def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
@@ -227,7 +230,7 @@ def advance(lease: Lease, need: Need, event: Event, now_s: float) -> Advanced:
     lease = _released(lease, need)
     lease = _staked(lease, need, now_s)
     lease = _switched(lease, need, now_s, effects)
-    lease = _off_record(lease, effects)
+    lease = _off_record(lease, need, now_s, effects)
     return _asked_next(lease, need, now_s, effects), tuple(effects)
 
 
@@ -300,7 +303,7 @@ def _renewed(lease: Lease, answer: Granted, effects: list[Effect]) -> Lease:
     """Count the lease from before it was asked for."""
     until_s = counts_until_s(lease.terms, answer)
     next_at_s = answer.sent_s + lease.terms.renew_every_s
-    lease = replace(lease, held=answer.held, until_s=until_s, recorded=True, next_at_s=next_at_s)
+    lease = replace(lease, held=answer.held, until_s=until_s, recorded="held", next_at_s=next_at_s)
     effects.append(Keep(LeaseRecord(held=answer.held, until_s=until_s)))
     return lease
 
@@ -353,15 +356,20 @@ def _switched(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> 
     return lease
 
 
-def _off_record(lease: Lease, effects: list[Effect]) -> Lease:
+def _off_record(lease: Lease, need: Need, now_s: float, effects: list[Effect]) -> Lease:
     """Take off the record what does not count any more, so that no keeper that begins goes on with it.
 
-    Once the switch is closed: until then the guard would see to that if this keeper did not.
+    While something may run here because of it, the guard has to be told that it is over: should this keeper
+    fail to close the switch, or die before the address is gone, the guard sees to both.
     """
-    if lease.held is not None or not lease.recorded:
+    if lease.held is not None or lease.recorded == "no":
         return lease
-    effects.append(Drop())
-    return replace(lease, recorded=False)
+    if not need.guarded:
+        effects.append(Drop())
+        return replace(lease, recorded="no")
+    if lease.recorded == "held":
+        effects.append(Keep(LeaseRecord(until_s=now_s)))
+    return replace(lease, recorded="over")
 
 
 def may_run(lease: Lease, now_s: float) -> bool:

@@ -87,14 +87,17 @@ def replaceable(role: Role, node: str) -> bool:
 
 
 def leads_nothing_newer(role: Role, now: Instant) -> tuple[str, ...]:
-    """Return the nodes that say, now, that they follow the very term that is the newest known here.
+    """Return the nodes that say, now, that the very term that is the newest known here is theirs too.
 
-    What they may have claimed of a later one came to nothing: who leads a term has it on disk, and says so.
+    What they may have claimed of a later one came to nothing, or cannot be recorded: who leads a term has it
+    on disk, and says so. Who is about to record it has the key in etcd, which gives it to nobody else then.
     """
     return tuple(
         node
         for node, view in role.peers.items()
-        if view.claim == "following" and view.term == role.record.term and keeper_speaks(role, node, now)
+        if view.claim in ("following", "acquiring")
+        and view.term == role.record.term
+        and keeper_speaks(role, node, now)
     )
 
 

@@ -194,12 +194,17 @@ def test_a_lease_that_nobody_needs_any_more_is_ended_and_the_gate_closed() -> No
     assert driver.question == Revoke(lease_id=7)
 
 
-def test_a_lost_lease_goes_off_the_record_once_it_is_frozen() -> None:
+def test_of_a_lost_lease_the_guard_is_told_and_no_keeper_goes_on_with_it() -> None:
     driver = leading()
     driver.feed(Passed(), 100.5)
     effects = driver.answer(Denied(reason="the lease is over"), 100.6)
-    assert effects.index(Freeze()) < effects.index(Drop()) < len(effects) - 1
-    assert Drop() not in driver.feed(Passed(), 100.7)
+    over = Keep(LeaseRecord(until_s=100.6))
+    assert effects.index(Freeze()) < effects.index(over) < len(effects) - 1
+    assert not {Drop(), over} & set(driver.feed(Passed(), 100.7)), "once"
+    begins = Driver(found(TERMS, over.record))
+    assert Thaw() not in begins.feed(Passed(), 100.65, LEADING)
+    assert begins.question == Reclaim(term=1)
+    assert Drop() in driver.feed(Passed(), 100.8, IDLE), "once nothing runs here because of it"
 
 
 def test_a_renewal_of_a_lease_that_was_let_go_of_meanwhile_opens_nothing() -> None:
@@ -473,7 +478,9 @@ def test_a_lease_of_a_term_that_was_never_recorded_lets_nothing_run() -> None:
     driver = Driver(found(TERMS, claimed))
     effects = driver.feed(Passed(), 100.0, LEADING)
     assert Thaw() not in effects
-    assert Drop() in effects
+    assert Keep(LeaseRecord(until_s=100.0)) in effects, (
+        "the guard keeps it closed, and so does the next keeper"
+    )
     assert driver.question == Revoke(lease_id=9)
     driver.answer(Seen(standing=driver.lease.standing), 100.1)
     assert driver.question == Reclaim(term=1)

@@ -165,18 +165,21 @@ def test_what_is_frozen_is_not_switched_over() -> None:
     assert "frozen" in answer.message
 
 
-def test_a_claim_of_another_that_came_to_nothing_is_passed_over_and_one_that_may_not_have_is_not() -> None:
+@pytest.mark.parametrize("says", ["following", "acquiring"])  # the latter if it cannot record its term
+def test_a_claim_of_another_that_came_to_nothing_is_passed_over_and_one_that_may_not_have_is_not(
+    says: Claim,
+) -> None:
     driver = primary()
     driver.feed(LeaseInDoubt("the lease is lost: b has claimed term 2", "b"))
     assert claims(driver.after(2.0)) == []
-    driver.hear("following", node="b", term=1)
+    driver.hear(says, node="b", term=1)
     (claim,) = claims(driver.after(0.05))
     assert claim.unused == ("b",)
     driver.feed(result(claim.attempt, "refused"))
     assert driver.state == "leading"
     found: list[ClaimTerm] = []
     for _ in range(12):
-        driver.hear("following", node="b", term=1)
+        driver.hear(says, node="b", term=1)
         found += claims(driver.after(0.05))
     (claim,) = found
     driver.feed(result(claim.attempt, term=3))
