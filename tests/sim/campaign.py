@@ -209,22 +209,23 @@ def move_by_hand(world: World) -> None:
 def run_elsewhere(world: World, leader: str) -> None:
     """Let an operator start it where it may: nothing of it is where it should lead, or that is not its turn.
 
-    If each node takes another one for the holder of the right, he does what the refusals say: who missed the
-    start that moved the line goes by the old one, and the node that is named is powered off.
+    If each node takes another one for the holder of the right, since who missed the start that moved the line
+    goes by the old one, he does what one of the refusals says: the node that is named is powered off.
     """
     if not all(world.refused(world.start(name)) for name in (leader, *world.spec.nodes)):
         return
-    roles = [host.role for host in world.hosts.values()]
+    roles = [world.hosts[name].role for name in (leader, *world.spec.nodes)]
     if any(role is None or holder(role) == role.me for role in roles):
         return
-    role = world.hosts[leader].role
-    named = world.hosts[holder(role)] if role is not None else None
-    if named is not None:
-        world.power_off(named)
-        world.run(2.0)
-        world.start(leader, (named.name,))
-        world.run(2.0)
-        world.power_on(named)
+    for role in roles:
+        if role is not None and successor(world.spec, holder(role)) == role.me:
+            named = world.hosts[holder(role)]
+            world.power_off(named)
+            world.run(2.0)
+            world.start(role.me, (named.name,))
+            world.run(2.0)
+            world.power_on(named)
+            return
 
 
 def put_first(world: World, leader: str) -> None:
