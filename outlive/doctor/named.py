@@ -76,8 +76,8 @@ def judge_etcd(member: str, version: tuple[int, ...]) -> Check:
     return node_check(
         "etcd",
         "warn",
-        f"{member} is etcd {told}, whose leader may end a lease that was renewed, after it hung and was "
-        "replaced: two nodes may run the workload for a moment",
+        f"{member} answers, and is etcd {told}: its leader may end a lease that was renewed, after it "
+        "hung and was replaced: two nodes may run the workload for a moment",
         f"etcd {newer}, or newer",
     )
 
