@@ -43,8 +43,9 @@ coverage: setup  ## branch coverage of unit and system tests together; a third s
 bench: setup  ## benchmark an epoch; JSON on stdout
 	@$(BIN)/python -m $(BENCHMARK) --output json
 
-sim: setup  ## simulated clusters, SEEDS of them (5000)
+sim: setup  ## simulated clusters, SEEDS of them (5000), and as many of the model of output-commit
 	@$(BIN)/python -m tests.sim.campaign --seeds $(SEEDS)
+	@$(BIN)/python -m tests.sim.output_commit --seeds $(SEEDS)
 
 kill-series: setup  ## signals at random moments of capture, ROUNDS of them (120); JSON on stdout
 	@$(BIN)/python -m tests.campaigns.kill_series --rounds $(ROUNDS)

@@ -12,6 +12,12 @@ from collections.abc import Iterator
 import msgspec
 from msgspec.inspect import Field, StructType, Type, UnionType, VarTupleType
 
+_NOT_BUILT = {
+    "mode": "output-commit is not built yet, every workload is replicated asynchronously, and what clients "
+    "were told after the epoch that is restored is lost: leave the key out",
+    "min_in_sync": "it belongs to output-commit, which is not built yet: leave the key out",
+}
+
 
 def unknown_key(tables: object, kind: type[msgspec.Struct]) -> str | None:
     """Return a sentence about the first key in `tables` that `kind` does not have; None if there is none."""
@@ -45,6 +51,8 @@ def _table(where: str, field: Field) -> str:
 
 
 def _sentence(key: str, where: str, known: list[str]) -> str:
+    if where.startswith("[[workloads]]") and key in _NOT_BUILT:
+        return f"{where}, {key}: {_NOT_BUILT[key]}"
     near = difflib.get_close_matches(key, known, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(known)}"
     return f"{where or 'the file'} has an unknown key {key!r}: {advice}"

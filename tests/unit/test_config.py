@@ -263,6 +263,11 @@ def test_what_is_unusual_but_can_be_is_accepted(text: str) -> None:
             "[[workloads]] 'w', files number 2 has an unknown key 'paht': did you mean 'path'?",
         ),
         (
+            NODE + WORKLOAD + "min_in_sync = 1\n",
+            "[[workloads]] 'w', min_in_sync: it belongs to output-commit, which is not built yet: "
+            "leave the key out",
+        ),
+        (
             NODE + "[heartbeat]\nfoo = 1\n",
             "[heartbeat] has an unknown key 'foo': it may have interval_ms, suspect_after_ms",
         ),
@@ -272,6 +277,11 @@ def test_an_unknown_key_is_named_with_its_table_and_what_was_meant(text: str, se
     with pytest.raises(ConfigError) as raised:
         parse_config(text, origin="node.toml")
     assert raised.value.message == f"node.toml: {sentence}"
+
+
+def test_output_commit_is_refused_until_it_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"'w', mode: output-commit is not built yet, .* asynchronously"):
+        parse_config(NODE + WORKLOAD + 'mode = "output-commit"\n', origin="node.toml")
 
 
 def test_the_thaw_deadline_leaves_a_second_for_the_agent() -> None:
