@@ -607,14 +607,18 @@ def all_accounted(role: Role, event: OperatorStart, now: Instant) -> bool:
 def _unaccounted(role: Role, event: OperatorStart, owner: str, now: Instant) -> Refused | None:
     """Return which node could lead it unheard; None if all spoke or are vouched for.
 
-    The holder itself, if that is another node, cannot speak itself out of the lead: it must be off.
+    The holder itself, if that is another node, cannot speak itself out of the lead: it must be off. If it is
+    not known who leads the newest term, a word of an older one says nothing: whoever said it may lead by now.
     """
     for node in event.spec.nodes:
         if node == role.me:
             continue
         vouched = node in event.peers_are_off and is_silent(role, node, now)
         spoke = node != owner and has_listened(role, now) and keeper_speaks(role, node, now)
-        if not (vouched or spoke):
+        current = bool(owner) or role.peers.get(node, _UNHEARD).term >= role.newest.term
+        if not (vouched or (spoke and current)):
+            if spoke and not owner:
+                return _refused(f"{node} does not say yet who leads term {role.newest.term}", "ask again")
             if not owner:
                 return _refused(
                     f"{node} was not heard and may lead it: this node knows of no term, or lost its state",

@@ -779,6 +779,27 @@ def test_a_start_waits_for_a_node_that_is_heard_to_go_for_the_lead_in_an_older_t
     assert driver.role.newest.mark == "launching"
 
 
+def test_a_start_waits_for_the_word_of_those_who_may_lead_the_term_of_which_only_the_number_is_known() -> (
+    None
+):
+    """b has just begun to lead term 2, and what this node heard of it last is from before that."""
+    spec = replace(SPEC, nodes=("a", "b", "c"))
+    driver = Driver("a", TermRecord(term=1, leader="a", mark="yielded", boot_id="boot-a"), spec=spec)
+    driver.after(2.1)
+    driver.hear("following", node="b", term=1)
+    driver.hear("following", node="c", term=2)
+    driver.persisted()
+    driver.feed(StepDone(step="kill"))
+    driver.feed(StepDone(step="drop_vip"))
+    assert (driver.role.record.term, driver.role.record.leader) == (2, "")
+    driver.feed(OperatorStart(request=1, spec=spec))
+    assert _answer(driver, 1, Refused).message == "b does not say yet who leads term 2"
+    driver.hear("following", node="b", term=2)
+    driver.hear("following", node="c", term=2)
+    driver.feed(OperatorStart(request=2, spec=spec))
+    assert driver.role.newest.mark == "launching" or driver.role.wanted is not None
+
+
 def test_a_fresh_start_waits_for_a_node_that_does_not_know_whether_it_leads() -> None:
     driver = Driver("a", fenceable=frozenset())
     driver.feed(Heard(node="b", origin="keeper", boot_id="x", term=0, claim="starting", alive=True))
