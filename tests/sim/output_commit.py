@@ -9,7 +9,8 @@ In: a seed. Out: how a leader, its replicas, their disks and the network fared i
 
 Who is *in sync* is a member. What a leader and a replica keep to:
 
-- The leader has a member on its disk before that is told so, and waits for every member's acknowledgement.
+- The leader waits for every member's acknowledgement. It has a member on its disk before that is told so, and
+  tells it only once it has what was released until then.
 - A replica has on its disk that it is one before it says so, and only then counts towards `MIN_IN_SYNC`.
 - A member is let go only by its own word, once that is on its disk, or when a fence has confirmed that it is
   off. A record of an earlier boot, or of an earlier term, is none; nor is it heard of late.
@@ -259,7 +260,9 @@ class World:
                 self.let_go(host, name)
             elif name not in host.confirmed:
                 host.said.setdefault(name, host.version)
-                self.say(host, name, in_sync=True)
+                caught_up = ack is not None and self.covers[ack[0]] >= self.released
+                if caught_up or "told before it has caught up" in self.bugs:
+                    self.say(host, name, in_sync=True)
 
     def take_in(self, host: Host, name: str) -> None:
         boot = host.boots[name]
@@ -271,8 +274,7 @@ class World:
 
         def then() -> None:
             del host.changing[name]
-            host.said[name] = host.version
-            self.say(host, name, in_sync=True)
+            host.said[name] = host.version  # and it is told once it has what was released until now
 
         if "told before it is on disk" in self.bugs:
             host.said[name] = self.count(host)
@@ -333,7 +335,7 @@ class World:
             self.strike_off(host, name)
 
     def strike_off(self, host: Host, name: str) -> None:
-        host.changing[name] = next(self._order)
+        change = host.changing[name] = next(self._order)
 
         def write() -> None:
             host.members.pop(name, None)
@@ -341,7 +343,8 @@ class World:
             host.acks.pop(name, None)
 
         def then() -> None:
-            del host.changing[name]
+            if host.changing.get(name) == change:
+                del host.changing[name]
 
         self.persist(host, write, then)
 
@@ -524,6 +527,7 @@ BUGS = (
     "what came after the freeze too",
     "acknowledged before it is committed",
     "told before it is on disk",
+    "told before it has caught up",
     "confirmed before it is on disk",
     "let go unasked",
     "counts until it is gone",
