@@ -606,13 +606,19 @@ class Answers:
 
 
 def read_answers(log: str, since_s: float = 0.0) -> Answers:
-    """Read the prober's log from an instant on. Pure."""
+    """Read the prober's log from an instant on. Pure.
+
+    The outage is what the client saw. Who answered beside whom goes by when the workloads spoke: what one had
+    said before it was frozen may reach the client after the other one's first words.
+    """
     lines = [line.split() for line in log.splitlines() if len(line.split()) >= 3]
     told = [(float(at), kind, rest) for at, kind, *rest in lines if float(at) >= since_s - _QUIET_S]
-    said = [(at, tuple(map(int, rest))) for at, kind, rest in told if kind == "udp"]
-    gaps = [(later - sooner) * 1000 for (sooner, _), (later, _) in itertools.pairwise(said)]
-    back = [sooner[2] - later[2] for (_, sooner), (_, later) in itertools.pairwise(said)]
-    hosts = [[(at, rest[0]) for at, each, rest in told if each == kind] for kind in ("arp", "udp")]
+    heard_s = [at for at, kind, _ in told if kind == "udp"]
+    answers = (rest for _, kind, rest in told if kind == "udp")
+    said = sorted((float(at), net, pid, int(count)) for net, pid, count, at in answers)
+    gaps = [(later - sooner) * 1000 for sooner, later in itertools.pairwise(heard_s)]
+    back = [sooner - later for (*_, sooner), (*_, later) in itertools.pairwise(said)]
+    hosts = [[(at, rest[0]) for at, kind, rest in told if kind == "arp"], [(at, net) for at, net, *_ in said]]
     two = sum(
         first != second and later - sooner < _TOGETHER_S
         for seen in hosts
@@ -621,7 +627,7 @@ def read_answers(log: str, since_s: float = 0.0) -> Answers:
     return Answers(
         answered=len(said),
         outage_ms=round(max(gaps, default=float("inf")), 1),
-        lives=len({(net, pid) for _, (net, pid, _) in said}),
+        lives=len({(net, pid) for _, net, pid, _ in said}),
         lost_count=max([0, *back]),
         two_answered=two,
     )

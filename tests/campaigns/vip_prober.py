@@ -6,6 +6,10 @@ Two questions at a time. By ARP, to every host at once: whose hardware address a
 whoever the network takes for it: the network namespace and the PID namespace in which the workload runs
 (`WORKLOAD`). The first is the host, the second is another one after each start and restore. One line an
 answer is written to LOG: wall clock, "arp" and a hardware address, or "udp" and what the workload said.
+
+A workload's answer may come late: the kernel of a host whose cable was pulled keeps what it cannot send for
+up to three seconds (arp(7), retrans_time times mcast_solicit), and sends it once the cable is back, even if
+another host leads by then. So the workload says when it answered; all hosts of a lab have one clock.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ _REQUEST, _REPLY = 1, 2
 _SIOCGIFADDR = 0x8915
 
 WORKLOAD = """
-import os, socket, sys
+import os, socket, sys, time
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.bind(("0.0.0.0", int(sys.argv[1])))
 number = 0
@@ -32,9 +36,9 @@ while True:
     _, who = s.recvfrom(64)
     number += 1
     net, pid = (os.stat("/proc/self/ns/" + each).st_ino for each in ("net", "pid"))
-    s.sendto(b"%d %d %d" % (net, pid, number), who)
+    s.sendto(b"%d %d %d %.4f" % (net, pid, number, time.time()), who)
 """
-"""Says where it is and which life it has, and counts: the count is its memory."""
+"""Says where it is, which life it has, its count and the time; the count is its memory."""
 
 
 def main() -> None:
