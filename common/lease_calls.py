@@ -83,7 +83,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     unused: tuple[str, ...] = ()
     """Nodes that have led no later one, though they may have claimed it."""
     blank: bool = False
-    """Also if no term was ever claimed there."""
+    """Also if no term was ever claimed there, or only older ones than the one that is known."""
     over: bool
     """Also if another node has led a later one: an operator gives up what was done in it."""
 
@@ -238,8 +238,8 @@ class LeaseKeys:
     def _claim(self, asked: Claim) -> Calls:
         read = yield from self._read()
         leader, newest = read.standing.leader, read.standing.newest
-        if newest is None and not asked.blank:
-            return Denied(reason=_BLANK)
+        if (newest is None or newest.term < asked.known) and not asked.blank:
+            return Denied(reason=_BLANK if newest is None else _unknown(asked.known, newest))
         if leader is not None and leader.node != self._node:
             return Denied(reason=f"{leader.node} holds the lease of term {leader.term}")
         passed_over = asked.over or newest is None or newest.node in (self._node, *asked.unused)
@@ -324,6 +324,13 @@ class LeaseKeys:
             term_revision=term.mod_revision if term is not None else 0,
             raft_term=answer.header.raft_term,
         )
+
+
+def _unknown(known: int, newest: Claimant) -> str:
+    return (
+        f"etcd knows of term {newest.term} only, and term {known} was led: "
+        "it has lost what it knew, or the right to lead comes from elsewhere by now"
+    )
 
 
 def succeeded(answer: TxnAnswer) -> bool:

@@ -252,7 +252,7 @@ class ClaimTerm(msgspec.Struct, frozen=True, kw_only=True):
     over: bool
     """… or an operator accepts the loss of what was done in it."""
     blank: bool
-    """Also if etcd knows of no term at all: every other node was heard, or an operator vouches for it."""
+    """Also if etcd does not know of the term known here: every other node was heard, or is vouched for."""
 
 
 class HoldVip(msgspec.Struct, frozen=True):

@@ -395,10 +395,11 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     if not record.leader:
         return _refused(f"nobody here knows who led term {record.term}", "outlive status on the other nodes")
     rival = contender(role, now)
+    vouched = (event.old_primary_is_off, *event.others_are_off)
+    if refusal := _third_unheard(role, vouched, rival, now):
+        return refusal
     if not rival:
         return None
-    if refusal := _third_unheard(role, event, rival, now):
-        return refusal
     by_name = keeps_frozen(role) or planned(role) or let_go(role)
     heir = role.me if by_name else successor(spec, rival)
     cede = f"run it on {heir}, or if nothing is stored there, with: --to {role.me}"
@@ -411,20 +412,41 @@ def failover_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refus
     return None
 
 
-def _third_unheard(role: Role, event: OperatorFailover, rival: str, now: Instant) -> Refused | None:
-    """Return which other node may lead what was stopped, by a newer line of succession; None if none may.
+def _line_may_have_moved(role: Role) -> bool:
+    """Tell whether a start may have changed who takes over, or how, and this node not know of that yet.
 
-    What was stopped starts by such a line once the old successor, this node perhaps, knows of the stop. And
-    what this node gave up may have been led, and taken over, since.
+    Such a start follows a stop, and the new declaration comes with the first epoch of the new term. And what
+    this node gave up may have been led, and taken over, since.
     """
-    if by_lease(role) or (role.record.mark != "stopped" and not let_go(role)):
+    record, report = role.record, role.report
+    if record.mark == "stopped" or let_go(role):
+        return True
+    if planned(role) or keeps_frozen(role) or record.leader == role.me:
+        return False
+    return report is None or report.stored is None or report.stored.term < record.term
+
+
+def _third_unheard(role: Role, vouched: tuple[str, ...], rival: str, now: Instant) -> Refused | None:
+    """Return which node but `rival` may lead, or take over, by a newer declaration; None if none may.
+
+    Where etcd gives the right, it knows who leads, unless a start after the stop has taken that from it.
+    """
+    if not _line_may_have_moved(role) or (by_lease(role) and role.record.mark != "stopped"):
         return None
+    asked_for = (role.me,) if by_lease(role) else (role.me, rival or role.record.leader)
     for node in role.spec.nodes:
-        vouched = node in event.others_are_off and is_silent(role, node, now)
-        if node not in (role.me, rival) and not vouched and not keeper_speaks(role, node, now):
+        if node in asked_for or (node in vouched and is_silent(role, node, now)):
+            continue
+        if not keeper_speaks(role, node, now):
             return _refused(
-                f"{node} is not heard, and may lead by a start on {rival} of which this node has not heard",
+                f"{node} is not heard, and may lead by a start of which this node has not heard",
                 f"start {node}'s keeper; or make sure that it is off, and say --off {node}",
+            )
+        if any(not takeover.missing for takeover in role.peers[node].takeovers):
+            return _refused(
+                f"{node} may take over by itself at any time: what is stored here is of an earlier term, and "
+                "the line of succession may have been another one since",
+                f"outlive status on {node}",
             )
     return None
 
@@ -459,7 +481,8 @@ def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused 
     if not event.accept_data_loss:
         return _refused(f"what was not committed on {to} would be lost", "say so: --accept-data-loss")
     rival = contender(role, now)
-    if refusal := _third_unheard(role, event, rival, now):
+    vouched = (event.old_primary_is_off, *event.others_are_off)
+    if refusal := _third_unheard(role, vouched, rival, now):
         return refusal
     return None if replaceable(role, rival) else unvouched(role, event.old_primary_is_off, now)
 
@@ -543,7 +566,7 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
     if owner and (refusal := _passed_over(role, event, owner, now)):
         return refusal
     if owner == me and right_stands(role):
-        return None
+        return None if record.leader == me else _third_unheard(role, event.peers_are_off, "", now)
     if owner != me and successor(spec, owner) != me and not let_go(role):
         return _refused(
             f"the right to start it is {owner or 'unknown'}'s", f"run it on {owner or 'the leader'}"
@@ -609,13 +632,16 @@ def _unaccounted(role: Role, event: OperatorStart, owner: str, now: Instant) -> 
 
     The holder itself, if that is another node, cannot speak itself out of the lead: it must be off. If it is
     not known who leads the newest term, a word of an older one says nothing: whoever said it may lead by now.
+    Whom this start takes off the list is asked like all others.
     """
-    for node in event.spec.nodes:
+    for node in dict.fromkeys((*event.spec.nodes, *role.spec.nodes)):
         if node == role.me:
             continue
         vouched = node in event.peers_are_off and is_silent(role, node, now)
         spoke = node != owner and has_listened(role, now) and keeper_speaks(role, node, now)
-        current = bool(owner) or role.peers.get(node, _UNHEARD).term >= role.newest.term
+        view = role.peers.get(node, _UNHEARD)
+        knows_nothing = view.claim is None and not view.alive
+        current = bool(owner) or knows_nothing or view.term >= role.newest.term
         if not (vouched or (spoke and current)):
             if spoke and not owner:
                 return _refused(f"{node} does not say yet who leads term {role.newest.term}", "ask again")

@@ -28,6 +28,7 @@ LINE = replace(SPEC, nodes=("a", "b", "c"))
 MOVED = replace(SPEC, nodes=("a", "c", "b"))
 ALL: Covers = {name: frozenset(SILENCES) for name in LINE.nodes}
 WOULD = (Takeover(silence="host loss", missing=()),)
+NOT_FIRST = (Takeover(silence="host loss", missing=("a is the successor of b, not this node",)),)
 
 
 def stopped_leader(**values: object) -> Driver:
@@ -229,7 +230,7 @@ def returned(**values: object) -> Driver:
     driver = Driver("a", record, **{"spec": LINE, "fenceable": frozenset("abc"), **values})  # type: ignore[arg-type]
     driver.report()
     driver.after(2.5)
-    says(driver, "c", "following", would=WOULD)
+    says(driver, "c", "following", would=NOT_FIRST)
     driver.report()
     driver.after(0.05)
     assert driver.state == "waiting"
