@@ -433,6 +433,16 @@ def test_a_term_of_an_earlier_boot_is_not_had_again() -> None:
     assert isinstance(Talk(a.etcd, "a", "another boot").ask(Reclaim(term=1)), Denied)
 
 
+def test_a_term_after_one_that_etcd_did_not_give_is_given_only_if_all_are_accounted_for() -> None:
+    a, b = pair()
+    held = claimed(a, term=2, known=0)
+    a.ask(Revoke(lease_id=held.held.lease_id))
+    answer = b.ask(Claim(term=101, known=100, over=True, blank=False))
+    assert isinstance(answer, Denied)
+    assert "term 100 was led" in answer.reason
+    assert isinstance(b.ask(Claim(term=101, known=100, over=True, blank=True)), Granted)
+
+
 def test_an_etcd_that_has_lost_what_it_knew_gives_nobody_his_term_back() -> None:
     a, _ = pair()
     answer = a.ask(Reclaim(term=4))

@@ -204,6 +204,109 @@ def test_a_stopped_workload_is_not_failed_over_past_a_third_node_that_may_lead_i
         assert driver.role.newest.term == 110
 
 
+def heard_of_a_start(mark: Claim = "leading", spec: WorkloadSpec = LINE, **values: object) -> Driver:
+    """B, which knows of A's stop, then of its next term by heartbeat only: it has no epoch of that."""
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("b", record, **{"spec": spec, "fenceable": frozenset("abc"), **values})  # type: ignore[arg-type]
+    driver.hear("leading", term=100)
+    driver.persisted()
+    if mark != "leading":
+        driver.hear(mark, term=100)
+        driver.persisted()
+    driver.after(3.0)
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    return driver
+
+
+@pytest.mark.parametrize("mark", ["leading", "yielded"])
+@pytest.mark.parametrize(
+    ("third", "why"),
+    [((), "not heard"), (WOULD, "may take over by itself"), (NOT_FIRST, "")],
+    ids=["unheard", "the new successor", "at rest"],
+)
+def test_who_has_no_epoch_of_a_term_takes_nothing_over_beside_a_third_node(
+    mark: Claim, third: tuple[Takeover, ...], why: str
+) -> None:
+    driver = heard_of_a_start(mark)
+    if third:
+        says(driver, "c", "following", 100, third)
+    before = len(driver.effects)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    asked = driver.effects[before:]
+    acts = any(isinstance(each, RunFence | PersistTerm) for each in asked)
+    assert acts == (not why)
+    if why:
+        refused = answer(driver, 1)
+        assert isinstance(refused, Refused)
+        assert why in refused.message
+
+
+def test_who_has_an_epoch_of_the_term_knows_its_line() -> None:
+    driver = heard_of_a_start()
+    driver.report(stored=EpochId(100, 1), restorable=True)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert any(isinstance(each, RunFence) for each in driver.effects)
+
+
+def test_what_was_given_up_is_not_started_afresh_beside_a_third_node_that_may_lead_by_another_line() -> None:
+    driver = heard_of_a_start("yielded")
+    start(driver, spec=LINE)
+    assert isinstance(answer(driver, 1), Refused)
+    start(driver, 2, spec=LINE, off=("c",))
+    driver.persisted()
+    assert driver.state == "launching"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the holder is known", "the number only"])
+def test_a_start_asks_for_whom_it_takes_off_the_list(known: bool) -> None:
+    if known:
+        driver = Driver("a", TermRecord(term=2, leader="b", mark="stopped", boot_id="boot-1"), spec=LINE)
+        driver.after(3.0)
+        word, off = ("b",), ("b", "c")
+    else:
+        driver = Driver("a", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-0"), spec=LINE)
+        driver.after(2.1)
+        says(driver, "b", "following", would=WOULD)
+        driver.persisted()
+        for step in ("kill", "drop_vip", "lift"):
+            driver.feed(StepDone(step=step))
+        says(driver, "b", "following", would=WOULD)
+        word, off = (), ("c",)
+    pair = replace(LINE, nodes=("a", "b"))
+    start(driver, spec=pair, off=word)
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert refused.message.startswith("c was not heard")
+    start(driver, 2, spec=pair, off=off)
+    driver.persisted()
+    assert driver.state == "launching"
+
+
+def test_a_node_that_keeps_nothing_of_it_need_not_know_who_leads() -> None:
+    driver = Driver("a", TermRecord(), spec=LINE)
+    driver.after(2.1)
+    says(driver, "c", "following")
+    driver.persisted()
+    says(driver, "c", "following")
+    says(driver, "b", None, 0)
+    start(driver, spec=LINE)
+    driver.persisted()
+    assert driver.state == "launching"
+
+
+def test_with_leases_a_stop_is_not_passed_over_while_another_may_have_started_it_by_another_right() -> (
+    None
+):
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("b", record, spec=replace(SPEC, right_to_lead="etcd"))
+    driver.after(3.0)
+    driver.report(stored=EpochId(2, 9), restorable=True)
+    driver.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    assert isinstance(answer(driver, 1), Refused)
+    driver.feed(OperatorFailover(request=2, accept_data_loss=True, old_primary_is_off="a"))
+    assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
 def test_who_knows_that_it_was_stopped_says_that_it_takes_nothing_over() -> None:
     record = TermRecord(term=2, leader="a", mark="leads", boot_id="boot-1")
     driver = Driver("b", record, spec=LINE)
