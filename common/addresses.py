@@ -18,7 +18,6 @@ import re
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import structlog
 
+from common.children import end_child
 from common.errors import UnsupportedError, WorkloadError
 
 log = structlog.get_logger(__name__)
@@ -99,13 +99,15 @@ async def add_vip(vip: Vip) -> None:
     Neighbours are not told (see `announce`), and nobody is asked whether another host has the address: that
     is for whoever decides about the right to lead. IPv6: never the source of outgoing connections.
     """
+    _promote_secondaries(vip)
     ipv6 = ("nodad", "preferred_lft", "0") if vip.address.version == 6 else ()
     await _run("ip", "address", "replace", str(vip.address), "dev", vip.interface, *ipv6)
     log.info("vip.added", vip=str(vip))
 
 
 async def drop_vip(vip: Vip) -> None:
-    """Take the address from this host, whatever the prefix length it was added with."""
+    """Take the address from this host, whatever the prefix length it was added with, and no other one."""
+    _promote_secondaries(vip)
     for prefix_length in await _prefix_lengths(vip):
         held = f"{vip.address.ip}/{prefix_length}"
         await _run("ip", "address", "delete", held, "dev", vip.interface)
@@ -194,6 +196,23 @@ async def _prefix_lengths(vip: Vip) -> tuple[int, ...]:
     links = json.loads(await _run("ip", "-j", "address", "show", "dev", vip.interface, "to", only) or "[]")
     # `ip` prints an empty object for each address that the filter left out.
     return tuple(found["prefixlen"] for link in links for found in link.get("addr_info", ()) if found)
+
+
+def _promote_secondaries(vip: Vip) -> None:
+    """See that no other address of the interface goes with this one.
+
+    Of the IPv4 addresses of one subnet the kernel takes the first for the primary one, and all others go with
+    it unless the interface promotes them (Documentation/networking/ip-sysctl.rst).
+    """
+    setting = Path(f"/proc/sys/net/ipv4/conf/{vip.interface}/promote_secondaries")
+    if vip.address.version == 6 or "/" in vip.interface:
+        return
+    try:
+        if setting.read_text().strip() == "0":
+            setting.write_text("1")
+            log.info("vip.secondaries_promoted", interface=vip.interface)
+    except OSError as error:
+        log.warning("vip.secondaries_not_promoted", interface=vip.interface, error=error.strerror)
 
 
 def _hold_of(vip: Vip, owner: str) -> Hold:
@@ -307,10 +326,7 @@ async def _run(*argv: str, script: str = "") -> str:
             f"`{shown}` did not answer within {COMMAND_DEADLINE_S:g} s", hint="is the kernel's netlink stuck?"
         ) from error
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await end_child(process)
     if process.returncode:
         words = err.decode(errors="replace").strip()
         raise WorkloadError(f"`{shown}` failed: {words}", hint=_hint_for(words))

@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from common.bundle import CRIU_RESTORE_SETTINGS, WorkloadPaths, bind_mounts, runtime_config
+from common.children import end_child
 from common.config import NodeConfig
 from common.errors import RestoreError, WorkloadError
 from common.gate import Gate, close_gate, gate_of, is_closed, open_gate
@@ -452,8 +453,7 @@ async def _runc(
         async with asyncio.timeout(timeout_s):
             _, stderr = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        await end_child(process)
         raise WorkloadError(f"runc {arguments[0]} did not answer within {timeout_s:.0f} s") from None
     if check and process.returncode != 0:
         raise WorkloadError(f"runc {' '.join(arguments)} failed: {stderr.decode(errors='replace').strip()}")

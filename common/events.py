@@ -173,7 +173,7 @@ class EventLog:
                 records.append(self._lost_record(lost))
             try:
                 self._write(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
-            except OSError:
+            except (OSError, ValueError):  # a disk, or words that are no text
                 self._lost += len(records) - bool(lost)
             else:
                 self._lost -= lost

@@ -11,14 +11,12 @@ whoever leads, for one that is of the past.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
 import time
 from collections.abc import Sequence
 
 import msgspec
 
+from common.children import end_child
 from common.config import Fence, NodeConfig
 from common.errors import OutliveError
 from common.fence_request import FenceRequest, Outcome
@@ -133,10 +131,7 @@ async def _run_command(method: Fence) -> Verdict:
     except TimeoutError:
         return Verdict(outcome="unknown", reason=f"{name} did not answer within {method.timeout_ms} ms")
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        await end_child(process, group=True)
     took_ms = (time.monotonic() - began_s) * 1000
     said = output[-_OUTPUT_BYTES:].decode(errors="replace").strip().replace("\n", " / ")
     outcome: Outcome = "unknown"

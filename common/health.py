@@ -7,10 +7,10 @@ by hand (one GET, the status line): the keeper asks too, and an HTTP library is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import time
 
+from common.children import end_child
 from common.model import HealthCheck, WorkloadSpec
 
 _PAUSE_S = 0.05
@@ -81,8 +81,5 @@ async def _command(command: tuple[str, ...]) -> str:
     try:
         status = await process.wait()
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await end_child(process)
     return "" if status == 0 else f"{command[0]} exited with {status}"

@@ -9,12 +9,12 @@ both are gone with the answer, or at the time-out, whatever they wait for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 
 import msgspec
 
 from common import errors
+from common.children import end_child
 from common.config import SshFence
 from common.errors import OutliveError, UnreachableError
 from common.fence_request import FenceAnswer, FenceRequest
@@ -70,10 +70,7 @@ async def ask_in_child(ssh: SshFence, request: FenceRequest, timeout_s: float) -
     except TimeoutError:
         raise UnreachableError(f"no answer within {timeout_s * 1000:.0f} ms") from None
     finally:
-        if child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+        await end_child(child)
     return _answer_in(output)
 
 

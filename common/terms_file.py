@@ -6,7 +6,6 @@
                              pauses.json    pauses of automatic takeover, lifted ones too
                              planned.json    the switchover that is planned, while there is one
                              history.json   the last 50 terms with their timelines
-    STATE_DIR/terms/starts                  how often this keeper was started
 
 In: records. Out: the same, after any crash. Invariants: a term on disk is never lowered, and its leader
 changes only from nobody, or from this node to another (when it gives way); a fence on disk is never lowered
@@ -47,14 +46,6 @@ class TermFiles:
         self._directory = state_dir / "terms"
         self._node = node
         self._disk = disk
-
-    def count_start(self) -> int:
-        """Count one more start of the keeper, durably; the first is 1."""
-        self._make(self._directory)
-        path = self._directory / "starts"
-        count = (_read(path, int) or 0) + 1
-        atomic_write(path, msgspec.json.encode(count), op="keeper.start", disk=self._disk)
-        return count
 
     def workloads(self) -> tuple[str, ...]:
         """Return the names of all workloads with a declaration on disk; other directories are not ours."""

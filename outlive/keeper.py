@@ -11,6 +11,7 @@ dead. When it ends, workloads run on; when it starts again it finds its terms on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -48,7 +49,7 @@ from common.control import (
     Switchover,
 )
 from common.control_channel import ControlServer
-from common.errors import ProtocolError, StoreError, WorkloadError
+from common.errors import NoSpaceError, ProtocolError, StoreError, WorkloadError
 from common.etcd import EtcdClient
 from common.events import Event as LogEvent
 from common.events import EventLog, event_file
@@ -176,17 +177,17 @@ class Keeper:
             self._warnings = (refused,)
             log.warning("keeper.memory reason=%r", refused)
         try:
-            self._last_order = 1_000_000 * await in_thread(self._files.count_start)
+            self._last_order = first_sequence()  # more orders of earlier keepers there cannot be
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 known = await in_thread(look_up, self._config, self._files)
                 for name, error in known.damaged.items():
                     self._set_aside(name, error)
                 for name in known.specs.keys() - known.damaged.keys():
-                    await in_thread(bring_inside, self._config, name)
                     try:
+                        await in_thread(bring_inside, self._config, name)
                         await self._take_up(await in_thread(self._in_force, known.specs[name]))
-                    except StoreError as error:
+                    except (StoreError, WorkloadError) as error:
                         self._set_aside(name, error)
                 self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [
@@ -225,10 +226,14 @@ class Keeper:
     # --- workloads --------------------------------------------------------------------------------
 
     def _in_force(self, declared: WorkloadSpec) -> WorkloadSpec:
-        """Return the declaration that counts, and see that it is kept. Raises StoreError, NoSpaceError."""
+        """Return the declaration that counts, and see that it is kept; on a full disk, by the next start.
+
+        Raises StoreError.
+        """
         spec = self._files.in_force(declared)
         if self._files.load(spec.name).term and self._files.load_spec(spec.name) != spec:
-            self._files.save_spec(spec)
+            with contextlib.suppress(NoSpaceError):
+                self._files.save_spec(spec)
         return spec
 
     async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
@@ -273,8 +278,8 @@ class Keeper:
             self._events.append(LogEvent.SWITCHOVER_DROPPED, workload=name, reason=str(error))
             return None
 
-    def _set_aside(self, name: str, error: StoreError) -> None:
-        """Go on without a workload whose files are damaged: it must not cost the others their keeper."""
+    def _set_aside(self, name: str, error: StoreError | WorkloadError) -> None:
+        """Go on without a workload whose files or cgroup are not in order: the others keep their keeper."""
         reason = self._aside.add(name, error)
         log.error("workload.set-aside workload=%s reason=%r", name, reason)
         self._events.append(LogEvent.ROLE_CHANGED, workload=name, reason=reason, state="failed")

@@ -21,7 +21,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import time
 
@@ -29,6 +28,8 @@ _LOOK_EVERY_S = 0.2
 """A lease that comes to be counts for longer than that."""
 _AFTER_S = 0.05
 """The keeper comes first: after the recorded moment, and well within the least margin."""
+_DESCRIPTORS = 64
+"""More than this process ever has."""
 _LOCK_ALL = 7
 """MCL_CURRENT, MCL_FUTURE and MCL_ONFAULT of <sys/mman.h>."""
 _SET_TIMEOUT = 0xC0045706
@@ -62,11 +63,22 @@ def close(record: dict[str, object]) -> bool:
 
 
 def drop_address(record: dict[str, object]) -> None:
-    """Take the address from the host, and wait for nothing: another gate may have to be closed."""
+    """Take the address from the host, and wait for nothing: another gate may have to be closed.
+
+    Not by `subprocess`, which waits until the program has been read from a disk. What waits for that here is
+    a child, which does not keep the lock.
+    """
     drop = record.get("drop")
-    if isinstance(drop, list) and drop:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.Popen(drop, stdin=-3, stdout=-3, stderr=-3)
+    if not isinstance(drop, list) or not drop:
+        return
+    with contextlib.suppress(OSError):
+        if os.fork():
+            return
+        try:
+            os.closerange(3, _DESCRIPTORS)
+            os.execvp(drop[0], drop)  # noqa: S606
+        finally:
+            os._exit(127)
 
 
 class Watchdog:

@@ -19,9 +19,9 @@ class SetAside:
 
     def __init__(self, runs: Callable[[str], bool]) -> None:
         self._runs = runs
-        self._errors: dict[str, StoreError] = {}
+        self._errors: dict[str, StoreError | WorkloadError] = {}
 
-    def add(self, name: str, error: StoreError) -> str:
+    def add(self, name: str, error: StoreError | WorkloadError) -> str:
         """Set a workload aside; return why, in a sentence."""
         self._errors[name] = error
         return self._reason(name)

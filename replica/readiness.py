@@ -77,7 +77,7 @@ class Readiness:
         reasons: list[str] = []
         here = await self._ask_criu(reasons)
         reasons += await asyncio.to_thread(self._check, spec, images, memory_bytes, here)
-        return ReadinessVerdict(not reasons, tuple(reasons))
+        return ReadinessVerdict(not reasons, tuple(map(_printable, reasons)))
 
     def forget(self, workload: str) -> None:
         """Drop what is kept of a workload."""
@@ -174,6 +174,11 @@ class Readiness:
         finally:
             os.close(descriptor)
         return None
+
+
+def _printable(reason: str) -> str:
+    """Return it as text that can be sent: the names in it are the workload's choice, and may be any bytes."""
+    return reason.encode(errors="backslashreplace").decode()
 
 
 def is_below(path: str, directory: str) -> bool:

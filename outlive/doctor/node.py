@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.children import end_child
 from common.config import NodeConfig
 from common.container import workload_pids
 from common.criu.locate import locate_criu
@@ -160,8 +161,7 @@ async def _check_program(command: tuple[str, ...], needed: bool) -> Check:
         async with asyncio.timeout(_PROGRAM_DEADLINE_S):
             said, _ = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        await end_child(process)
         return node_check(name, "fail", f"{path} did not answer within {_PROGRAM_DEADLINE_S:.0f} s")
     return node_check(name, "ok", f"{(said.decode(errors='replace').splitlines() or ['?'])[0]} ({path})")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ from common.keys import KeyPair, generate
 from common.model import EpochId, WorkloadSpec
 
 pytestmark = pytest.mark.system
-# ruff: noqa: ASYNC220 - starting a small process takes no time that a test would notice
+# ruff: noqa: ASYNC220, ASYNC221 - starting a small process takes no time that a test would notice
 
 SPEC = WorkloadSpec(
     name="w", nodes=("a", "b"), command=("sleep", "1000"), right_to_lead="fence", on_exit="restart"
@@ -513,6 +514,40 @@ async def test_a_damaged_term_file_costs_one_workload_its_keeper_and_no_other() 
         assert a.agent.running, "what runs, runs on"
         assert (await b.status()).state == "following", "a is heard: no reason to take over"
         assert (Path(a.config.node.state_dir) / "terms/w/term.json").read_bytes() == b"{"
+
+
+async def test_a_keeper_that_begins_on_a_full_disk_leads_on() -> None:
+    async with pair() as (a, b):
+        await protect(a, b)
+        await a.agent.die()
+        a.kill_keeper()
+        state = Path(a.config.node.state_dir)
+        kept = state.with_name("kept")
+        state.rename(kept)
+        state.mkdir(mode=0o700)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "full", state], check=True)
+        try:
+            shutil.copytree(kept, state, dirs_exist_ok=True)
+            with contextlib.suppress(OSError), (state / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+            # what counts by now is to be kept, and cannot be
+            changed = msgspec.structs.replace(SPEC, epoch_interval_ms=300)
+            a.config = msgspec.structs.replace(a.config, workloads=(changed,))
+            before = a.agent.done
+            await a.start_keeper()
+            a.agent.start()
+            status = await a.is_in("leading")
+            assert (status.term, status.running) == (1, True)
+            assert isinstance(await a.ask(StopWorkload(workload="w")), Refused), "no stop can be recorded"
+
+            async def obeyed() -> bool:
+                return a.agent.done > before
+
+            await until(obeyed, "the agent has an order of a higher number")
+        finally:
+            a.kill_keeper()
+            subprocess.run(["umount", "-l", state], check=True)
 
 
 async def test_a_stop_is_kept_over_a_restart_and_is_no_reason_to_take_over() -> None:

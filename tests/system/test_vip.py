@@ -141,3 +141,15 @@ async def test_a_wrong_interface_is_named_with_what_to_do(lab: Lab) -> None:
         said = await on(lab.hosts["b"], Lab.vip(), call, check=False)
         assert "WorkloadError" in said[-1]
         assert "interface" in said[-1]
+
+
+async def test_no_other_address_goes_with_the_one_that_is_dropped(lab: Lab) -> None:
+    b = lab.hosts["b"]
+    first, second = "10.98.0.1/24", "10.98.0.2/24"  # a subnet in which the host has no address of its own
+    await b.run(["sysctl", "-qw", "net.ipv4.conf.eth0.promote_secondaries=0"])
+    await b.run(["ip", "address", "add", first, "dev", "eth0"])
+    await b.run(["ip", "address", "add", second, "dev", "eth0"])
+    await on(b, first, "drop_vip(vip)")
+    shown = (await b.run(["ip", "-br", "address", "show", "eth0"])).stdout
+    assert second in shown
+    assert first not in shown

@@ -143,3 +143,15 @@ def test_following_yields_what_is_new_across_putting_aside(tmp_path: Path) -> No
 def test_the_reference_names_every_event_and_no_other() -> None:
     documented = re.findall(r"^\| `([a-z]+\.[a-z-]+)` \|", DOCUMENT.read_text(), flags=re.MULTILINE)
     assert sorted(documented) == sorted(event.value for event in Event)
+
+
+def test_an_event_whose_words_are_no_text_is_lost_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, "agent")
+    log.append(Event.CAPTURE_FAILED, reason="/srv/\udce9")
+    deadline_s = time.monotonic() + 5
+    while log._lost < 1 and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    log.append(Event.CAPTURE_RECOVERED)
+    log.close()
+    assert [each.event for each in read_events(path)] == ["capture.recovered", "events.lost"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from common import fencing
+from common import children, fencing
 from common.config import Fence, Node, NodeConfig, Peer, SshFence
 from common.fence_request import FenceAnswer, FenceRequest
 from common.fencing import ask_methods, coverage, fence_node, fenceable
@@ -106,3 +108,32 @@ async def test_a_node_that_knows_a_newer_term_is_not_turned_off_by_the_next_meth
     assert "a leads w in term 100" in verdict.reason
     assert not (tmp_path / "off").exists()
     assert (await ask_methods(REQUEST, methods))[-1].outcome == "confirmed"
+
+
+class Stuck:
+    """A child that waits for a disk in the kernel, and cannot be killed."""
+
+    pid, returncode = 0, None
+
+    async def communicate(self, _: bytes = b"") -> tuple[bytes, bytes]:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def wait(self) -> int:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+
+async def test_a_method_that_cannot_be_killed_is_unknown_and_the_next_one_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, stuck = asyncio.create_subprocess_exec, [Stuck()]
+
+    async def start(*argv: str, **options: Any) -> Any:
+        return stuck.pop() if stuck else await real(*argv, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr("os.killpg", lambda *_: None)
+    monkeypatch.setattr(children, "REAP_WITHIN_S", 0.05)
+    first, second = await ask_methods(REQUEST, [fence("", timeout_ms=50), fence("exit 0")])
+    assert (first.outcome, second.outcome) == ("unknown", "confirmed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -155,3 +157,28 @@ def test_what_is_on_record_is_found_by_the_next_keeper_of_the_same_boot(
     assert LeaseRecords(NodeConfig(node=node), "boot-2").left("w") is None
     records.drop("w")
     assert records.left("w") is None
+
+
+def test_who_takes_an_address_away_is_not_waited_for_and_keeps_no_lock(
+    records: LeaseRecords, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = LeaseRecord(held=HELD, until_s=now_s() - 1.0)
+    records.keep("w", record, gate, "10.0.0.9/24")
+    lock = (tmp_path / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(lease_guard.os, "execvp", lambda *_: time.sleep(1.0))  # read from a disk that hangs
+    began_s = time.monotonic()
+    lease_guard.look(str(records.directory), set(), None)
+    assert time.monotonic() - began_s < 0.5
+    lock.close()
+    time.sleep(0.1)
+    with (tmp_path / "lock").open("w") as again:
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.wait()
+
+
+def test_the_address_is_taken_away_by_what_is_on_record(tmp_path: Path) -> None:
+    lease_guard.drop_address({"drop": ["touch", str(tmp_path / "dropped")]})
+    os.wait()
+    assert (tmp_path / "dropped").exists()
+    lease_guard.drop_address({"drop": []})

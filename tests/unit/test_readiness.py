@@ -414,8 +414,9 @@ class TestPorts:
         epoch.spec = msgspec.structs.replace(epoch.spec, vip="192.0.2.1/24")
         assert not any("192.0.2.1" in reason for reason in (await epoch.judged()).reasons)
 
-    async def test_an_abstract_name_that_is_held_here_is_not(self, epoch: Epoch) -> None:
-        name = f"\0outlive-test-{os.getpid()}"
+    @pytest.mark.parametrize("mark", [b"", b"\xe9"], ids=["text", "bytes"])
+    async def test_an_abstract_name_that_is_held_here_is_not(self, epoch: Epoch, mark: bytes) -> None:
+        name = f"\0outlive-test-{os.getpid()}".encode() + mark
         entry = fdinfo_pb2.file_entry(type=fdinfo_pb2.UNIXSK, id=1)
         entry.usk.CopyFrom(
             fdinfo_pb2.sk__unix__pb2.unix_sk_entry(
@@ -436,14 +437,16 @@ class TestPorts:
                     so_rcv_tmo_sec=0,
                     so_rcv_tmo_usec=0,
                 ),
-                name=name.encode(),
+                name=name,
             )
         )
         epoch.files.append(entry)
         assert (await epoch.judged()).restorable
         with socket.socket(socket.AF_UNIX) as holder:
             holder.bind(name)
-            assert "abstract unix socket @outlive-test" in (await epoch.judged()).reasons[0]
+            reason = (await epoch.judged()).reasons[0]
+            assert "abstract unix socket @outlive-test" in reason
+            assert msgspec.json.encode(reason), "it can be sent, whatever the name"
 
 
 class TestNode:

@@ -294,9 +294,7 @@ def test_a_node_that_keeps_nothing_of_it_need_not_know_who_leads() -> None:
     assert driver.state == "launching"
 
 
-def test_with_leases_a_stop_is_not_passed_over_while_another_may_have_started_it_by_another_right() -> (
-    None
-):
+def test_with_leases_a_stop_is_not_passed_over_while_another_may_have_started_it_by_another_right() -> None:
     record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
     driver = Driver("b", record, spec=replace(SPEC, right_to_lead="etcd"))
     driver.after(3.0)

@@ -116,10 +116,6 @@ def test_no_sequence_lowers_a_term_or_gives_one_two_leaders(
             assert gives_way, "only this node itself may give way in a term, or to the first by name"
 
 
-def test_starts_are_counted_across_keepers(tmp_path: Path) -> None:
-    assert [TermFiles(tmp_path, "a").count_start() for _ in range(3)] == [1, 2, 3]
-
-
 def test_a_forgotten_workload_keeps_its_term(tmp_path: Path) -> None:
     files = TermFiles(tmp_path, "a")
     files.save_spec(SPEC)
