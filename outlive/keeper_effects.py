@@ -8,6 +8,7 @@ one after the other, as are those that change the disk; a fence and a health che
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, Protocol
 
@@ -236,6 +237,7 @@ class Effects:
         self._feed = feed
         self._tasks = tasks
         self._host: asyncio.Queue[tuple[_HostStep, WorkloadSpec]] = asyncio.Queue()
+        self._queued: Counter[_HostStep] = Counter()
         self._disk: asyncio.Queue[tuple[Effect, WorkloadSpec]] = asyncio.Queue()
         self._declared: Effect | None = None
         """The newest declaration that was to be kept, or its removal."""
@@ -245,6 +247,7 @@ class Effects:
         """Begin to carry out an effect; returns at once."""
         match effect:
             case HoldVip() | AddVip() | DropVip() | LiftHold() | Announce() | KillWorkload() | ThawWorkload():
+                self._queued[_HOST[type(effect)]] += 1
                 self._host.put_nowait((_HOST[type(effect)], spec))
             case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
@@ -282,10 +285,12 @@ class Effects:
                 if step in _SERVES and (reason := self._no_address()):
                     raise WorkloadError(f"not while the lease is in doubt: {reason}")
                 await acts[step](spec)
+                came_of_it: StepDone | StepFailed = StepDone(step=step)
             except (OutliveError, OSError, ValueError) as error:
-                self._feed(StepFailed(step=step, reason=str(error)))
-            else:
-                self._feed(StepDone(step=step))
+                came_of_it = StepFailed(step=step, reason=str(error))
+            self._queued[step] -= 1
+            if not self._queued[step]:  # else it would be taken for what came of the later one
+                self._feed(came_of_it)
 
     async def _work_on_disk(self) -> None:
         while True:

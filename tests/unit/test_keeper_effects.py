@@ -11,7 +11,7 @@ import pytest
 from common.errors import NoSpaceError
 from common.fencing import Verdict
 from common.model import WorkloadSpec
-from common.role_events import Event, FenceResult, RunFence
+from common.role_events import AddVip, DropVip, Event, FenceResult, RunFence, StepDone
 from common.terms_file import TermFiles
 from outlive import keeper_effects
 from outlive.keeper_effects import Effects, RealHands
@@ -88,3 +88,33 @@ async def test_an_attempt_for_which_nobody_waits_any_more_fences_nobody(tmp_path
     hands = _Hands()
     assert await told(TermFiles(tmp_path, "b"), hands, pending=False) == []
     assert hands.fenced == []
+
+
+class _SlowHands(_Hands):
+    """Takes a moment for everything, and keeps the order in which it was done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
+
+    async def drop_vip(self, spec: WorkloadSpec) -> None:
+        await asyncio.sleep(0.02)
+        self.done.append("drop_vip")
+
+    async def add_vip(self, spec: WorkloadSpec) -> None:
+        await asyncio.sleep(0.02)
+        self.done.append("add_vip")
+
+
+async def test_what_came_of_an_earlier_step_is_not_told_for_a_later_one_of_that_kind(tmp_path: Path) -> None:
+    hands, told = _SlowHands(), list[tuple[Event, int]]()
+    async with asyncio.TaskGroup() as tasks:
+        effects = Effects(
+            hands, TermFiles(tmp_path, "a"), lambda event: told.append((event, len(hands.done))), tasks
+        )
+        for effect in (DropVip(), AddVip(), DropVip()):
+            effects.perform(effect, SPEC)
+        await asyncio.sleep(0.2)
+        effects.close()
+    assert hands.done == ["drop_vip", "add_vip", "drop_vip"]
+    assert told == [(StepDone(step="add_vip"), 2), (StepDone(step="drop_vip"), 3)]
