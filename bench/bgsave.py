@@ -58,6 +58,7 @@ class Saves(msgspec.Struct, frozen=True, kw_only=True):
     client_max_ms: Summary
     epochs: int
     frozen_ms: Summary
+    abandoned_ms: Summary
 
 
 class BgsaveReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +173,7 @@ def _saves(taken: list[tuple[float, float, float]], windows: list[Window]) -> Sa
         client_max_ms=summarize(most),
         epochs=sum(window.epochs for window in windows),
         frozen_ms=summarize([value for window in windows for value in window.freeze_ms]),
+        abandoned_ms=summarize([value for window in windows for value in window.abandoned_ms]),
     )
 
 
@@ -192,12 +194,13 @@ def main() -> None:
     if output == "json":
         print(msgspec.json.encode(report).decode())
         return
-    print("one BGSAVE          took    client p99    client max    frozen p50    frozen max")
+    print("one BGSAVE          took    client p99    client max    frozen p50    frozen max    abandoned max")
     for name, each in (("unprotected", report.unprotected), ("protected", report.protected)):
         print(
             f"{name:15} {each.save_s.p50:>8.1f} s {each.client_p99_ms.p50:>10.2f} ms "
             f"{each.client_max_ms.max:>10.2f} ms "
-            f"{each.frozen_ms.p50:>10.1f} ms {each.frozen_ms.max:>10.1f} ms"
+            f"{each.frozen_ms.p50:>10.1f} ms {each.frozen_ms.max:>10.1f} ms "
+            f"{each.abandoned_ms.max:>13.1f} ms"
         )
 
 

@@ -62,6 +62,8 @@ class Window:
     seconds: float
     epochs: int
     freeze_ms: tuple[float, ...]
+    abandoned_ms: tuple[float, ...]
+    """Of freezes that came to nothing."""
     cpu: CpuParts
     idle_s: float
     """Of all processors together."""
@@ -118,7 +120,8 @@ class Switched:
         epochs = new.epochs_captured - old.epochs_captured
         if bool(epochs) != protected:
             raise LabError(f"{epochs} epochs were taken within {seconds:.1f} s, {protected=}")
-        into.append(Window(seconds, epochs, new.freeze_ms[-epochs:] if epochs else (), used, idle))
+        frozen_ms, abandoned_ms = new.freeze_ms[-epochs:], new.abandoned_ms[len(old.abandoned_ms) :]
+        into.append(Window(seconds, epochs, frozen_ms if epochs else (), abandoned_ms, used, idle))
 
     def _cpu(self) -> CpuParts:
         agent, criu = cpu_parts_s(self.first.processes["agent"].pid)

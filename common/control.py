@@ -547,6 +547,8 @@ class WorkloadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """By at least one replica, each counted once."""
     freeze_ms: tuple[float, ...]
     """From the first task seized to the last one running again, as CRIU measured."""
+    abandoned_ms: tuple[float, ...] = ()
+    """Of freezes that came to nothing (too much was dirty, for one): for how long each lasted at most."""
     epoch_ms: tuple[float, ...]
     """From the request to criu until the epoch could be offered to the streams."""
     interval_ms: tuple[float, ...]

@@ -17,6 +17,7 @@ import os
 import resource
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ from outlive.descriptors import raise_limit
 from outlive.heard_terms import HeardTerms
 from outlive.held_workloads import HeldWorkloads
 from outlive.key_reload import reload_on_hangup
-from outlive.leading import Leading, clear_images
+from outlive.leading import SERIES, Leading, clear_images
 from outlive.store_room import prepare_store_room
 from outlive.verifying import Verifier
 from outlive.workload_agent import WorkloadAgent
@@ -338,8 +339,14 @@ class Agent:
         newest = workload.store.newest
         verifier = Verifier(spec.name, self._config.capture.verify_epochs, self._events)
         freezer = Freezer(paths.cgroup)
+        abandoned_ms: deque[float] = deque(maxlen=SERIES)
         backend = self._make_backend(
-            spec, run.id if run is not None else "unknown", init_pid, verifier, freezer
+            spec,
+            run.id if run is not None else "unknown",
+            init_pid,
+            verifier,
+            freezer,
+            abandoned_ms.append,
         )
         return Leading(
             self._config,
@@ -355,10 +362,17 @@ class Agent:
             verifier=verifier,
             freezer=freezer,
             capture_status=backend.status,
+            abandoned_ms=abandoned_ms,
         )
 
     def _make_backend(
-        self, spec: WorkloadSpec, run: str, init_pid: int, verifier: Verifier, freezer: Freezer
+        self,
+        spec: WorkloadSpec,
+        run: str,
+        init_pid: int,
+        verifier: Verifier,
+        freezer: Freezer,
+        on_abandoned: Callable[[float], None],
     ) -> ChosenBackend:
         def dumper(*, with_shim: bool) -> Dumper:
             return Dumper(
@@ -371,6 +385,7 @@ class Agent:
                 attachments=self._attachments,
                 with_shim=with_shim,
                 freezer=freezer,
+                on_abandoned=on_abandoned,
             )
 
         def fast() -> FastBackend:

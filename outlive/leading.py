@@ -15,7 +15,7 @@ import contextlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from primary.stream import ReplicaStream, Unacknowledged
 
 log = structlog.get_logger(__name__)
 
-_SERIES = 1000
+SERIES = 1000
 """How many of the newest measurements are kept of each kind."""
 _IDLE_S = 0.02
 """How often to look whether a replica wants an epoch, while none does."""
@@ -78,8 +78,12 @@ class Leading:
         verifier: Verifier,
         freezer: Freezer,
         capture_status: Callable[[], CaptureStatus | None] = lambda: None,
+        abandoned_ms: Collection[float] = (),
     ) -> None:
-        """`freezer` is the one that the backend leaves alone what it keeps frozen of."""
+        """`freezer` is the one that the backend leaves alone what it keeps frozen of.
+
+        `abandoned_ms` is how long freezes lasted that came to nothing, up to now, whenever it is read.
+        """
         self.capture_status = capture_status
         """What captures now."""
         self.spec = spec
@@ -107,9 +111,10 @@ class Leading:
         }
         self._connected: dict[str, bool] = {}
         self._frozen_at: dict[int, float] = {}
-        self._freeze_ms: deque[float] = deque(maxlen=_SERIES)
-        self._epoch_ms: deque[float] = deque(maxlen=_SERIES)
-        self._interval_ms: deque[float] = deque(maxlen=_SERIES)
+        self._freeze_ms: deque[float] = deque(maxlen=SERIES)
+        self._abandoned_ms = abandoned_ms
+        self._epoch_ms: deque[float] = deque(maxlen=SERIES)
+        self._interval_ms: deque[float] = deque(maxlen=SERIES)
         self._epochs_captured = 0
         self._epochs_acknowledged = 0
         self._newest_acknowledged: EpochId | None = None
@@ -240,6 +245,7 @@ class Leading:
             epochs_captured=self._epochs_captured,
             epochs_acknowledged=self._epochs_acknowledged,
             freeze_ms=tuple(self._freeze_ms),
+            abandoned_ms=tuple(self._abandoned_ms),
             epoch_ms=tuple(self._epoch_ms),
             interval_ms=tuple(self._interval_ms),
             memory_bytes=self._memory_bytes,

@@ -102,8 +102,11 @@ class Dumper:
         attachments: Mapping[str, bytes] | None = None,
         with_shim: bool = False,
         freezer: Freezer | None = None,
+        on_abandoned: Callable[[float], None] = lambda frozen_ms: None,
     ) -> None:
         """Say what to dump. `attachments` are files that go with every epoch's metadata.
+
+        `on_abandoned` is told, of each freeze that came to nothing, for how many ms at most it lasted.
 
         `share` comes first on the processors while anything stands still.
 
@@ -120,6 +123,7 @@ class Dumper:
         self._paths = WorkloadPaths(config, spec.name)
         self._ahead: _Ahead | None = None
         self._beside: ThreadPoolExecutor | None = None
+        self._on_abandoned = on_abandoned
         self._freezer = freezer or Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
         """The workload's cgroup, if somebody else has frozen it already: CRIU must be told."""
@@ -183,12 +187,13 @@ class Dumper:
         if ahead is None:
             raise CaptureError("criu could not be started")
         frozen_wall_s, hook_ms = time.time(), 0.0
+        frozen_s: float | None = None
         beside: Future[None] | None = None
 
         async def on_notify(script: str, pid: int | None) -> bool:
-            nonlocal frozen_wall_s, hook_ms, beside
+            nonlocal frozen_wall_s, frozen_s, hook_ms, beside
             if script == "pre-dump":
-                frozen_wall_s = time.time()
+                frozen_wall_s, frozen_s = time.time(), time.monotonic()
                 first.enter_context(self._share.claimed())
                 favour(ahead.criu.pid)
             elif script == "query-ext-files" and meanwhile is not None:
@@ -220,6 +225,10 @@ class Dumper:
         try:
             with contextlib.ExitStack() as first:
                 result = await ahead.criu.dump(options, on_notify)
+        except BaseException:
+            if frozen_s is not None:
+                self._on_abandoned((time.monotonic() - frozen_s) * 1000)
+            raise
         finally:
             wall_ms = (time.monotonic() - started_s) * 1000
             try:

@@ -68,8 +68,15 @@ async def test_it_is_waited_for(
     monkeypatch.setattr(dumping, "ShimChannel", Channel)
     node = Node(name="a", address="127.0.0.1", image_dir=str(tmp_path), state_dir=str(tmp_path))
     guard = Guard()
+    abandoned_ms: list[float] = []
     dumper = Dumper(
-        NodeConfig(node=node), SPEC, init_pid=os.getpid(), criu=Path("/criu"), guard=guard, with_shim=True
+        NodeConfig(node=node),
+        SPEC,
+        init_pid=os.getpid(),
+        criu=Path("/criu"),
+        guard=guard,
+        with_shim=True,
+        on_abandoned=abandoned_ms.append,
     )
     ended = threading.Event()
     seen: list[bool] = []
@@ -87,4 +94,5 @@ async def test_it_is_waited_for(
     assert seen == ([] if failure else [True])
     assert ended.is_set()
     assert guard.ended == [4711]
+    assert [0 <= each < 10_000 for each in abandoned_ms] == ([True] if failure else [])
     await dumper.close()
