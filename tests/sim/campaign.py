@@ -210,7 +210,8 @@ def run_elsewhere(world: World, leader: str) -> None:
     """Let an operator start it where it may: nothing of it is where it should lead, or that is not its turn.
 
     If each node takes another one for the holder of the right, since who missed the start that moved the line
-    goes by the old one, he does what one of the refusals says: the node that is named is powered off.
+    goes by the old one, he does what the refusals say, one after the other: the node that is named is powered
+    off.
     """
     if not all(world.refused(world.start(name)) for name in (leader, *world.spec.nodes)):
         return
@@ -222,10 +223,12 @@ def run_elsewhere(world: World, leader: str) -> None:
             named = world.hosts[holder(role)]
             world.power_off(named)
             world.run(2.0)
-            world.start(role.me, (named.name,))
+            started = not world.refused(world.start(role.me, (named.name,)))
             world.run(2.0)
             world.power_on(named)
-            return
+            world.run(2.0)
+            if started:
+                return
 
 
 def put_first(world: World, leader: str) -> None:
