@@ -31,13 +31,14 @@ from pathlib import Path
 
 import structlog
 
-from common.children import end_child
+from common.children import end_child, hangs
 from common.errors import UnsupportedError, WorkloadError
 
 log = structlog.get_logger(__name__)
 
 COMMAND_DEADLINE_S = 5.0
 """`ip` and `nft` answer within milliseconds; one that takes this long hangs."""
+_KIND = "ip or nft"
 
 ANNOUNCE_REPEATS = 3
 ANNOUNCE_PAUSE_S = 0.05
@@ -307,6 +308,11 @@ async def _run(*argv: str, script: str = "") -> str:
     Raises WorkloadError with the program's own words if it fails or hangs, UnsupportedError if it is missing.
     """
     shown = " ".join(argv)
+    if hangs(_KIND):
+        raise WorkloadError(
+            f"`{shown}` was not run: an earlier ip or nft was killed, and has not ended yet",
+            hint="is the kernel's netlink stuck?",
+        )
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -326,7 +332,7 @@ async def _run(*argv: str, script: str = "") -> str:
             f"`{shown}` did not answer within {COMMAND_DEADLINE_S:g} s", hint="is the kernel's netlink stuck?"
         ) from error
     finally:
-        await end_child(process)
+        await end_child(process, _KIND)
     if process.returncode:
         words = err.decode(errors="replace").strip()
         raise WorkloadError(f"`{shown}` failed: {words}", hint=_hint_for(words))

@@ -215,8 +215,9 @@ def bring_inside(config: NodeConfig, name: str) -> None:
     not found in its cgroup would be taken for ended.
     """
     gate = gate_of(config, name)
-    outside = [each for each in cgroup_directories(WorkloadPaths(config, name).gate) if _members(each)]
+    hint = f"move what is in {gate.file.parent} into the cgroup run below it"
     try:
+        outside = [each for each in cgroup_directories(WorkloadPaths(config, name).gate) if _members(each)]
         for directory in outside:
             inside = directory / "run"
             inside.mkdir(exist_ok=True)
@@ -231,10 +232,13 @@ def bring_inside(config: NodeConfig, name: str) -> None:
                         (inside / "cgroup.procs").write_text(pid)
         if outside:
             open_gate(gate)
+        left = [pid for directory in outside for pid in _members(directory)]
     except OSError as error:
-        raise WorkloadError(f"{name} cannot be moved into its cgroup: {error}") from error
-    if left := [pid for directory in outside for pid in _members(directory)]:
-        raise WorkloadError(f"{name} cannot be moved into its cgroup: {', '.join(left)} stayed outside")
+        raise WorkloadError(f"{name} cannot be moved into its cgroup: {error}", hint=hint) from error
+    if left:
+        raise WorkloadError(
+            f"{name} cannot be moved into its cgroup: {', '.join(left)} stayed outside", hint=hint
+        )
 
 
 def _members(directory: Path) -> list[str]:
@@ -453,7 +457,7 @@ async def _runc(
         async with asyncio.timeout(timeout_s):
             _, stderr = await process.communicate()
     except TimeoutError:
-        await end_child(process)
+        await end_child(process, f"runc {arguments[0]}")
         raise WorkloadError(f"runc {arguments[0]} did not answer within {timeout_s:.0f} s") from None
     if check and process.returncode != 0:
         raise WorkloadError(f"runc {' '.join(arguments)} failed: {stderr.decode(errors='replace').strip()}")

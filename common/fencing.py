@@ -11,12 +11,13 @@ whoever leads, for one that is of the past.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from collections.abc import Sequence
 
 import msgspec
 
-from common.children import end_child
+from common.children import end_child, hangs
 from common.config import Fence, NodeConfig
 from common.errors import OutliveError
 from common.fence_request import FenceRequest, Outcome
@@ -113,6 +114,10 @@ def _says(method: Fence, outcome: Outcome) -> str:
 
 async def _run_command(method: Fence) -> Verdict:
     name = method.label
+    kind = f"fence {shlex.join(method.command)}"
+    if hangs(kind):
+        reason = f"{name} was killed when it did not answer, and has not ended yet"
+        return Verdict(outcome="unknown", reason=reason)
     began_s = time.monotonic()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -131,7 +136,7 @@ async def _run_command(method: Fence) -> Verdict:
     except TimeoutError:
         return Verdict(outcome="unknown", reason=f"{name} did not answer within {method.timeout_ms} ms")
     finally:
-        await end_child(process, group=True)
+        await end_child(process, kind, group=True)
     took_ms = (time.monotonic() - began_s) * 1000
     said = output[-_OUTPUT_BYTES:].decode(errors="replace").strip().replace("\n", " / ")
     outcome: Outcome = "unknown"

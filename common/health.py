@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import shlex
 import time
 
-from common.children import end_child
+from common.children import end_child, hangs
 from common.model import HealthCheck, WorkloadSpec
 
 _PAUSE_S = 0.05
@@ -72,6 +73,9 @@ async def _http(address: str, target: str) -> str:
 
 
 async def _command(command: tuple[str, ...]) -> str:
+    kind = f"health {shlex.join(command)}"
+    if hangs(kind):
+        return f"an earlier {command[0]} was killed, and has not ended yet"
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -81,5 +85,5 @@ async def _command(command: tuple[str, ...]) -> str:
     try:
         status = await process.wait()
     finally:
-        await end_child(process)
+        await end_child(process, kind)
     return "" if status == 0 else f"{command[0]} exited with {status}"

@@ -435,6 +435,7 @@ def ask_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
 
 def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
     """Ask etcd for the term of a fresh start."""
+    blank = all_accounted(role, event, now)  # by what counted until now: it names whom the start takes off
     role = replace(
         role,
         spec=event.spec,
@@ -446,7 +447,7 @@ def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
         retries=0,
     )
     role = noted(role, now, "start", f"asked for by an operator{_lost(role)}")
-    return claim(role, now, blank=all_accounted(role, event, now))
+    return claim(role, now, blank=blank)
 
 
 def start_by_lease(role: Role, event: FenceResult, now: Instant) -> Acted:

@@ -14,7 +14,7 @@ import sys
 import msgspec
 
 from common import errors
-from common.children import end_child
+from common.children import end_child, hangs
 from common.config import SshFence
 from common.errors import OutliveError, UnreachableError
 from common.fence_request import FenceAnswer, FenceRequest
@@ -53,6 +53,9 @@ async def ask_in_child(ssh: SshFence, request: FenceRequest, timeout_s: float) -
     UnreachableError too if the child cannot be run, ends without an answer or does not end in time; it is
     killed then. Like every other error that says: what happened on the node is not known.
     """
+    kind = f"ssh {ssh.host}"
+    if hangs(kind):
+        raise UnreachableError("an earlier SSH client was killed, and has not ended yet")
     try:
         child = await asyncio.create_subprocess_exec(
             *_CHILD,
@@ -70,7 +73,7 @@ async def ask_in_child(ssh: SshFence, request: FenceRequest, timeout_s: float) -
     except TimeoutError:
         raise UnreachableError(f"no answer within {timeout_s * 1000:.0f} ms") from None
     finally:
-        await end_child(child)
+        await end_child(child, kind)
     return _answer_in(output)
 
 

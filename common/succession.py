@@ -429,9 +429,11 @@ def _line_may_have_moved(role: Role) -> bool:
 def _third_unheard(role: Role, vouched: tuple[str, ...], rival: str, now: Instant) -> Refused | None:
     """Return which node but `rival` may lead, or take over, by a newer declaration; None if none may.
 
-    Where etcd gives the right, it knows who leads, unless a start after the stop has taken that from it.
+    Where etcd gives the right, it knows who leads, unless a start has taken that from it: then it gives no
+    term after one that it did not give, but after a stop, or if an operator vouches for a node.
     """
-    if not _line_may_have_moved(role) or (by_lease(role) and role.record.mark != "stopped"):
+    etcd_knows = by_lease(role) and role.record.mark != "stopped" and not any(vouched)
+    if etcd_knows or not _line_may_have_moved(role):
         return None
     asked_for = (role.me,) if by_lease(role) else (role.me, rival or role.record.leader)
     for node in role.spec.nodes:
@@ -571,6 +573,8 @@ def start_refusal(role: Role, event: OperatorStart, now: Instant) -> Refused | N
         return _refused(
             f"the right to start it is {owner or 'unknown'}'s", f"run it on {owner or 'the leader'}"
         )
+    if owner != me and (refusal := _third_unheard(role, event.peers_are_off, owner, now)):
+        return refusal
     etcd_decides = by_lease(role) and spec.right_to_lead == "etcd"
     return None if etcd_decides else _unaccounted(role, event, owner, now)
 

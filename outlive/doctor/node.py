@@ -161,7 +161,7 @@ async def _check_program(command: tuple[str, ...], needed: bool) -> Check:
         async with asyncio.timeout(_PROGRAM_DEADLINE_S):
             said, _ = await process.communicate()
     except TimeoutError:
-        await end_child(process)
+        await end_child(process, path)
         return node_check(name, "fail", f"{path} did not answer within {_PROGRAM_DEADLINE_S:.0f} s")
     return node_check(name, "ok", f"{(said.decode(errors='replace').splitlines() or ['?'])[0]} ({path})")
 

@@ -135,5 +135,9 @@ async def test_a_method_that_cannot_be_killed_is_unknown_and_the_next_one_is_ask
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
     monkeypatch.setattr("os.killpg", lambda *_: None)
     monkeypatch.setattr(children, "REAP_WITHIN_S", 0.05)
+    monkeypatch.setattr(children, "_hanging", {})
     first, second = await ask_methods(REQUEST, [fence("", timeout_ms=50), fence("exit 0")])
     assert (first.outcome, second.outcome) == ("unknown", "confirmed")
+    (again,) = await ask_methods(REQUEST, [fence("", timeout_ms=50)])
+    assert again.outcome == "unknown"
+    assert "has not ended yet" in again.reason, "and no second one is started beside it"

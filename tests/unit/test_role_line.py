@@ -208,6 +208,8 @@ def heard_of_a_start(mark: Claim = "leading", spec: WorkloadSpec = LINE, **value
     """B, which knows of A's stop, then of its next term by heartbeat only: it has no epoch of that."""
     record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
     driver = Driver("b", record, **{"spec": spec, "fenceable": frozenset("abc"), **values})  # type: ignore[arg-type]
+    for step in ("kill", "drop_vip", "lift"):
+        driver.feed(StepDone(step=step))
     driver.hear("leading", term=100)
     driver.persisted()
     if mark != "leading":
@@ -266,17 +268,17 @@ def test_a_start_asks_for_whom_it_takes_off_the_list(known: bool) -> None:
     else:
         driver = Driver("a", TermRecord(term=1, leader="a", mark="leads", boot_id="boot-0"), spec=LINE)
         driver.after(2.1)
-        says(driver, "b", "following", would=WOULD)
+        says(driver, "b", "following", would=NOT_FIRST)
         driver.persisted()
         for step in ("kill", "drop_vip", "lift"):
             driver.feed(StepDone(step=step))
-        says(driver, "b", "following", would=WOULD)
+        says(driver, "b", "following", would=NOT_FIRST)
         word, off = (), ("c",)
     pair = replace(LINE, nodes=("a", "b"))
     start(driver, spec=pair, off=word)
     refused = answer(driver, 1)
     assert isinstance(refused, Refused)
-    assert refused.message.startswith("c was not heard")
+    assert refused.message.startswith("c is not heard")
     start(driver, 2, spec=pair, off=off)
     driver.persisted()
     assert driver.state == "launching"
@@ -303,6 +305,53 @@ def test_with_leases_a_stop_is_not_passed_over_while_another_may_have_started_it
     assert isinstance(answer(driver, 1), Refused)
     driver.feed(OperatorFailover(request=2, accept_data_loss=True, old_primary_is_off="a"))
     assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
+def test_with_leases_a_stop_is_not_followed_by_a_start_beside_one_by_another_right() -> None:
+    record = TermRecord(term=2, leader="a", mark="stopped", boot_id="boot-1")
+    pair = replace(SPEC, right_to_lead="etcd")
+    driver = Driver("b", record, spec=pair)
+    for step in ("kill", "drop_vip", "lift"):
+        driver.feed(StepDone(step=step))
+    driver.after(3.0)
+    start(driver, spec=pair)
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert refused.message.startswith("a is not heard")
+    start(driver, 2, spec=pair, off=("a",))
+    assert any(isinstance(each, ClaimTerm) for each in driver.effects)
+
+
+def test_with_leases_who_vouches_for_the_leader_answers_for_a_third_node_too() -> None:
+    driver = heard_of_a_start(spec=LEASED)
+    word = OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off="a")
+    driver.feed(word)
+    assert isinstance(answer(driver, 1), Refused)
+    driver.feed(replace(word, request=2, others_are_off=("c",)))
+    (claim,) = (each for each in driver.effects if isinstance(each, ClaimTerm))
+    assert claim.blank
+    plain = heard_of_a_start(spec=LEASED)
+    plain.feed(OperatorFailover(request=1, accept_data_loss=True, old_primary_is_off=""))
+    (claim,) = (each for each in plain.effects if isinstance(each, ClaimTerm))
+    assert not claim.blank, "then etcd knows who led, or gives nothing"
+
+
+def test_with_leases_whom_a_start_takes_off_the_list_is_accounted_for_as_well() -> None:
+    for nodes in (LEASED.nodes, ("a", "b")):
+        driver = heard_of_a_start(spec=LEASED)
+        driver.report(stored=EpochId(100, 1), restorable=True)
+        start(driver, spec=replace(LEASED, nodes=nodes), off=("a",))
+        (claim,) = (each for each in driver.effects if isinstance(each, ClaimTerm))
+        assert not claim.blank, "nobody answers for c"
+
+
+def test_a_start_on_the_successor_waits_for_a_third_node_that_would_take_over() -> None:
+    driver = heard_of_a_start()
+    says(driver, "c", "following", 100, WOULD)
+    start(driver, spec=LINE, off=("a",))
+    refused = answer(driver, 1)
+    assert isinstance(refused, Refused)
+    assert "may take over by itself" in refused.message
 
 
 def test_who_knows_that_it_was_stopped_says_that_it_takes_nothing_over() -> None:
