@@ -209,11 +209,17 @@ def move_by_hand(world: World) -> None:
 def run_elsewhere(world: World, leader: str) -> None:
     """Let an operator start it where it may: nothing of it is where it should lead, or that is not its turn.
 
+    If it may be started nowhere, he does what a node asks for that waits with what is stored there.
+
     If each node takes another one for the holder of the right, since who missed the start that moved the line
     goes by the old one, he does what the refusals say, one after the other: the node that is named is powered
     off.
     """
     if not all(world.refused(world.start(name)) for name in (leader, *world.spec.nodes)):
+        return
+    asks = f"outlive failover {world.spec.name} --accept-data-loss"
+    waiting = [host.name for host in world.hosts.values() if host.role and asks in host.role.reason]
+    if not all(world.refused(world.failover(name)) for name in waiting):
         return
     roles = [world.hosts[name].role for name in (leader, *world.spec.nodes)]
     if any(role is None or holder(role) == role.me for role in roles):
