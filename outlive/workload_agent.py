@@ -351,6 +351,8 @@ class WorkloadAgent:
         self._end_session(name, f"{self._config.node.name} leads {name} itself, in term {order.term}")
         if order.action == "none" or (ours and not interrupted):
             return f"{name} does not run"
+        if order.action == "hand_over":  # it ended meanwhile, and another node may take over because of that
+            raise CaptureError(f"{name} does not run: nothing of it can be handed over")
         if pid is not None:  # it was made, but an agent that died did not see it start
             await kill_workload(self._config, name)
         if order.action == "restore":

@@ -736,6 +736,9 @@ class World:
             elif order.role != "lead":
                 self._check_not_led(host)
                 self._remove(host)
+            elif host.container is None and order.action == "hand_over":
+                host.failed = order.number
+                return
             elif host.container is None and order.action != "none" and host.order_of_run != order.number:
                 if order.action == "restore" and (
                     host.stored is None or self.chance(self.weather.effect_fails)

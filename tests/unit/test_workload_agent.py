@@ -404,6 +404,16 @@ async def test_an_order_without_an_action_starts_nothing(scene: Scene) -> None:
     assert scene.agent.report().order_done == 1
 
 
+async def test_what_has_ended_when_it_is_to_be_handed_over_is_not_started_afresh(scene: Scene) -> None:
+    await scene.obeyed(order(1, "lead", "start"))
+    scene.containers.end_by_itself(1)  # and the successor may take over because of that
+    await scene.obeyed(order(2, "lead", "hand_over", heir="b"))
+    assert scene.containers.done == ["start"]
+    report = scene.agent.report()
+    assert (report.order_done, report.order_failed, report.running) == (1, 2, False)
+    assert "nothing of it can be handed over" in report.order_detail
+
+
 async def test_a_restarted_agent_tells_once_that_it_found_the_workload_running(scene: Scene) -> None:
     await scene.obeyed(order(1, "lead", "start"))
     await scene.agent.close()
