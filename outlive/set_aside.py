@@ -1,8 +1,8 @@
-"""Workloads whose files on this node are damaged: the keeper cannot know whether it may lead them.
+"""Workloads whose files or cgroup on this node are not in order: the keeper cannot know how they stand.
 
 In: a name and what is wrong. Out: status, what heartbeats say, a refusal for every request. A term is never
 guessed: such a workload has no role machine, so nothing here starts it, restores it, takes it over or ends
-it, until somebody has mended the files and restarted the keeper. What runs, runs on, unprotected.
+it, until somebody has mended that and restarted the keeper. What runs, runs on, unprotected.
 """
 
 from __future__ import annotations
