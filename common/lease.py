@@ -191,18 +191,16 @@ Advanced = tuple[Lease, tuple[Effect, ...]]
 def need_of(role: Role) -> Need:
     """Return what a role needs of its lease.
 
-    One that acquires a term has nothing to run yet, and keeps no lease from others while it cannot record the
-    term. What runs though the node leads no more is being killed, or is kept frozen until another node runs
-    it: nothing is done about a freeze of it.
+    One that acquires a term has nothing to run yet. What runs though the node leads no more is being killed,
+    or is kept frozen until another node runs it: nothing is done about a freeze of it.
     """
     if role.spec.right_to_lead != "etcd":
         return Need(held=False, guarded=False, term=0)
     ours = role.record.leader == role.me
     ending = ours and not keeps_frozen(role) and (role.alive or bool(role.undo & {"kill", "drop_vip"}))
     guarded = role.name in LEADING or (ending and role.name != "acquiring")
-    cannot_record = role.wanted is not None and role.retry_at_s > 0
     return Need(
-        held=guarded or (role.name == "acquiring" and not cannot_record),
+        held=guarded or role.name == "acquiring",
         guarded=guarded,
         term=role.record.term if ours and role.record.boot_id == role.boot_id else 0,
         serves=role.alive or role.name in LEADING,

@@ -452,7 +452,7 @@ def ask_lease_to_start(role: Role, event: OperatorStart, now: Instant) -> Acted:
 
 def start_by_lease(role: Role, event: FenceResult, now: Instant) -> Acted:
     """Record the fresh start in the term that etcd gave."""
-    role = noted(replace(role, starts_from=None), now, "right acquired", event.reason)
+    role = noted(role, now, "right acquired", event.reason)
     return next_term(role, "launching", f"started by an operator{_lost(role)}", now, given=event.term)
 
 

@@ -60,7 +60,7 @@ def begin(role: Role, event: Event, now: Instant) -> Acted:
 
 def begin_start(role: Role, event: Event, now: Instant) -> Acted:
     """Begin a fresh start whose term is on disk; its declaration counts from here on."""
-    return begin(replace(role, spec_before=None), event, now)
+    return begin(replace(role, starts_from=None, spec_before=None), event, now)
 
 
 def resume(role: Role, event: Event, now: Instant) -> Acted:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from common.control import Done, Order, Refused
 from common.role_actions import (
     Acted,
+    answered,
     ask_failover,
     ask_lease_to_start,
     ask_start,
@@ -185,7 +186,7 @@ from common.role_steps import (
     stopped,
 )
 from common.roles import LEADING, PURSUING, RUNS, Instant, PeerView, Role, StateName
-from common.succession import failover_refusal, keeps_frozen, reports_heir, start_refusal
+from common.succession import by_lease, failover_refusal, keeps_frozen, reports_heir, start_refusal
 
 Action = Callable[[Role, Any, Instant], Acted]
 
@@ -211,7 +212,7 @@ class Row:
 
 def step(role: Role, event: Event, now: Instant) -> tuple[Role, tuple[Effect, ...]]:
     """Take in one event. Never raises for what peers, agents or operators say."""
-    effects: list[Effect] = []
+    role, event, effects = _given_in_vain(role, event)
     role, first = _learn(role, event, now)
     effects += first
     current: Event = event
@@ -226,6 +227,23 @@ def step(role: Role, event: Event, now: Instant) -> tuple[Role, tuple[Effect, ..
             current = Tick()
     role, last = _reorder(role)
     return role, (*effects, *last)
+
+
+def _given_in_vain(role: Role, event: Event) -> tuple[Role, Event, list[Effect]]:
+    """Take a term that etcd gave, and the disk did not take, for one that was not given.
+
+    Invariant: a term whose lease was let go before it was recorded is never begun. It is let go now; others
+    may lead the next term then, and give it back only to a node that has begun none beside it.
+    """
+    wanted = role.wanted
+    claimed = role.name == "acquiring" and by_lease(role) and wanted is not None and wanted.leader == role.me
+    if not (claimed and isinstance(event, StepFailed) and event.step == "persist"):
+        return role, event, []
+    reason = f"it gave the term, which cannot be recorded here: {event.reason}"
+    refusal = Refused(error="StoreError", message=f"etcd: {reason}", hint="make room, then ask for it again")
+    role, effects = answered(replace(role, wanted=None), refusal)
+    vain = FenceResult(node="etcd", attempt=role.fence_attempt, outcome="unknown", reason=reason)
+    return role, vain, [*effects]
 
 
 def _row_for(role: Role, event: Event, now: Instant) -> tuple[Row, str] | None:

@@ -28,7 +28,6 @@ from common.lease import (
     Wanted,
     advance,
     found,
-    need_of,
     unrecorded,
 )
 from common.lease_calls import (
@@ -49,9 +48,7 @@ from common.lease_calls import (
     TxnAnswer,
     Unanswered,
 )
-from common.model import WorkloadSpec
 from common.role_events import ClaimTerm, FenceResult, LeaseInDoubt, LeaseStands
-from common.roles import Instant, TermRecord, Timing, new_role
 from tests.sim.etcd import Etcd
 
 TERMS = LeaseTerms(ttl_s=2, margin_s=0.3, drift=0.01)
@@ -220,25 +217,6 @@ def test_a_renewal_of_a_lease_that_was_let_go_of_meanwhile_opens_nothing() -> No
     assert driver.question == Revoke(lease_id=7)
     driver.answer(Seen(standing=driver.lease.standing), 100.9)
     assert driver.question == Reclaim(term=1)
-
-
-def test_a_term_that_cannot_be_recorded_keeps_its_lease_from_nobody() -> None:
-    role = new_role(
-        me="b",
-        boot_id="boot",
-        spec=WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",), right_to_lead="etcd"),
-        timing=Timing(),
-        fenceable=frozenset(),
-        record=TermRecord(term=1, leader="a", mark="leads"),
-        first_order=1,
-        now=Instant(0.0, 0.0),
-    )
-    wanted = TermRecord(term=2, leader="b", mark="leads", boot_id="boot")
-    recording = msgspec.structs.replace(role, name="acquiring", wanted=wanted)
-    assert need_of(recording).held
-    assert not need_of(msgspec.structs.replace(recording, retry_at_s=5.0)).held, (
-        "its disk is full: it is tried again then"
-    )
 
 
 def test_a_keeper_that_finds_a_good_lease_on_record_goes_on_with_it_and_renews_at_once() -> None:

@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from common.control import Done, Refused
+from common.lease import need_of
 from common.model import EpochId
 from common.role_events import (
     Answer,
@@ -25,6 +26,8 @@ from common.role_events import (
     RunFence,
     StepDone,
     StepFailed,
+    TermPersisted,
+    Tick,
     WorkloadEnded,
 )
 from common.role_explain import ETCD, explain
@@ -128,6 +131,60 @@ def test_a_start_takes_the_term_that_etcd_gives_and_needs_no_word_about_the_othe
     driver.feed(result(claim.attempt, term=4))
     driver.persisted()
     assert (driver.state, driver.role.record.term, driver.role.record.mark) == ("launching", 4, "launching")
+
+
+FULL = StepFailed(step="persist", reason="the disk is full")
+
+
+def test_a_term_that_cannot_be_recorded_is_let_go_and_never_begun() -> None:
+    driver = standby()
+    driver.after(0.4)
+    driver.feed(result(1, term=2))
+    assert need_of(driver.role).held
+    late = driver.role.wanted
+    assert late is not None
+    driver.feed(FULL)
+    assert (driver.state, driver.role.wanted, driver.role.record.term) == ("waiting", None, 1)
+    assert "the disk is full" in driver.role.reason
+    assert not need_of(driver.role).held, "another node may lead the next one"
+    driver.feed(TermPersisted(late))
+    effects = driver.feed(Tick())
+    assert driver.role.record.term == 1
+    assert not any(isinstance(effect, PersistTerm) for effect in effects)
+    driver.report(stored=driver.role.report.stored, restorable=True)  # type: ignore[union-attr]
+    assert len(claims(driver.after(0.6))) == 1, "it is asked for again"
+
+
+def test_who_keeps_a_workload_frozen_takes_it_back_after_a_term_that_could_not_be_recorded() -> None:
+    record = TermRecord(term=1, leader="b", mark="yielded", boot_id="boot-1", heir="a")
+    driver = Driver("b", record, spec=LEASED, running=True, frozen=True)
+    assert driver.state == "handed_over"
+    (claim,) = claims(driver.after(5.0))
+    driver.feed(result(claim.attempt, term=2))
+    driver.feed(FULL)
+    assert (driver.state, driver.role.alive) == ("handed_over", True)
+    given_back = Heard(
+        node="a", origin="keeper", boot_id="boot-a", term=3, claim="yielded", alive=False, heir="b"
+    )
+    driver.feed(given_back)
+    effects = driver.persisted()
+    assert not any(isinstance(effect, KillWorkload) for effect in (*driver.effects, *effects))
+    assert driver.role.alive
+
+
+def test_a_start_whose_term_cannot_be_recorded_leaves_everything_as_it_was() -> None:
+    record = TermRecord(term=3, leader="a", mark="stopped", boot_id="boot-1")
+    driver = Driver("a", record, spec=LEASED)
+    driver.feed(StepDone(step="kill"))
+    driver.hear("following", term=3, node="b")
+    other = replace(LEASED, command=("other",))
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=other)))
+    driver.feed(result(claim.attempt, term=4))
+    (answer,) = answers(driver.feed(FULL))
+    assert isinstance(answer, Refused)
+    assert (answer.error, "the disk is full" in answer.message) == ("StoreError", True)
+    assert (driver.state, driver.role.record, driver.role.spec) == ("stopped", record, LEASED)
+    assert not driver.after(5.0), "it is not tried again behind the operator's back"
 
 
 def test_where_etcd_may_have_forgotten_who_led_a_start_needs_the_others_heard_or_vouched_for() -> None:
