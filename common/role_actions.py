@@ -163,9 +163,13 @@ def _heading(role: Role, record: TermRecord) -> TermHistory:
 
 
 def undo(role: Role, *steps: Clean) -> Acted:
-    """Begin to undo what a node that may not lead must not have; goes on until it succeeds."""
+    """Begin to undo what a node that may not lead must not have; goes on until it succeeds.
+
+    What has failed before is tried again when it would have been.
+    """
     wanted = frozenset(step for step in steps if step == "kill" or role.spec.vip is not None)
-    return replace(role, undo=role.undo | wanted, undo_at_s=0.0), undoing(wanted)
+    again_s = role.undo_at_s if role.undo else 0.0
+    return replace(role, undo=role.undo | wanted, undo_at_s=again_s), undoing(wanted)
 
 
 def undoing(steps: frozenset[Clean]) -> tuple[Effect, ...]:

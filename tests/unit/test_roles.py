@@ -881,6 +881,17 @@ def test_time_in_which_this_keeper_stood_still_is_no_silence() -> None:
     assert driver.state == "following"
 
 
+def test_what_could_not_be_ended_is_ended_later_though_a_stop_is_asked_for_meanwhile() -> None:
+    record = TermRecord(term=1, leader="a", mark="failed", boot_id="boot-1")
+    driver = Driver("a", record, running=True)
+    assert driver.role.undo >= {"kill", "drop_vip"}
+    driver.feed(StepFailed(step="kill", reason="it hangs"))
+    driver.feed(OperatorStop(request=1))
+    driver.persisted()
+    assert driver.state == "stopped"
+    assert any(isinstance(each, KillWorkload) for each in driver.after(10.0))
+
+
 def test_a_term_that_cannot_be_recorded_is_not_led_and_tried_again() -> None:
     driver = follower()
     driver.after(0.4)
