@@ -52,12 +52,12 @@ from common.succession import (
     agent_alive,
     by_lease,
     contender,
+    gave_up,
     holder,
     is_silent,
     keeper_speaks,
     keeps_frozen,
     kept_by_giver,
-    let_go,
     obstacle,
     ready,
     replaceable,
@@ -351,9 +351,9 @@ def kept_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     return f"{why}; it is kept here, frozen" if why and by_lease(role) else why
 
 
-def let_go_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
+def heir_not_confirmed(role: Role, event: FenceResult, now: Instant) -> str:
     """The fence of the one to which this node gave its term did not confirm."""
-    return not_confirmed(role, event, now) if let_go(role) else ""
+    return not_confirmed(role, event, now) if gave_up(role) else ""
 
 
 def kept_undecided(role: Role, event: Heard, now: Instant) -> str:

@@ -69,11 +69,17 @@ def keeps_frozen(role: Role) -> bool:
     return record.mark == "yielded" and mine and role.alive
 
 
-def let_go(role: Role) -> bool:
-    """Tell whether this node gave its term to another by name, and keeps nothing but its epochs."""
+def gave_up(role: Role) -> bool:
+    """Tell whether this node gave its term up to another one, and keeps nothing but its epochs."""
     record = role.record
-    by_name = record.mark == "yielded" and record.leader == role.me and record.heir not in ("", role.me)
-    return by_name and not keeps_frozen(role)
+    return (
+        record.mark == "yielded" and record.leader == role.me and holder(role) != role.me and not role.alive
+    )
+
+
+def let_go(role: Role) -> bool:
+    """Tell whether it did so, and named the other one: who that is does not follow from the line."""
+    return gave_up(role) and bool(role.record.heir)
 
 
 def by_lease(role: Role) -> bool:
@@ -419,7 +425,7 @@ def _line_may_have_moved(role: Role) -> bool:
     this node gave up may have been led, and taken over, since.
     """
     record, report = role.record, role.report
-    if record.mark == "stopped" or let_go(role):
+    if record.mark == "stopped" or gave_up(role):
         return True
     if planned(role) or keeps_frozen(role) or record.leader == role.me:
         return False
@@ -456,8 +462,8 @@ def _third_unheard(role: Role, vouched: tuple[str, ...], rival: str, now: Instan
 def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused | None:
     """Return why this node cannot take the right to lead for another one, and give it up to that at once.
 
-    Only the successor of a leader that is lost can, for nobody else takes over unasked; and later whoever
-    gave it up so, once that other node is lost. What a leader handed over, and may keep, is given to no
+    Only the successor of a leader that is lost can, for nobody else takes over unasked; and whoever gave the
+    term up, once the node that it gave it to is lost. What a leader handed over, and may keep, is given to no
     third node.
     """
     record, spec, to = role.record, role.spec, event.to
@@ -471,7 +477,9 @@ def _cede_refusal(role: Role, event: OperatorFailover, now: Instant) -> Refused 
         )
     if role.request is not None or role.wanted is not None or role.name == "acquiring":
         return _refused("another change of role is under way", "ask again in a moment")
-    again = role.name == "yielded" and let_go(role) and is_silent(role, record.heir, now)
+    again = role.name == "yielded" and gave_up(role) and is_silent(role, holder(role), now)
+    if again and "kill" in role.undo:
+        return _refused("what ran here before is still being ended", "ask again in a moment")
     if not again and (role.name not in PURSUING or record.mark == "yielded"):
         return _refused(f"this node is {role.name}: {role.reason}", "outlive status on the other nodes")
     if not record.leader:

@@ -442,6 +442,59 @@ def test_without_a_fence_an_operator_vouches_for_the_lost_leader() -> None:
     assert (driver.role.newest.term, driver.role.newest.heir) == (100, "c")
 
 
+def gave_up_unnamed(**values: object) -> Driver:
+    """A gave its term up to its successor b, which is lost before it leads; c has epochs of it."""
+    record = TermRecord(term=2, leader="a", mark="yielded", boot_id="boot-1")
+    driver = Driver("a", record, **{"spec": LINE, "fenceable": frozenset("abc"), **values})  # type: ignore[arg-type]
+    driver.report()
+    driver.after(2.5)
+    says(driver, "c", "following", would=NOT_FIRST)
+    driver.feed(StepDone(step="kill"))
+    assert driver.state == "yielded"
+    return driver
+
+
+def test_who_gave_its_term_up_gives_the_right_to_the_third_node_once_its_successor_is_off() -> None:
+    driver = gave_up_unnamed()
+    cede(driver)
+    (fence,) = [each for each in driver.effects if isinstance(each, RunFence)]
+    assert (fence.node, fence.up_to >= 99) == ("b", True), "b may have led terms that nobody heard of"
+    driver.feed(FenceResult(node="b", attempt=1, outcome="unknown", reason="?"))
+    assert (driver.state, driver.role.wanted) == ("yielded", None)
+    assert isinstance(answer(driver, 1), Refused)
+    says(driver, "c", "following", would=NOT_FIRST)
+    cede(driver, 2)
+    driver.feed(FenceResult(node="b", attempt=2, outcome="confirmed", reason="off"))
+    driver.persisted()
+    record = driver.role.record
+    assert (record.term, record.mark, record.heir, driver.state) == (100, "yielded", "c", "yielded")
+
+
+def test_who_gave_its_term_up_gives_nothing_away_while_its_successor_speaks_or_something_runs_here() -> None:
+    driver = gave_up_unnamed()
+    says(driver, "b", "following")
+    cede(driver)
+    assert isinstance(answer(driver, 1), Refused)
+    driver = Driver("a", driver.role.record, spec=LINE, fenceable=frozenset("abc"))
+    driver.after(2.5)
+    says(driver, "c", "following", would=NOT_FIRST)
+    cede(driver, 2)
+    assert "still being ended" in answer(driver, 2).message  # type: ignore[union-attr]
+    driver = Driver("a", driver.role.record, spec=LINE, fenceable=frozenset("abc"), running=True)
+    driver.after(2.5)
+    says(driver, "c", "following", would=NOT_FIRST)
+    cede(driver, 3)
+    assert isinstance(answer(driver, 3), Refused)
+    assert not any(isinstance(each, RunFence) for each in driver.effects)
+
+
+def test_who_gave_its_term_up_gives_the_right_to_nobody_who_may_take_over_by_a_newer_line() -> None:
+    driver = gave_up_unnamed()
+    says(driver, "c", "following", would=WOULD)
+    cede(driver)
+    assert "c may take over by itself" in answer(driver, 1).message  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("values", "to", "accepted", "word"),
     [
@@ -533,6 +586,7 @@ def test_the_heir_of_a_kept_workload_does_not_believe_that_nothing_is_kept() -> 
 def test_who_gave_the_right_to_a_node_that_is_lost_can_give_it_to_another_one() -> None:
     record = TermRecord(term=3, leader="a", mark="yielded", boot_id="boot-1", heir="c")
     driver = Driver("a", record, spec=LINE, fenceable=frozenset("abc"))
+    driver.feed(StepDone(step="kill"))
     says(driver, "b", "following", 3)
     says(driver, "c", "following", 3)
     cede(driver, to="b")
