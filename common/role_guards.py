@@ -498,7 +498,7 @@ def died_after_restore(role: Role, event: Event, now: Instant) -> str:
 
 def restart_due(role: Role, event: Event, now: Instant) -> str:
     """The pause before a restart is over."""
-    if role.step is not None or now.monotonic_s < role.retry_at_s or role.wanted is not None:
+    if role.step is not None or now.monotonic_s < role.restart_at_s or role.wanted is not None:
         return ""
     return f"restart {role.restarts} of at most {role.timing.restarts}"
 

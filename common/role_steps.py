@@ -197,7 +197,7 @@ def restart(role: Role, event: Event, now: Instant) -> Acted:
     delay_s = (
         0.0 if count == 1 else min(role.timing.retry_first_s * 2 ** (count - 2), role.timing.retry_most_s)
     )
-    role = replace(role, restarts=count, retry_at_s=now.monotonic_s + delay_s, step=None)
+    role = replace(role, restarts=count, restart_at_s=now.monotonic_s + delay_s, step=None)
     role = replace(role, timeline_from_s=now.monotonic_s, unhealthy="")
     launching = remark(noted(role, now, "ended", how_it_ended(role)), "launching")
     return launching[0], launching[1]

@@ -227,6 +227,8 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     fencing_until_s: float = 0.0
     """Until then a fence that an earlier keeper of this node asked for may do its work."""
     restarts: int = 0
+    restart_at_s: float = 0.0
+    """When the workload, which ended, is started again."""
     launched_at_s: float = 0.0
     stop_deadline_s: float = 0.0
     request: int | None = None

@@ -511,8 +511,10 @@ def test_an_ended_workload_without_an_heir_is_restarted_in_the_same_term_and_not
     policy: str,
 ) -> None:
     driver = leader(spec=replace(SPEC, on_exit=policy, vip=None, health=None))
+    paused_s = []
     for count in range(1, 7):
         driver.feed(WorkloadEnded(3))
+        ended_s = driver.now_s
         for _ in range(2000):
             if driver.role.wanted is not None:
                 driver.persisted()
@@ -522,6 +524,7 @@ def test_an_ended_workload_without_an_heir_is_restarted_in_the_same_term_and_not
         if count == 6:
             break
         assert driver.role.order.action == "start"
+        paused_s.append(round(driver.now_s - ended_s))
         driver.feed(
             AgentReport(
                 WorkloadReport(
@@ -532,6 +535,8 @@ def test_an_ended_workload_without_an_heir_is_restarted_in_the_same_term_and_not
         assert (driver.state, driver.role.newest.term) == ("leading", 1)
     assert driver.state == "stopped"
     assert "5 times" in driver.role.reason
+    assert paused_s[1:] == [1, 2, 4, 8]
+    assert paused_s[0] == 0 or policy == "failover", "an heir is waited for"
 
 
 def test_an_ended_workload_with_on_exit_stop_is_stopped_and_its_exit_code_shown() -> None:
