@@ -208,7 +208,10 @@ Event = (
 
 
 class PersistTerm(msgspec.Struct, frozen=True):
-    """Make the record durable, then say `TermPersisted`; else `StepFailed("persist")`. In order."""
+    """Make the record durable, then say `TermPersisted`; else `StepFailed("persist")`. In order.
+
+    That is said of the newest record only: one that failed while a later one waits is not worth a word.
+    """
 
     record: TermRecord
 

@@ -25,7 +25,7 @@ import msgspec
 from common.config import NodeConfig
 from common.control import PlannedSwitchover, TermHistory, TimelineEntry
 from common.durable import Disk, atomic_write
-from common.errors import StaleTermError, StoreError
+from common.errors import NoSpaceError, StaleTermError, StoreError
 from common.model import NAME_PATTERN, WorkloadSpec
 from common.pauses import Pauses, joined
 from common.roles import Refusal, TermRecord
@@ -60,7 +60,11 @@ class TermFiles:
         return _read(self._path(workload) / "term.json", TermRecord) or TermRecord()
 
     def record(self, workload: str, record: TermRecord) -> None:
-        """Make a record durable before returning. Raises StaleTermError for what the invariant forbids."""
+        """Make a record durable before returning. Raises StaleTermError for what the invariant forbids.
+
+        When it raises, the file holds what it held before, unless that cannot be written either: this keeper
+        goes on by the old record, and so does the next one.
+        """
         known = self.load(workload)
         if record.term < known.term:
             raise StaleTermError(f"term {record.term} of {workload} is older than {known.term} on disk")
@@ -73,8 +77,24 @@ class TermFiles:
         refusal = self.load_refusal(workload)
         if refusal is not None and record.leader == self._node and known.term < record.term <= refusal.term:
             raise StaleTermError(f"{refusal.by} fenced this node: it leads no term up to {refusal.term}")
-        self._make(self._path(workload))
-        self._write(self._path(workload) / "term.json", record, "term.record")
+        path = self._path(workload) / "term.json"
+        self._make(path.parent)
+        try:
+            self._write(path, record, "term.record")
+        except (StoreError, NoSpaceError):
+            with contextlib.suppress(StoreError, NoSpaceError):
+                self._put_back(path, known, record)
+            raise
+
+    def _put_back(self, path: Path, known: TermRecord, record: TermRecord) -> None:
+        """Undo a write of which it is not known whether it will last."""
+        if known == record or _read(path, TermRecord) != record:
+            return
+        if known.term:
+            self._write(path, known, "term.put-back")
+        else:
+            path.unlink(missing_ok=True)
+            _sync_directory(path.parent)
 
     def try_to_write(self, workload: str) -> None:
         """Write and sync a file of no meaning where terms are recorded: who cannot should go for no term."""

@@ -239,6 +239,7 @@ class Effects:
         self._host: asyncio.Queue[tuple[_HostStep, WorkloadSpec]] = asyncio.Queue()
         self._queued: Counter[_HostStep] = Counter()
         self._disk: asyncio.Queue[tuple[Effect, WorkloadSpec]] = asyncio.Queue()
+        self._records_queued = 0
         self._declared: Effect | None = None
         """The newest declaration that was to be kept, or its removal."""
         self._workers = [tasks.create_task(self._work_on_host()), tasks.create_task(self._work_on_disk())]
@@ -251,6 +252,7 @@ class Effects:
                 self._host.put_nowait((_HOST[type(effect)], spec))
             case PersistTerm() | PersistPauses() | SaveSpec() | SaveHistory() | ForgetFiles():
                 self._disk.put_nowait((effect, spec))
+                self._records_queued += isinstance(effect, PersistTerm)
                 if isinstance(effect, SaveSpec | ForgetFiles):
                     self._declared = effect
             case RunFence():
@@ -298,11 +300,14 @@ class Effects:
             try:
                 await in_thread(self._write, effect, spec)
             except (OutliveError, OSError) as error:
-                self._feed(StepFailed(step=_DISK.get(type(effect), "history"), reason=str(error)))
+                self._records_queued -= isinstance(effect, PersistTerm)
+                if not (isinstance(effect, PersistTerm) and self._records_queued):  # as with the host's steps
+                    self._feed(StepFailed(step=_DISK.get(type(effect), "history"), reason=str(error)))
                 if effect is self._declared:
                     self._begin(self._write_again(effect, spec))
             else:
                 if isinstance(effect, PersistTerm):
+                    self._records_queued -= 1
                     self._feed(TermPersisted(effect.record))
                 elif isinstance(effect, PersistPauses):
                     self._feed(PausesPersisted(effect.pauses))

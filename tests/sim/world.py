@@ -435,7 +435,8 @@ class World:
             if host.boot != boot or host.fences != fences or not host.on or (not same and self.chance(0.5)):
                 return  # the crash came first
             if same and self.chance(self.weather.effect_fails):
-                self.feed(host, StepFailed(step="persist", reason="the disk is full"))
+                if not host.terms_writing:  # else it would be taken for what came of the later one
+                    self.feed(host, StepFailed(step="persist", reason="the disk is full"))
                 return
             self._written(host, record)
             if same and "act-before-persist" not in self.bugs:

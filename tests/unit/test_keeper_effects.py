@@ -11,7 +11,18 @@ import pytest
 from common.errors import NoSpaceError
 from common.fencing import Verdict
 from common.model import WorkloadSpec
-from common.role_events import AddVip, DropVip, Event, FenceResult, RunFence, StepDone
+from common.role_events import (
+    AddVip,
+    DropVip,
+    Event,
+    FenceResult,
+    PersistTerm,
+    RunFence,
+    StepDone,
+    StepFailed,
+    TermPersisted,
+)
+from common.roles import TermRecord
 from common.terms_file import TermFiles
 from outlive import keeper_effects
 from outlive.keeper_effects import Effects, RealHands
@@ -118,3 +129,34 @@ async def test_what_came_of_an_earlier_step_is_not_told_for_a_later_one_of_that_
         effects.close()
     assert hands.done == ["drop_vip", "add_vip", "drop_vip"]
     assert told == [(StepDone(step="add_vip"), 2), (StepDone(step="drop_vip"), 3)]
+
+
+async def test_a_record_that_failed_while_a_later_one_waits_is_not_told_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True, False, True]
+    record = TermFiles.record
+
+    def once_full(self: TermFiles, workload: str, what: TermRecord) -> None:
+        if full.pop(0):
+            raise NoSpaceError("term.record: no space left on device")
+        record(self, workload, what)
+
+    monkeypatch.setattr(TermFiles, "record", once_full)
+    first, second, third = (TermRecord(term=term, leader="b", mark="leads") for term in (1, 2, 3))
+    events: list[Event] = []
+    async with asyncio.TaskGroup() as tasks:
+        effects = Effects(_Hands(), TermFiles(tmp_path, "b"), events.append, tasks)
+        effects.perform(PersistTerm(first), SPEC)
+        effects.perform(PersistTerm(second), SPEC)
+        for _ in range(300):
+            await asyncio.sleep(0.01)
+            if TermPersisted(second) in events and len(full) == 1:
+                effects.perform(PersistTerm(third), SPEC)
+            if len(events) > 1:
+                break
+        effects.close()
+    assert events == [
+        TermPersisted(second),
+        StepFailed(step="persist", reason="term.record: no space left on device"),
+    ]

@@ -30,6 +30,38 @@ class FullDisk(RealDisk):
         raise StoreError(f"{op}: no")
 
 
+class HalfWritten(RealDisk):
+    """Names change on it, and whether that lasts is not known: once, or from then on."""
+
+    def __init__(self, failures: int = 1) -> None:
+        self.failures = failures
+
+    def sync_dir(self, path: Path, *, op: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError(f"{op}: input/output error")
+        super().sync_dir(path, op=op)
+
+
+def test_a_record_that_failed_is_not_found_by_the_next_keeper(tmp_path: Path) -> None:
+    known = TermRecord(term=1, leader="a", mark="yielded", heir="b")
+    TermFiles(tmp_path, "a").record("w", known)
+    files = TermFiles(tmp_path, "a", HalfWritten())
+    with pytest.raises(StoreError):
+        files.record("w", TermRecord(term=2, leader="a", mark="taking_over"))
+    assert TermFiles(tmp_path, "a").load("w") == known, "it would take up a term that was given up"
+    files = TermFiles(tmp_path, "a", HalfWritten())
+    with pytest.raises(StoreError):
+        files.record("v", TermRecord(term=1, leader="a", mark="launching"))
+    assert TermFiles(tmp_path, "a").load("v") == TermRecord()
+
+
+def test_a_record_that_failed_on_a_disk_that_is_gone_is_one_error(tmp_path: Path) -> None:
+    TermFiles(tmp_path, "a").record("w", TermRecord(term=1, leader="a", mark="leads"))
+    with pytest.raises(StoreError, match=r"term\.record"):
+        TermFiles(tmp_path, "a", HalfWritten(9)).record("w", TermRecord(term=2, leader="a", mark="leads"))
+
+
 def test_a_record_is_read_back_by_the_next_keeper(tmp_path: Path) -> None:
     record = TermRecord(term=4, leader="b", mark="leads", boot_id="x", cause="takeover", began_wall_s=1.5)
     TermFiles(tmp_path, "b").record("w", record)
