@@ -97,11 +97,12 @@ def leads_nothing_newer(role: Role, now: Instant) -> tuple[str, ...]:
 
     What they may have claimed of a later one came to nothing, or cannot be recorded: who leads a term has it
     on disk, and says so. Who is about to record it has the key in etcd, which gives it to nobody else then.
+    So it does not matter what they are in that term: to lead it, or to have given it up, is nothing newer.
     """
     return tuple(
         node
         for node, view in role.peers.items()
-        if view.claim in ("following", "acquiring")
+        if view.claim not in (None, "starting")
         and view.term == role.record.term
         and keeper_speaks(role, node, now)
     )

@@ -222,7 +222,7 @@ def test_what_is_frozen_is_not_switched_over() -> None:
     assert "frozen" in answer.message
 
 
-@pytest.mark.parametrize("says", ["following", "acquiring"])  # the latter if it cannot record its term
+@pytest.mark.parametrize("says", ["following", "acquiring", "yielded", "stopped"])
 def test_a_claim_of_another_that_came_to_nothing_is_passed_over_and_one_that_may_not_have_is_not(
     says: Claim,
 ) -> None:
@@ -234,6 +234,9 @@ def test_a_claim_of_another_that_came_to_nothing_is_passed_over_and_one_that_may
     assert claim.unused == ("b",)
     driver.feed(result(claim.attempt, "refused"))
     assert driver.state == "leading"
+    driver.hear("starting", node="b", term=1)
+    assert claims(driver.after(0.05)) == [], "it does not know yet"
+    driver.after(1.0)
     found: list[ClaimTerm] = []
     for _ in range(12):
         driver.hear(says, node="b", term=1)
