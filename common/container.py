@@ -22,8 +22,9 @@ from pathlib import Path
 
 import msgspec
 
+from common.bringing_up import end_bringing_up
 from common.bundle import CRIU_RESTORE_SETTINGS, WorkloadPaths, bind_mounts, runtime_config
-from common.children import end_child
+from common.children import end_child, hangs
 from common.config import NodeConfig
 from common.errors import RestoreError, WorkloadError
 from common.gate import Gate, close_gate, gate_of, is_closed, open_gate
@@ -162,10 +163,13 @@ async def stop_workload(config: NodeConfig, name: str, grace_s: float) -> None:
 async def kill_workload(config: NodeConfig, name: str) -> None:
     """Kill every process of the workload at once, and remove its container. Idempotent.
 
-    Kills by cgroup as well as by PID namespace, so it works whatever state runc's records are in.
+    Kills by cgroup as well as by PID namespace, so it works whatever state runc's records are in; and first,
+    if it is not up yet, whatever brings it up: that may have put nothing into the cgroup so far.
     Raises WorkloadError if something still runs after the deadline: then nobody may take it for dead.
     """
     paths = WorkloadPaths(config, name)
+    if not paths.pid_file.exists():  # conmon writes it once the container is there
+        await end_bringing_up(config, name)
     gate = gate_of(config, name)
     closed = is_closed(gate)
     try:
@@ -306,7 +310,6 @@ async def _prepare(
     if restored is None and surely_missing(spec):
         raise missing_program(spec)
     await kill_workload(config, spec.name)  # remnants of an earlier container of this name
-    _end_shim(paths)
     try:
         for directory in (paths.bundle, paths.rootfs, paths.exit_dir, paths.state):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -326,20 +329,6 @@ async def _prepare(
     except OSError as error:
         raise WorkloadError(f"cannot prepare the container of {spec.name}: {error}") from error
     return paths
-
-
-def _end_shim(paths: WorkloadPaths) -> None:
-    """Kill a conmon, and the runc that it started, that an interrupted start or restore left at work."""
-    try:
-        pid = int(paths.shim_pid_file.read_text())
-        if Path(f"/proc/{pid}/comm").read_text().strip() != "conmon":
-            return
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (OSError, ValueError):
-        return
-    for each in (pid, *map(int, children)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
 
 
 def _write_incarnation(paths: WorkloadPaths, run: Incarnation) -> None:
@@ -440,6 +429,9 @@ def _which(program: str) -> str:
 async def _runc(
     config: NodeConfig, arguments: Sequence[str], *, timeout_s: float, check: bool = True
 ) -> None:
+    kind = f"runc {' '.join(arguments)}"
+    if hangs(kind):
+        raise WorkloadError(f"an earlier {kind} was killed, and has not ended yet")
     try:
         process = await asyncio.create_subprocess_exec(
             _which(config.node.runc),
@@ -457,7 +449,7 @@ async def _runc(
         async with asyncio.timeout(timeout_s):
             _, stderr = await process.communicate()
     except TimeoutError:
-        await end_child(process, f"runc {arguments[0]}")
+        await end_child(process, kind)
         raise WorkloadError(f"runc {arguments[0]} did not answer within {timeout_s:.0f} s") from None
     if check and process.returncode != 0:
         raise WorkloadError(f"runc {' '.join(arguments)} failed: {stderr.decode(errors='replace').strip()}")

@@ -20,33 +20,29 @@ The price: what else this node leads is unprotected until its service manager ha
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.addresses import Vip, drop_vip, holds_vip
-from common.bundle import WorkloadPaths
+from common.bringing_up import bringing_up, end_bringing_up
 from common.config import NodeConfig
 from common.container import kill_workload, workload_pids
-from common.errors import OutliveError, WorkloadError
+from common.errors import OutliveError
 from common.events import Event, EventLog, event_file
 from common.fence_request import FenceAnswer, FenceRequest
 from common.model import WorkloadSpec
+from common.processes import end, holders, matching
 from common.roles import Refusal
 from common.state_format import check_state_format
 from common.terms_file import TermFiles
 from common.threads import in_thread
 from outlive import lease_guard
-from outlive.processes import end, holders, matching
 
 _END_S = 5.0
 """How long a killed process may take to be gone."""
-_LOOKS, _LOOK_PAUSE_S = 2, 0.02
-"""Nothing brings the workload up any more if that many looks in a row find nobody who does: a process that is
-just becoming another program shows no command line."""
 
 
 async def accept_fence(config: NodeConfig, request: FenceRequest, *, dry_run: bool = False) -> FenceAnswer:
@@ -141,7 +137,7 @@ async def _carry_out(
     for name in fenced:
         for vip in _vips(config, files, name):
             await drop_vip(vip)
-        await _end_bringing_up(config, name)
+        await end_bringing_up(config, name)
         await kill_workload(config, name)
     for name, term in fenced.items():
         if problem := await _still_there(config, files, name, term):
@@ -160,35 +156,12 @@ def _end_holders(path: str, with_children: bool) -> None:
         end(pid, _END_S, with_children, spare=guards)
 
 
-async def _end_bringing_up(config: NodeConfig, name: str) -> None:
-    """End conmon and runc of the workload, whose parent is gone. Raises WorkloadError if they stay."""
-    until_s = time.monotonic() + _END_S
-    looks = 0
-    while looks < _LOOKS:
-        pids = await in_thread(_bringing_up, config, name)
-        looks = 0 if pids else looks + 1
-        for pid in pids:
-            await in_thread(end, pid, _END_S)
-        if time.monotonic() > until_s:
-            raise WorkloadError(f"something keeps bringing {name} up: processes {pids}")
-        await asyncio.sleep(_LOOK_PAUSE_S)
-
-
-def _bringing_up(config: NodeConfig, name: str) -> list[int]:
-    bundle, root = str(WorkloadPaths(config, name).bundle), str(config.runc_root)
-
-    def is_its(words: Sequence[str]) -> bool:
-        return bundle in words or (root in words and name in words)
-
-    return matching(is_its)
-
-
 async def _still_there(config: NodeConfig, files: TermFiles, name: str, term: int) -> str:
     """Read back: return what is not as it should be, or nothing."""
     refusal = await in_thread(files.load_refusal, name)
     if refusal is None or refusal.term < term:
         return f"the refusal of {name} in term {term} is not on disk"
-    if pids := workload_pids(config, name) or _bringing_up(config, name):
+    if pids := workload_pids(config, name) or bringing_up(config, name):
         return f"processes of {name} are still there: {pids}"
     for vip in _vips(config, files, name):
         if await holds_vip(vip):

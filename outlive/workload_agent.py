@@ -365,6 +365,7 @@ class WorkloadAgent:
         """End what runs here and is not to."""
         name = self.spec.name
         if running_init_pid(self._config, name) is None:
+            await kill_workload(self._config, name)  # an agent before this one may have begun to bring it up
             return f"{name} does not run here"
         if order.role == "idle":
             await stop_workload(self._config, name, _STOP_GRACE_S)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from common.bringing_up import bringing_up
 from common.bundle import WorkloadPaths
 from common.config import Node, NodeConfig
 from common.container import (
@@ -286,20 +287,28 @@ async def test_limits_stand_in_the_workloads_cgroup(place: Place) -> None:
     assert {b"50000", b"50000 100000"} & set(cpu)
 
 
+_STARTER = """
+import asyncio, sys, msgspec
+from common.config import NodeConfig
+from common.container import start_workload
+from common.model import WorkloadSpec
+config = msgspec.json.decode(sys.argv[1], type=NodeConfig)
+spec = msgspec.json.decode(sys.argv[2], type=WorkloadSpec)
+print(asyncio.run(start_workload(config, spec)))
+"""
+
+
+async def started_by_another(config: NodeConfig, spec: WorkloadSpec) -> asyncio.subprocess.Process:
+    """Have a process of its own start the workload; it prints the PID."""
+    arguments = [msgspec.json.encode(value).decode() for value in (config, spec)]
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _STARTER, *arguments), stdout=asyncio.subprocess.PIPE, cwd=REPOSITORY
+    )
+
+
 async def test_a_workload_and_its_log_outlive_the_process_that_started_it(place: Place) -> None:
     spec = WorkloadSpec(name=NAME, nodes=("n0",), command=python(_COUNTER))
-    code = (
-        "import asyncio, sys, msgspec\n"
-        "from common.config import NodeConfig\nfrom common.container import start_workload\n"
-        "from common.model import WorkloadSpec\n"
-        "config = msgspec.json.decode(sys.argv[1], type=NodeConfig)\n"
-        "spec = msgspec.json.decode(sys.argv[2], type=WorkloadSpec)\n"
-        "print(asyncio.run(start_workload(config, spec)))"
-    )
-    arguments = [msgspec.json.encode(value).decode() for value in (place.config, spec)]
-    starter = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", code, *arguments), stdout=asyncio.subprocess.PIPE, cwd=REPOSITORY
-    )
+    starter = await started_by_another(place.config, spec)
     output, _ = await starter.communicate()
     assert starter.returncode == 0
     assert place.pid == int(output)
@@ -357,6 +366,42 @@ async def test_a_kill_leaves_nothing_of_a_tree_that_forks_and_ignores_signals(pl
     assert place.pid is None
     await place.nothing_remains()
     await kill_workload(place.config, NAME)  # harmless when repeated
+
+
+async def test_a_kill_ends_what_is_being_brought_up_though_nothing_is_in_the_cgroup_yet(
+    place: Place, tmp_path: Path
+) -> None:
+    """Its starter is dead, and the disk with runc on it is slow: nobody else would end it any more."""
+    slow = tmp_path / "runc"
+    slow.write_text('#!/bin/sh\nsleep 1\nexec runc "$@"\n')
+    slow.chmod(0o755)
+    config = msgspec.structs.replace(
+        place.config, node=msgspec.structs.replace(place.config.node, runc=str(slow))
+    )
+    starter = await started_by_another(
+        config, WorkloadSpec(name=NAME, nodes=("n0",), command=python(_COUNTER))
+    )
+    await soon(place.paths.shim_pid_file.exists, "conmon is at work")
+    starter.kill()
+    await starter.wait()
+    assert workload_pids(place.config, NAME) == []
+    await kill_workload(place.config, NAME)
+    assert bringing_up(place.config, NAME) == []
+    await asyncio.sleep(1.5)
+    assert (workload_pids(place.config, NAME), place.pid) == ([], None)
+
+
+async def test_a_start_harms_no_other_workload_whose_shim_has_got_the_number_of_an_earlier_one(
+    places: list[Place],
+) -> None:
+    await places[0].start(("/bin/sleep", "1000"))
+    shim = places[0].paths.shim_pid_file.read_text()
+    places[1].paths.bundle.mkdir(parents=True)
+    places[1].paths.shim_pid_file.write_text(shim)
+    await places[1].start(("/bin/sleep", "1000"))
+    assert places[0].pid is not None
+    assert places[1].pid is not None
+    assert int(shim) in bringing_up(places[0].config, NAME)
 
 
 async def test_a_kill_ends_a_frozen_workload_too(place: Place) -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from common.container import running_init_pid, workload_pids
 from common.model import HealthCheck, WorkloadSpec
+from common.processes import holders, matching
 from common.terms_file import TermFiles
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.lab import Lab
-from outlive.processes import holders, matching
 from tests.system.clusters import NAME, PORT, REDIS, Protected
 from tests.system.ssh_hosts import SshHost, fence_block, privilege_separation
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from outlive.processes import end, holders, matching
+from common.processes import end, holders, matching
 
 HOLDER = """
 import socket, subprocess, sys
