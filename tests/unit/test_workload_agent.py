@@ -499,7 +499,7 @@ async def test_a_restore_that_its_keeper_has_killed_does_not_go_on_with_the_epoc
     scene.agent.obey(order(1, "lead", "restore"))
     await until(lambda: scene.containers.done)
     await scene.obeyed(order(2, "follow", term=2))
-    assert scene.containers.done == ["restore t1-e2 of /epochs/2"]
+    assert scene.containers.done == ["restore t1-e2 of /epochs/2", "kill"]
     assert scene.containers.pid is None
 
 
@@ -575,10 +575,14 @@ async def test_who_does_not_lead_kills_what_runs_and_stops_capturing_first(scene
 
 
 @pytest.mark.parametrize("role", ["follow", "idle"])
-async def test_who_does_not_lead_kills_nothing_where_nothing_runs(scene: Scene, role: str) -> None:
+async def test_who_does_not_lead_ends_what_may_be_on_its_way_where_nothing_runs(
+    scene: Scene, role: str
+) -> None:
+    """An agent that died may have left a restore at work, of which nothing is to be seen yet."""
     await scene.obeyed(order(1, role))
-    assert scene.containers.done == []
+    assert scene.containers.done == ["kill"]
     assert scene.agent.report().order_done == 1
+    assert Event.WORKLOAD_KILLED not in [each[0] for each in scene.events()]
 
 
 async def test_a_restarted_agent_kills_what_it_finds_running_if_it_is_to_follow(scene: Scene) -> None:
