@@ -192,11 +192,25 @@ async def announce(vip: Vip, *, repeats: int = ANNOUNCE_REPEATS, pause_s: float 
 
 
 async def _prefix_lengths(vip: Vip) -> tuple[int, ...]:
-    """Return the prefix lengths with which the interface carries the address; none if it does not."""
+    """Return the prefix lengths with which the interface carries the address; none if it does not.
+
+    An interface that is gone has taken its addresses with it: a host that has lost its network can give its
+    workloads up all the same.
+    """
+    if not _exists(vip.interface) and is_local(str(vip.address.ip)) is False:
+        return ()
     only = f"{vip.address.ip}/{vip.address.max_prefixlen}"
     links = json.loads(await _run("ip", "-j", "address", "show", "dev", vip.interface, "to", only) or "[]")
     # `ip` prints an empty object for each address that the filter left out.
     return tuple(found["prefixlen"] for link in links for found in link.get("addr_info", ()) if found)
+
+
+def _exists(interface: str) -> bool:
+    try:
+        socket.if_nametoindex(interface)
+    except OSError:
+        return False
+    return True
 
 
 def _promote_secondaries(vip: Vip) -> None:
@@ -206,7 +220,7 @@ def _promote_secondaries(vip: Vip) -> None:
     it unless the interface promotes them (Documentation/networking/ip-sysctl.rst).
     """
     setting = Path(f"/proc/sys/net/ipv4/conf/{vip.interface}/promote_secondaries")
-    if vip.address.version == 6 or "/" in vip.interface:
+    if vip.address.version == 6 or "/" in vip.interface or not _exists(vip.interface):
         return
     try:
         if setting.read_text().strip() == "0":

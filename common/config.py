@@ -522,6 +522,11 @@ def _health_problems(health: HealthCheck) -> Iterator[str]:
         yield "health: give exactly one of tcp, http and command"
     if health.tcp is not None and not _is_port(health.tcp):
         yield f"health.tcp {health.tcp} is not a TCP port: between 1 and 65535"
+    if health.http is not None:
+        try:
+            health.http_target()
+        except ValueError as error:
+            yield f"health.http: {error}: `:8080/health`, asked for at the workload's own address"
     if health.command is not None:
         yield from _command_problems("health.command", health.command, on_node=True)
     if not 1 <= health.timeout_ms <= health.grace_ms:

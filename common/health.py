@@ -31,12 +31,14 @@ async def check_once(check: HealthCheck, address: str) -> str:
             if check.tcp is not None:
                 return await _tcp(address, check.tcp)
             if check.http is not None:
-                return await _http(address, check.http)
+                return await _http(address, *check.http_target())
             return await _command(check.command or ())
     except TimeoutError:
         return f"no answer within {check.timeout_ms} ms"
     except OSError as error:
         return error.strerror or str(error)
+    except (ValueError, RuntimeError) as error:  # what cannot be asked, or no thread to ask with
+        return str(error)
 
 
 async def wait_healthy(check: HealthCheck, address: str) -> str:
@@ -55,13 +57,12 @@ async def _tcp(address: str, port: int) -> str:
     return ""
 
 
-async def _http(address: str, target: str) -> str:
-    """`target` is `:PORT/PATH`; every 2xx and 3xx status is healthy."""
-    port, slash, path = target.removeprefix(":").partition("/")
+async def _http(address: str, port: int, path: str) -> str:
+    """Every 2xx and 3xx status is healthy."""
     host = f"[{address}]" if ":" in address else address
-    reader, writer = await asyncio.open_connection(address, int(port or 80), limit=_LINE_BYTES)
+    reader, writer = await asyncio.open_connection(address, port, limit=_LINE_BYTES)
     try:
-        writer.write(f"GET {slash}{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         await writer.drain()
         line = (await reader.readline()).decode("latin-1").strip()
     except ValueError:

@@ -41,6 +41,9 @@ class EpochId(msgspec.Struct, frozen=True, order=True, array_like=True):
         return cls(int(match[1]), int(match[2]))
 
 
+_HTTP_TARGET = re.compile(r"(?::([0-9]{1,5}))?(/[\x21-\x7e]*)?")
+
+
 class HealthCheck(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to tell that a workload serves: exactly one of `tcp`, `http` and `command`.
 
@@ -56,6 +59,14 @@ class HealthCheck(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """One attempt's deadline."""
     grace_ms: int = 10_000
     """How long a restored workload may take to pass for the first time."""
+
+    def http_target(self) -> tuple[int, str]:
+        """Return port and path of `http`, either of which may be missing: 80, `/`. Raises ValueError."""
+        found = _HTTP_TARGET.fullmatch(self.http or "")
+        port = int(found[1] or 80) if found else 0
+        if found is None or not 0 < port < 1 << 16:
+            raise ValueError(f"{self.http!r} is not of the form :PORT/PATH")
+        return port, found[2] or "/"
 
 
 class FilePath(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

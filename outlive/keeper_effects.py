@@ -8,6 +8,7 @@ one after the other, as are those that change the disk; a fence and a health che
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, Protocol
@@ -47,6 +48,8 @@ from common.role_events import (
 from common.roles import Clean, Step
 from common.terms_file import TermFiles
 from common.threads import in_thread
+
+log = logging.getLogger(__name__)
 
 Feed = Callable[[Event], None]
 
@@ -213,6 +216,14 @@ _TRY_TO_WRITE_S = 2.0
 _WRITE_AGAIN_S = 2.0
 
 
+def _told(error: Exception) -> str:
+    """Return what went wrong, for a person; what nobody foresaw goes to the log with its traceback."""
+    if isinstance(error, OutliveError | OSError | ValueError):
+        return str(error)
+    log.exception("effect.failed")
+    return f"a defect in Outlive, or its host: {error!r}"
+
+
 class Effects:
     """Carries out one workload's effects; what came of them goes to `feed`, in the event loop."""
 
@@ -288,8 +299,8 @@ class Effects:
                     raise WorkloadError(f"not while the lease is in doubt: {reason}")
                 await acts[step](spec)
                 came_of_it: StepDone | StepFailed = StepDone(step=step)
-            except (OutliveError, OSError, ValueError) as error:
-                came_of_it = StepFailed(step=step, reason=str(error))
+            except Exception as error:  # whatever it is: other workloads have this keeper too
+                came_of_it = StepFailed(step=step, reason=_told(error))
             self._queued[step] -= 1
             if not self._queued[step]:  # else it would be taken for what came of the later one
                 self._feed(came_of_it)
@@ -299,10 +310,10 @@ class Effects:
             effect, spec = await self._disk.get()
             try:
                 await in_thread(self._write, effect, spec)
-            except (OutliveError, OSError) as error:
+            except Exception as error:
                 self._records_queued -= isinstance(effect, PersistTerm)
                 if not (isinstance(effect, PersistTerm) and self._records_queued):  # as with the host's steps
-                    self._feed(StepFailed(step=_DISK.get(type(effect), "history"), reason=str(error)))
+                    self._feed(StepFailed(step=_DISK.get(type(effect), "history"), reason=_told(error)))
                 if effect is self._declared:
                     self._begin(self._write_again(effect, spec))
             else:
@@ -344,8 +355,8 @@ class Effects:
     async def _try_to_write(self, name: str) -> str:
         try:
             await in_thread(self._files.try_to_write, name)
-        except (OutliveError, OSError) as error:
-            return str(error)
+        except Exception as error:
+            return _told(error)
         return ""
 
     async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
@@ -354,7 +365,10 @@ class Effects:
         elif not self._is_pending(asked.attempt):
             return
         else:
-            verdict = await self._hands.fence(asked, spec.name)
+            try:
+                verdict = await self._hands.fence(asked, spec.name)
+            except Exception as error:
+                verdict = Verdict(outcome="unknown", reason=_told(error))
         self._feed(
             FenceResult(
                 node=asked.node, attempt=asked.attempt, outcome=verdict.outcome, reason=verdict.reason
@@ -362,5 +376,8 @@ class Effects:
         )
 
     async def _check_health(self, spec: WorkloadSpec) -> None:
-        wrong = await self._hands.health(spec)
+        try:
+            wrong = await self._hands.health(spec)
+        except Exception as error:
+            wrong = _told(error)
         self._feed(StepFailed(step="health", reason=wrong) if wrong else StepDone(step="health"))

@@ -88,3 +88,14 @@ async def test_a_program_that_hangs_is_killed_at_the_deadline(monkeypatch: pytes
 async def test_a_failing_program_is_quoted() -> None:
     with pytest.raises(WorkloadError, match=r"`ls /nonexistent-directory` failed: .*No such file"):
         await addresses._run("ls", "/nonexistent-directory")
+
+
+async def test_an_interface_that_is_gone_has_taken_its_addresses_with_it() -> None:
+    gone = Vip.parse("198.51.100.77/32", "no-such-link")
+    assert not await addresses.holds_vip(gone)
+    await addresses.drop_vip(gone)
+
+
+async def test_an_address_that_is_here_on_another_interface_is_not_taken_for_dropped() -> None:
+    with pytest.raises(WorkloadError, match="no-such-link"):
+        await addresses.drop_vip(Vip.parse("127.0.0.1/8", "no-such-link"))

@@ -209,6 +209,12 @@ def test_what_cannot_be_read_is_a_config_error(tmp_path: Path, content: bytes) -
         (NODE + WORKLOAD + 'user = "root"\n', "user must be numeric"),
         (NODE + WORKLOAD + 'vip = "10.0.0.9"\n', "prefix length"),
         (NODE + WORKLOAD + "health = {}\n", "exactly one"),
+        (
+            NODE + WORKLOAD + 'health = { http = "localhost:80/" }\n',
+            "'localhost:80/' is not of the form :PORT",
+        ),
+        (NODE + WORKLOAD + 'health = { http = ":99999/" }\n', "':99999/' is not of the form :PORT"),
+        (NODE + WORKLOAD + 'health = { http = ":80/a b" }\n', "is not of the form :PORT/PATH"),
         (NODE + WORKLOAD + 'health = { tcp = 1, http = ":1/" }\n', "exactly one"),
         (NODE + WORKLOAD + "epoch_interval_ms = 1\n", "epoch_interval_ms"),
         (NODE + WORKLOAD + "freeze_deadline_ms = 1\n", "freeze_deadline_ms"),

@@ -48,6 +48,19 @@ async def test_http_is_healthy_by_its_status(answer: bytes, healthy: bool) -> No
     assert (wrong == "") is healthy
 
 
+@pytest.mark.parametrize(
+    ("http", "target"),
+    [(":8080/h", (8080, "/h")), (":8080", (8080, "/")), ("/h", (80, "/h")), ("", (80, "/"))],
+)
+def test_a_port_or_a_path_may_be_missing(http: str, target: tuple[int, str]) -> None:
+    assert HealthCheck(http=http).http_target() == target
+
+
+@pytest.mark.parametrize("http", ["localhost:8080/h", ":99999/", ":0/", ":80/a b", ":80/\r\nX: y", ":/x"])
+async def test_a_target_that_is_none_is_not_healthy_and_raises_nothing(http: str) -> None:
+    assert "is not of the form :PORT/PATH" in await check_once(HealthCheck(http=http), "127.0.0.1")
+
+
 async def test_a_command_is_healthy_if_it_exits_with_0() -> None:
     assert await check_once(HealthCheck(command=("true",)), "") == ""
     assert "exited with 1" in await check_once(HealthCheck(command=("false",)), "")

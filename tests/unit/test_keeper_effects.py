@@ -13,6 +13,7 @@ from common.fencing import Verdict
 from common.model import WorkloadSpec
 from common.role_events import (
     AddVip,
+    CheckHealth,
     DropVip,
     Event,
     FenceResult,
@@ -160,3 +161,40 @@ async def test_a_record_that_failed_while_a_later_one_waits_is_not_told_for_that
         TermPersisted(second),
         StepFailed(step="persist", reason="term.record: no space left on device"),
     ]
+
+
+class _BrokenHands(_Hands):
+    """Nothing that it does ends as anybody foresaw."""
+
+    async def drop_vip(self, spec: WorkloadSpec) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def fence(self, asked: RunFence, workload: str) -> Verdict:
+        raise RuntimeError("can't start new thread")
+
+    async def health(self, spec: WorkloadSpec) -> str:
+        raise OverflowError("port must be 0-65535")
+
+
+async def test_what_nobody_foresaw_is_a_failure_of_one_workload_and_not_of_its_keeper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(self: TermFiles, workload: str, what: TermRecord) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(TermFiles, "record", record)
+    events: list[Event] = []
+    async with asyncio.TaskGroup() as tasks:
+        effects = Effects(_BrokenHands(), TermFiles(tmp_path, "b"), events.append, tasks)
+        for effect in (DropVip(), PersistTerm(TermRecord(term=1)), CheckHealth(), FENCE):
+            effects.perform(effect, SPEC)
+        for _ in range(300):
+            await asyncio.sleep(0.01)
+            if len(events) == 4:
+                break
+        effects.close()
+    failed = {each.step: each.reason for each in events if isinstance(each, StepFailed)}
+    assert failed.keys() == {"drop_vip", "persist", "health"}
+    assert all(why.startswith("a defect in Outlive, or its host") for why in failed.values())
+    (verdict,) = [each for each in events if isinstance(each, FenceResult)]
+    assert verdict.outcome == "unknown"
