@@ -137,7 +137,8 @@ async def test_an_address_is_dropped_whatever_its_prefix_length(lab: Lab) -> Non
 
 async def test_a_wrong_interface_is_named_with_what_to_do(lab: Lab) -> None:
     bad = "Vip.parse('10.99.0.101', 'nope')"
-    for call in (f"add_vip({bad})", f"holds_vip({bad})", f"announce({bad})"):
+    assert await on(lab.hosts["b"], Lab.vip(), f"holds_vip({bad})") == ["False"]
+    for call in (f"add_vip({bad})", f"announce({bad})"):
         said = await on(lab.hosts["b"], Lab.vip(), call, check=False)
         assert "WorkloadError" in said[-1]
         assert "interface" in said[-1]
