@@ -9,8 +9,9 @@
 
 In: records. Out: the same, after any crash. Invariants: a term on disk is never lowered, and its leader
 changes only from nobody, or from this node to another (when it gives way); a fence on disk is never lowered
-either, and no right to a term up to it is recorded any more. A fence stands in a file of its own, so that a
-keeper that hangs while the node is fenced cannot write over it. Blocking: call it in a thread.
+either, and no right to a term up to it is recorded any more, nor anything that is done in one. A fence stands
+in a file of its own, so that a keeper that hangs while the node is fenced cannot write over it. Blocking:
+call it in a thread.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from common.durable import Disk, atomic_write
 from common.errors import NoSpaceError, StaleTermError, StoreError
 from common.model import NAME_PATTERN, WorkloadSpec
 from common.pauses import Pauses, joined
-from common.roles import Refusal, TermRecord
+from common.roles import Mark, Refusal, TermRecord
 
 HISTORY_TERMS = 50
 """Terms that history keeps for each workload."""
+
+_LEADS: frozenset[Mark] = frozenset({"launching", "taking_over", "leads"})
 
 _T = TypeVar("_T")
 
@@ -75,7 +78,8 @@ class TermFiles:
         if record.term == known.term and known.term > 0 and not same_leader:
             raise StaleTermError(f"term {record.term} of {workload} is led by {known.leader}")
         refusal = self.load_refusal(workload)
-        if refusal is not None and record.leader == self._node and known.term < record.term <= refusal.term:
+        leads = record.leader == self._node and (known.term < record.term or record.mark in _LEADS)
+        if refusal is not None and leads and record.term <= refusal.term:
             raise StaleTermError(f"{refusal.by} fenced this node: it leads no term up to {refusal.term}")
         path = self._path(workload) / "term.json"
         self._make(path.parent)

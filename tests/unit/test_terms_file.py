@@ -17,7 +17,7 @@ from common.durable import RealDisk
 from common.errors import StaleTermError, StoreError
 from common.model import EpochId, WorkloadSpec
 from common.pauses import with_pause, without_pauses
-from common.roles import Mark, TermRecord
+from common.roles import Mark, Refusal, TermRecord
 from common.terms_file import HISTORY_TERMS, TermFiles, known_workloads, look_up
 
 SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
@@ -264,3 +264,21 @@ def test_a_third_node_follows_the_leader_of_a_term_whom_the_other_one_follows(tm
     with pytest.raises(StaleTermError):
         files.record("w", TermRecord(term=6, leader="c", mark="leads"))
     assert files.load("w").leader == "b"
+
+
+def test_a_fenced_node_records_nothing_more_that_it_does_in_that_term_but_that_it_does_nothing(
+    tmp_path: Path,
+) -> None:
+    """Its keeper may have outlived the fence, if that was by another configuration than the keeper's."""
+    files = TermFiles(tmp_path, "a")
+    led = TermRecord(term=3, leader="a", mark="leads", boot_id="x")
+    files.record("w", led)
+    files.record_refusal("w", Refusal(term=4, by="b", at_wall_s=1.0))
+    for mark in ("launching", "taking_over", "leads"):
+        with pytest.raises(StaleTermError, match="b fenced this node"):
+            files.record("w", replace(led, mark=mark))
+    with pytest.raises(StaleTermError, match="b fenced this node"):
+        files.record("w", replace(led, term=4))
+    files.record("w", replace(led, mark="stopped"))
+    files.record("w", replace(led, mark="yielded"))
+    files.record("w", replace(led, term=5, mark="launching"))
