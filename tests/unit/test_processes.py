@@ -19,6 +19,8 @@ held = socket.socket(socket.AF_UNIX)
 held.bind(sys.argv[1])
 held.listen()
 child = subprocess.Popen(["sleep", "61"])
+while "sleep" not in open(f"/proc/{child.pid}/cmdline").read():  # it is just becoming that
+    pass
 print(child.pid, flush=True)
 child.wait()
 """
