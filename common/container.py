@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,10 +31,12 @@ from common.gate import Gate, close_gate, gate_of, is_closed, open_gate
 from common.model import EpochId, WorkloadSpec
 from common.program import missing_program, runc_misses_program, surely_missing
 from common.scheduling import cpu_home
+from common.threads import in_daemon_thread
 
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 300.0
 _KILL_TIMEOUT_S = 10.0
+_STORAGE_TIMEOUT_S = 20.0
 _ENTER_ROUNDS = 20
 """What forks while it is moved leaves a child behind, which is moved in the next round."""
 _RUNTIME_UMASK = 0o022
@@ -298,6 +300,24 @@ async def _prepare(
     if (pid := running_init_pid(config, spec.name)) is not None:
         raise WorkloadError(f"{spec.name} runs already (PID {pid})")
     paths = WorkloadPaths(config, spec.name)
+    await _on_storage(spec.name, _look_at_root, spec, restored is None)
+    await kill_workload(config, spec.name)  # remnants of an earlier container of this name
+    try:
+        for directory in (paths.bundle, paths.rootfs, paths.exit_dir, paths.state):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (paths.exit_dir / spec.name).unlink(missing_ok=True)
+        await _on_storage(spec.name, _make_sources, spec, paths)
+        (paths.bundle / "shm").chmod(0o1777)
+        paths.criu_settings.write_text(CRIU_RESTORE_SETTINGS)
+        (paths.bundle / "config.json").write_text(json.dumps(runtime_config(spec, paths), indent=1))
+        paths.shim_pid_file.unlink(missing_ok=True)
+        _write_incarnation(paths, Incarnation(id=uuid.uuid4().hex, restored=restored, order=order))
+    except OSError as error:
+        raise WorkloadError(f"cannot prepare the container of {spec.name}: {error}") from error
+    return paths
+
+
+def _look_at_root(spec: WorkloadSpec, starts: bool) -> None:
     inside = Path(spec.working_directory)
     declared = any(inside.is_relative_to(item.path) for item in spec.files)
     if (
@@ -307,28 +327,31 @@ async def _prepare(
             f"the working directory {inside} of {spec.name} does not exist below {spec.root}",
             hint="make it on every node, or declare it under `files`",
         )
-    if restored is None and surely_missing(spec):
+    if starts and surely_missing(spec):
         raise missing_program(spec)
-    await kill_workload(config, spec.name)  # remnants of an earlier container of this name
-    try:
-        for directory in (paths.bundle, paths.rootfs, paths.exit_dir, paths.state):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (paths.exit_dir / spec.name).unlink(missing_ok=True)
-        uid, _, gid = spec.user.partition(":")
-        for mount in bind_mounts(spec, paths):
-            source = Path(mount.source)
-            if not source.exists():
-                source.mkdir(mode=0o755, parents=True)
-                source.chmod(0o755)  # a workload may have several users
-                os.chown(source, int(uid), int(gid or uid))
-        (paths.bundle / "shm").chmod(0o1777)
-        paths.criu_settings.write_text(CRIU_RESTORE_SETTINGS)
-        (paths.bundle / "config.json").write_text(json.dumps(runtime_config(spec, paths), indent=1))
-        paths.shim_pid_file.unlink(missing_ok=True)
-        _write_incarnation(paths, Incarnation(id=uuid.uuid4().hex, restored=restored, order=order))
-    except OSError as error:
-        raise WorkloadError(f"cannot prepare the container of {spec.name}: {error}") from error
-    return paths
+
+
+def _make_sources(spec: WorkloadSpec, paths: WorkloadPaths) -> None:
+    uid, _, gid = spec.user.partition(":")
+    for mount in bind_mounts(spec, paths):
+        source = Path(mount.source)
+        if not source.exists():
+            source.mkdir(mode=0o755, parents=True)
+            source.chmod(0o755)  # a workload may have several users
+            os.chown(source, int(uid), int(gid or uid))
+
+
+async def _on_storage(name: str, work: Callable[..., None], *arguments: object) -> None:
+    """Do what touches the workload's own storage. Raises WorkloadError if that hangs, and what it raises."""
+    doing = in_daemon_thread(work, *arguments)
+    await asyncio.wait({doing}, timeout=_STORAGE_TIMEOUT_S)
+    if not doing.done():
+        doing.cancel()
+        raise WorkloadError(
+            f"the storage that {name} needs has not answered within {_STORAGE_TIMEOUT_S:.0f} s",
+            hint="its root, or a directory under `files`, is on storage that hangs",
+        )
+    doing.result()
 
 
 def _write_incarnation(paths: WorkloadPaths, run: Incarnation) -> None:

@@ -7,10 +7,42 @@ cancelled, while its thread goes on with files and buffers that the caller then 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
+
+
+def in_daemon_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    """Run `function(*arguments)` in a thread of its own, and return the future of what comes of it.
+
+    For what may never return, such as a look at a file of a server that is gone: it holds up neither a pool's
+    other work nor the end of the process. To cancel the future does not end the thread.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def tell(value: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast("T", value))
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function(*arguments)
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, value, error)
+
+    threading.Thread(target=work, name=getattr(function, "__name__", ""), daemon=True).start()
+    return future
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:

@@ -21,6 +21,10 @@ from replica.store import EpochStore
 
 log = structlog.get_logger(__name__)
 
+_JUDGED_WITHIN_S = 1.0
+"""Whether what is stored could be restored is known by then, or later: storage that hangs for one workload is
+no reason to keep the others, and their orders, waiting."""
+
 MakeWorkload = Callable[[WorkloadSpec, EpochStore], WorkloadAgent]
 
 
@@ -32,6 +36,7 @@ class HeldWorkloads:
         self._make = make
         self._held: dict[str, WorkloadAgent] = {}
         self._opening = asyncio.Lock()
+        self._judging: set[asyncio.Future[tuple[bool, tuple[str, ...]]]] = set()
         self._ceiling = Ceiling(config.store_dir, config.store.max_bytes)
 
     def __getitem__(self, name: str) -> WorkloadAgent:
@@ -59,7 +64,10 @@ class HeldWorkloads:
                 held.learned = learned
                 newest = store.newest
                 if newest is not None and held.follows:
-                    await held.judge(newest)
+                    judging = asyncio.ensure_future(held.judge(newest))
+                    self._judging.add(judging)
+                    judging.add_done_callback(self._judging.discard)
+                    await asyncio.wait({judging}, timeout=_JUDGED_WITHIN_S)
             return held
 
     async def drop_unwanted(self, ordered: Collection[str]) -> None:

@@ -33,6 +33,7 @@ from common.criu.rpc import spawn
 from common.errors import OutliveError
 from common.model import FilePath, WorkloadSpec
 from common.origin import Origin, obstacles, read_origin
+from common.threads import in_daemon_thread
 from replica.buildid import BuildIds
 from replica.needs import NeededFile, Needs, borrowed_huge_pages, fingerprint, read_needs
 from replica.ports import obstacle_to_name, obstacle_to_socket
@@ -40,6 +41,14 @@ from replica.rootview import RootView
 
 _CRIU_ANSWER_VALID_S = 60.0
 """How long criu's version is believed before it is asked again: it may be upgraded under us."""
+
+_PATIENCE_S = 5.0
+"""A look at files, ports and programs takes milliseconds; one that takes this long waits for storage."""
+
+_OVERDUE = (
+    f"a look at this node's files has not come back within {_PATIENCE_S:g} s: does storage hang that the "
+    "workload's root, or its shared files, are on? A restore would hang as well"
+)
 
 _RESTORE_OVERHEAD_BYTES = 64 * 1024 * 1024
 """Room for criu, runc and page tables beside the workload's own memory."""
@@ -67,17 +76,42 @@ class Readiness:
         self._build_ids = BuildIds()
         self._here: Origin | None = None
         self._asked_s = 0.0
+        self._looks: dict[str, asyncio.Future[list[str]]] = {}
+        """Looks at the node on behalf of a workload that have not come back, one each."""
+        self._overdue: set[str] = set()
 
     async def check(self, spec: WorkloadSpec, images: Path, memory_bytes: int) -> ReadinessVerdict:
         """Judge the epoch in the directory `images`, whose pages take `memory_bytes`.
 
         Never raises for what is wrong with epoch or node: that is a reason. Not to be called while the
-        workload is being restored or runs here: its own ports would count as taken.
+        workload is being restored or runs here: its own ports would count as taken. Returns within seconds,
+        though storage may hang: until an overdue look has come back, there is no other one, and no.
         """
         reasons: list[str] = []
         here = await self._ask_criu(reasons)
-        reasons += await asyncio.to_thread(self._check, spec, images, memory_bytes, here)
+        while (earlier := self._looks.get(spec.name)) is not None:
+            if not await self._came_back(spec.name, earlier):
+                return ReadinessVerdict(False, (_OVERDUE,))
+        look = self._looks[spec.name] = in_daemon_thread(self._check, spec, images, memory_bytes, here)
+        look.add_done_callback(lambda done: self._ended(spec.name, done))
+        if not await self._came_back(spec.name, look):
+            return ReadinessVerdict(False, (_OVERDUE,))
+        reasons += look.result()
         return ReadinessVerdict(not reasons, tuple(map(_printable, reasons)))
+
+    async def _came_back(self, workload: str, look: asyncio.Future[list[str]]) -> bool:
+        """Wait for a look, but not for one that is overdue."""
+        if workload not in self._overdue:
+            await asyncio.wait({look}, timeout=_PATIENCE_S)
+        if not look.done():
+            self._overdue.add(workload)
+        return look.done()
+
+    def _ended(self, workload: str, look: asyncio.Future[list[str]]) -> None:
+        del self._looks[workload]
+        self._overdue.discard(workload)
+        if not look.cancelled():
+            look.exception()  # seen: who asked may be gone
 
     def forget(self, workload: str) -> None:
         """Drop what is kept of a workload."""

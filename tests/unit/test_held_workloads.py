@@ -11,6 +11,7 @@ import pytest
 from common.config import Node, NodeConfig, Store
 from common.errors import WorkloadError
 from common.model import WorkloadSpec
+from outlive import held_workloads
 from outlive.held_workloads import HeldWorkloads
 
 SPEC = WorkloadSpec(name="w", nodes=("a", "b"), command=("sleep",))
@@ -87,3 +88,29 @@ async def test_a_session_that_outlives_its_workload_gets_an_error_that_ends_no_a
 ) -> None:
     with pytest.raises(WorkloadError, match="not held"):
         held["gone"]
+
+
+async def test_a_workload_whose_storage_hangs_keeps_no_other_waiting(
+    held: HeldWorkloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    class Stored(EpochStoreInMemory):
+        newest = object()
+
+    async def judge(self: WorkloadInMemory, record: object) -> None:
+        asked.set()
+        await asyncio.Future()
+
+    monkeypatch.setattr(held_workloads, "_JUDGED_WITHIN_S", 0.1)
+    monkeypatch.setattr(held_workloads.EpochStore, "open", lambda *_, **__: Stored())
+    monkeypatch.setattr(WorkloadInMemory, "follows", True)
+    monkeypatch.setattr(WorkloadInMemory, "judge", judge, raising=False)
+    async with asyncio.timeout(5):
+        await asyncio.gather(held.take_up(spec("one")), held.take_up(spec("two")))
+    assert asked.is_set()
+
+
+class EpochStoreInMemory:
+    def close(self) -> None:
+        pass

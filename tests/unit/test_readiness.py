@@ -1,5 +1,6 @@
 """Whether a node could restore an epoch: images written by us, a node that is this machine."""
 
+import asyncio
 import dataclasses
 import mmap
 import os
@@ -7,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -519,3 +521,34 @@ class TestNode:
         (epoch.directory / missing).unlink()
         verdict = await Readiness(epoch.config).check(epoch.spec, epoch.directory, 1)
         assert "cannot be read" in verdict.reasons[0]
+
+
+async def test_a_look_that_does_not_come_back_is_a_no_and_holds_up_nobody(
+    epoch: Epoch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that hangs: one look waits for it, however often is asked; another workload is judged."""
+    monkeypatch.setattr(readiness, "_PATIENCE_S", 0.5)
+    answers, looks = threading.Event(), list[str]()
+
+    def look(self: Readiness, spec: WorkloadSpec, *_: object) -> list[str]:
+        looks.append(spec.name)
+        if spec.name == epoch.spec.name:
+            answers.wait(30)
+        return []
+
+    monkeypatch.setattr(Readiness, "_check", look)
+    judge = Readiness(epoch.config)
+    async with asyncio.timeout(10):
+        for _ in range(100):  # 50 s, if each of them waited
+            verdict = await judge.check(epoch.spec, epoch.directory, 0)
+            assert not verdict.restorable
+            assert "has not come back" in verdict.reasons[-1]
+    other = msgspec.structs.replace(epoch.spec, name="other")
+    assert "has not come back" not in str(await judge.check(other, epoch.directory, 0))
+    assert looks == [epoch.spec.name, "other"]
+    answers.set()
+    for _ in range(200):
+        if "has not come back" not in str(await judge.check(epoch.spec, epoch.directory, 0)):
+            break
+        await asyncio.sleep(0.01)
+    assert looks == [epoch.spec.name, "other", epoch.spec.name]
