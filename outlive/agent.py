@@ -49,10 +49,7 @@ from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import (
     CaptureError,
-    NoSpaceError,
     OutliveError,
-    ProtocolError,
-    StoreError,
 )
 from common.events import Event, EventLog, event_file
 from common.heap import keep_heap_small
@@ -67,7 +64,6 @@ from common.scheduling import CpuShare
 from common.sd_notify import notify
 from common.state_format import check_state_format
 from common.terms import Leadership, TermGuard
-from common.threads import in_thread
 from outlive.agent_beats import AgentBeats
 from outlive.aside import Aside
 from outlive.descriptors import raise_limit
@@ -76,8 +72,9 @@ from outlive.held_workloads import HeldWorkloads
 from outlive.key_reload import reload_on_hangup
 from outlive.leading import SERIES, Leading, clear_images
 from outlive.store_room import prepare_store_room
+from outlive.store_upkeep import StoreUpkeep
 from outlive.verifying import Verifier
-from outlive.workload_agent import WorkloadAgent
+from outlive.workload_agent import WorkloadAgent, check_greeting
 from primary.backend import BackendChoice, ChosenBackend, choose_backend
 from primary.dumping import Dumper
 from primary.fast import FastBackend
@@ -94,7 +91,6 @@ log = structlog.get_logger(__name__)
 
 _KEEPER_DEADLINE_S = 1.0
 _REFUSED_PAUSE_S = 1.0
-_FOLD_EVERY_S = 1.0
 _LOOK_EVERY_S, _LATE_S, _KEEP_UP_S = 0.1, 0.5, 1.0
 """How often to look whether anything is overdue; when looking is; how long to make up for it at least."""
 _OVERDUE = 0.5
@@ -178,6 +174,7 @@ class Agent:
         self._events = EventLog(event_file(config), "agent")
         self._readiness = Readiness(config)
         self._workloads = HeldWorkloads(config, self._make_workload)
+        self._upkeep = StoreUpkeep(self._workloads.all, config.store_dir, self._events)
         self._aside = Aside(config, restore_command=self._restore_command)
         self._heard = HeardTerms(Path(config.node.state_dir) / "heard-terms")
         self._guard = TermGuard(self._heard.record, self._heard.read_all())
@@ -229,7 +226,7 @@ class Agent:
                 group.create_task(self._receiver.run())
                 group.create_task(self._beat_for_ever())
                 group.create_task(self._report_for_ever())
-                group.create_task(self._fold_for_ever())
+                group.create_task(self._upkeep.run())
                 group.create_task(self._judge_for_ever())
                 group.create_task(self._keep_up_for_ever())
                 notify("READY=1")
@@ -271,7 +268,7 @@ class Agent:
             if isinstance(answer, Orders):
                 for order in answer.orders:
                     await self._pass_on(order)
-                await self._workloads.drop_unwanted({order.workload for order in answer.orders})
+                self._workloads.drop_unwanted({order.workload for order in answer.orders})
             elif isinstance(answer, Refused):
                 log.error("keeper.refused", message=answer.message)
                 await asyncio.sleep(_REFUSED_PAUSE_S)
@@ -316,8 +313,7 @@ class Agent:
         name = hello.workload
         workload = self._workloads.get(name)
         if workload is None:
-            if self._config.node.name not in hello.spec.nodes:
-                raise ProtocolError(f"{name} is not declared for {self._config.node.name}")
+            check_greeting(hello, self._config.node.name)
             workload = await self._workloads.take_up(hello.spec, learned=True)
         workload.accept(hello)
         await asyncio.to_thread(self._heard.record_run, name, hello.incarnation)
@@ -455,36 +451,6 @@ class Agent:
                 "fair" if now_s < fair_until_s else "quarter" if now_s < quarter_until_s else "spare"
             )
 
-    async def _fold_for_ever(self) -> None:
-        """Keep every store's chain short; in a thread, never on an epoch's path."""
-        low: set[str] = set()
-        while True:
-            await asyncio.sleep(_FOLD_EVERY_S)
-            for workload in self._workloads.all():
-                try:
-                    await self._fold(workload.spec.name, workload.store, low)
-                except (OutliveError, OSError) as error:
-                    log.error("fold.failed", workload=workload.spec.name, error=str(error))
-
-    async def _fold(self, name: str, store: EpochStore, low: set[str]) -> None:
-        if not store.space_warning:
-            low.discard(name)
-        elif name not in low:
-            low.add(name)
-            reason = f"{self._config.store_dir} has less than twice store.min_free_bytes free"
-            self._events.append(Event.STORE_LOW_SPACE, workload=name, reason=reason)
-        if not await in_thread(store.fold_due):
-            return
-        try:
-            await in_thread(store.fold)
-        except NoSpaceError as error:
-            log.warning("fold.postponed", workload=name, reason=str(error))
-        except StoreError as error:
-            # Restoring damaged memory would be worse than restoring none: the leader sends it all anew.
-            for epoch in await in_thread(_set_damaged_aside, store):
-                reason = f"epoch {epoch} was damaged on disk and set aside: {error.message}"
-                self._events.append(Event.STORE_RECOVERED, workload=name, reason=reason)
-
     async def _judge_for_ever(self) -> None:
         """Ask again whether what is stored could be restored: the node changes, not only the epochs."""
         while True:
@@ -547,12 +513,3 @@ class Agent:
             message=f"{request.node} does not receive epochs of {what} from {self._config.node.name} now",
             hint="outlive status: give this order on the primary, while its replica is connected",
         )
-
-
-def _set_damaged_aside(store: EpochStore) -> list[EpochId]:
-    """Read the whole store; set aside what is damaged and all that stands on it. Blocking, slow."""
-    damaged = sorted({problem.epoch for problem in store.verify()})
-    for epoch in damaged:
-        if any(record.id == epoch for record in store.records()):
-            store.discard(epoch, "its content is not what was committed")
-    return damaged

@@ -13,13 +13,15 @@ from collections.abc import Callable, Collection
 import structlog
 
 from common.config import NodeConfig
-from common.errors import WorkloadError
+from common.errors import OutliveError, WorkloadError
 from common.model import WorkloadSpec
 from outlive.workload_agent import WorkloadAgent
 from replica.ceiling import Ceiling
 from replica.store import EpochStore
 
 log = structlog.get_logger(__name__)
+
+_LET_GO_WITHIN_S = 1.0
 
 _JUDGED_WITHIN_S = 1.0
 """Whether what is stored could be restored is known by then, or later: storage that hangs for one workload is
@@ -36,6 +38,7 @@ class HeldWorkloads:
         self._make = make
         self._held: dict[str, WorkloadAgent] = {}
         self._opening = asyncio.Lock()
+        self._leaving: dict[str, asyncio.Future[None]] = {}
         self._judging: set[asyncio.Future[tuple[bool, tuple[str, ...]]]] = set()
         self._ceiling = Ceiling(config.store_dir, config.store.max_bytes)
 
@@ -55,8 +58,15 @@ class HeldWorkloads:
         return tuple(self._held.values())
 
     async def take_up(self, spec: WorkloadSpec, *, learned: bool = False) -> WorkloadAgent:
-        """Return the workload, opening its store if it is not held yet. Raises StoreError, NoSpaceError."""
+        """Return the workload, opening its store if it is not held yet.
+
+        Raises StoreError, NoSpaceError; WorkloadError while it is still being let go.
+        """
         async with self._opening:
+            if (leaving := self._leaving.get(spec.name)) is not None:
+                await asyncio.wait({leaving}, timeout=_LET_GO_WITHIN_S)
+                if not leaving.done():
+                    raise WorkloadError(f"{spec.name} is still being let go here", hint="ask again")
             held = self._held.get(spec.name)
             if held is None:
                 store = await asyncio.to_thread(self._open, spec.name)
@@ -70,17 +80,24 @@ class HeldWorkloads:
                     await asyncio.wait({judging}, timeout=_JUDGED_WITHIN_S)
             return held
 
-    async def drop_unwanted(self, ordered: Collection[str]) -> None:
-        """Let go of what the keeper does not name and nobody has sent since."""
+    def drop_unwanted(self, ordered: Collection[str]) -> None:
+        """Let go of what the keeper does not name and nobody has sent since; that may take a while."""
         for name, workload in list(self._held.items()):
             if name not in ordered and not workload.learned:
                 del self._held[name]
-                await workload.close()
-                log.info("workload.dropped", workload=name)
+                leaving = self._leaving[name] = asyncio.ensure_future(self._let_go(name, workload))
+                leaving.add_done_callback(lambda _, name=name: self._leaving.pop(name))  # type: ignore[misc]
+
+    async def _let_go(self, name: str, workload: WorkloadAgent) -> None:
+        try:
+            await workload.close()
+        except OutliveError as error:
+            log.error("workload.not-closed", workload=name, error=str(error))
+        log.info("workload.dropped", workload=name)
 
     async def close(self) -> None:
         """Let go of everything; workloads run on."""
-        await asyncio.gather(*(workload.close() for workload in self.all()))
+        await asyncio.gather(*(workload.close() for workload in self.all()), *self._leaving.values())
 
     def _open(self, name: str) -> EpochStore:
         return EpochStore.open(

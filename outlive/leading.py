@@ -313,6 +313,8 @@ class Leading:
         epoch: CapturedEpoch = await self._backend.capture(EpochId(self.term, number), self._held_by_all())
         epoch.last = last
         self._frozen_at[number] = started_s
+        while len(self._frozen_at) > SERIES:  # nobody acknowledges any
+            del self._frozen_at[next(iter(self._frozen_at))]
         self.captured = epoch.id
         self._epochs_captured += 1
         self._memory_bytes = epoch.memory_bytes

@@ -37,6 +37,7 @@ from common.events import Event, EventLog
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.scheduling import CpuShare
+from common.threads import in_thread
 from outlive.aside import Aside
 from outlive.leading import Leading
 from outlive.unacknowledged import UnacknowledgedEpochs
@@ -57,6 +58,21 @@ _AGAIN_S = 1.0
 
 MakeLeading = Callable[["WorkloadAgent", int, int], Leading]
 """Makes the capture loop of a workload for a term and the PID of the container's first process."""
+
+
+def check_greeting(hello: Hello, here: str) -> None:
+    """Raise ProtocolError if a peer sends a workload that cannot be, or is none of its or of this node's.
+
+    Before anything is kept of it: the keeper hears of what is kept, and has it on its disk from then on.
+    """
+    node, spec = hello.node, hello.spec
+    if node not in spec.nodes or here not in spec.nodes:
+        raise ProtocolError(
+            f"{spec.name} is declared for {', '.join(spec.nodes)}: {node} cannot send it to {here}",
+            hint="the `nodes` of the workload and the names of the peers must agree",
+        )
+    for problem in workload_problems(spec, set(spec.nodes)):
+        raise ProtocolError(f"{node} sends {spec.name} with a declaration that cannot be: {problem}")
 
 
 class WorkloadAgent:
@@ -145,24 +161,19 @@ class WorkloadAgent:
             await asyncio.wait([self._carrying])
         await self._stop_leading()
         await self._unacknowledged.close()
-        self.store.close()
+        self._readiness.forget(self.spec.name)
+        await in_thread(self.store.close)  # it waits for a fold, which may be at a sync
 
     # --- what the leader of another node says -----------------------------------------------------
 
     def accept(self, hello: Hello) -> None:
         """Let the greeting node send epochs, or raise: ProtocolError, StaleTermError."""
-        node, spec, here = hello.node, hello.spec, self._config.node.name
-        if node not in spec.nodes or here not in spec.nodes:
-            raise ProtocolError(
-                f"{spec.name} is declared for {', '.join(spec.nodes)}: {node} cannot send it to {here}",
-                hint="the `nodes` of the workload and the names of the peers must agree",
-            )
+        spec, here = hello.spec, self._config.node.name
+        check_greeting(hello, here)
         if self._order is not None and self._order.role == "lead":
             raise StaleTermError(f"{here} leads {spec.name} itself, in term {self._order.term}")
         if running_init_pid(self._config, spec.name) is not None:
             raise StaleTermError(f"{spec.name} still runs on {here}, so {here} cannot be its replica yet")
-        for problem in workload_problems(spec, set(spec.nodes)):
-            raise ProtocolError(f"{node} sends {spec.name} with a declaration that cannot be: {problem}")
         self.spec, self._greeted = spec, True
         self.leader_run = hello.incarnation
 

@@ -10,14 +10,15 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common import durable
 from common.config import Node, NodeConfig, Store
 from common.control import Order
-from common.errors import ConfigError, StoreError
+from common.errors import ConfigError, ProtocolError, StoreError
 from common.keys import generate
-from common.messages import Nack
+from common.messages import PROTOCOL, Hello, Nack
 from common.model import EpochId, WorkloadSpec
 from common.scheduling import CpuShare
 from common.terms import Leadership
@@ -213,3 +214,14 @@ def test_an_agent_that_finds_a_newer_state_directory_refuses_to_start(directory:
     with pytest.raises(StoreError, match="outlive state 2"):
         Agent(NodeConfig(node=node), CpuShare(None), None)  # type: ignore[arg-type]
     assert [path.name for path in (directory / "state").iterdir()] == ["format"]
+
+
+async def test_nothing_is_kept_of_a_workload_that_cannot_be_whoever_sends_it(agent: Agent) -> None:
+    """The keeper would hear of it, and have it on its disk."""
+    bad = msgspec.structs.replace(SPEC, name="other", vip="nonsense")
+    hello = Hello(
+        protocol=PROTOCOL, software="x", node="b", workload="other", term=2, incarnation="i", spec=bad
+    )
+    with pytest.raises(ProtocolError, match="a declaration that cannot be"):
+        await agent._accept(hello)
+    assert agent._workloads.all() == ()

@@ -53,28 +53,32 @@ async def test_workloads_may_come_and_go_while_others_are_looked_at(held: HeldWo
     for workload in held.all():
         seen.append(workload.spec.name)
         await held.take_up(spec(f"{workload.spec.name}-more"))
-        await held.drop_unwanted({"one-more"})
+        held.drop_unwanted({"one-more"})
     assert seen == ["one", "two"]
     assert [workload.spec.name for workload in held.all()] == ["one-more"]
 
 
-async def test_what_is_taken_up_while_others_are_dropped_is_kept(held: HeldWorkloads) -> None:
+async def test_who_takes_long_to_be_let_go_keeps_nobody_waiting_and_is_not_opened_twice(
+    held: HeldWorkloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_workloads, "_LET_GO_WITHIN_S", 0.05)
     old = await held.take_up(spec("old"))
     old.may_close.clear()  # type: ignore[attr-defined]
-    await held.take_up(spec("older"))
-    dropping = asyncio.create_task(held.drop_unwanted(()))
+    held.drop_unwanted(())
     await old.closing.wait()  # type: ignore[attr-defined]
     await held.take_up(spec("new"))
-    old.may_close.set()  # type: ignore[attr-defined]
-    await dropping
     assert [workload.spec.name for workload in held.all()] == ["new"]
+    with pytest.raises(WorkloadError, match="still being let go"):
+        await held.take_up(spec("old"))
+    old.may_close.set()  # type: ignore[attr-defined]
+    assert await held.take_up(spec("old")) is not old
 
 
 async def test_what_a_leader_has_just_sent_is_not_dropped_before_the_keeper_knows_it(
     held: HeldWorkloads,
 ) -> None:
     await held.take_up(spec("w"), learned=True)
-    await held.drop_unwanted(())
+    held.drop_unwanted(())
     assert held.get("w") is not None
 
 

@@ -199,6 +199,9 @@ class Verdicts:
     async def check(self, spec: WorkloadSpec, images: Path, memory_bytes: int) -> ReadinessVerdict:
         return self.verdict
 
+    def forget(self, workload: str) -> None:
+        pass
+
 
 class Scene:
     """The agent of node a with one workload; `restart_agent` gives it a new one over the same container."""
