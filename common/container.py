@@ -214,6 +214,20 @@ def workload_pids(config: NodeConfig, name: str) -> list[int]:
     return sorted(found - {0})
 
 
+def refuse_unknown(config: NodeConfig, name: str) -> None:
+    """Raise WorkloadError if processes of the workload are here of which nothing is known any more.
+
+    Without its bundle nobody can tell which is its first process: it would be taken for ended, and be ended.
+    """
+    paths = WorkloadPaths(config, name)
+    if not paths.incarnation_file.exists() and (pids := workload_pids(config, name)):
+        raise WorkloadError(
+            f"{paths.bundle} is gone, and processes run in the cgroup of {name}: {pids[:8]}",
+            hint=f"end them once you know that they are not needed; {config.node.run_dir} is to be emptied "
+            "by a boot only (systemd: RuntimeDirectoryPreserve=yes)",
+        )
+
+
 def bring_inside(config: NodeConfig, name: str) -> None:
     """Move what runs in the gate itself into the workload's own cgroup: earlier versions started it there.
 

@@ -1,7 +1,7 @@
-"""How many files the agent may have open, and how many it will need at most.
+"""How many files the agent and the keeper may have open, and how many the agent will need at most.
 
 In: the configuration and the workloads that this node knows. Out: numbers. The limit is raised to what the
-host allows at the agent's start; workloads don't inherit that, their bundles name a limit of their own.
+host allows at their start; workloads don't inherit that, their bundles name a limit of their own.
 """
 
 from __future__ import annotations

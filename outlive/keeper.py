@@ -22,7 +22,7 @@ from pathlib import Path
 import zmq.asyncio
 
 from common.config import NodeConfig
-from common.container import bring_inside, thaw_cgroup
+from common.container import bring_inside, refuse_unknown, thaw_cgroup
 from common.control import (
     AnnounceFreeze,
     AskExplanation,
@@ -78,6 +78,7 @@ from common.terms_file import TermFiles, look_up
 from common.threads import in_thread
 from common.transport import Server
 from outlive.address_watch import LOOK_EVERY_S, address_of
+from outlive.descriptors import raise_limit
 from outlive.freeze_records import FreezeRecords
 from outlive.freeze_watch import FreezeWatch
 from outlive.keeper_effects import Hands, RealHands
@@ -87,7 +88,7 @@ from outlive.key_reload import reload_on_hangup
 from outlive.lease_guarding import LeaseGuard
 from outlive.lease_records import LeaseRecords
 from outlive.peers_heard import PeersHeard, heard_of
-from outlive.set_aside import SetAside
+from outlive.set_aside import AGAIN_S, SetAside
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ async def run_keeper(
     Workloads and addresses are left as they are, whatever ends it.
     """
     log_to_stderr()
+    raise_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -184,15 +186,12 @@ class Keeper:
                 for name, error in known.damaged.items():
                     self._set_aside(name, error)
                 for name in known.specs.keys() - known.damaged.keys():
-                    try:
-                        await in_thread(bring_inside, self._config, name)
-                        await self._take_up(await in_thread(self._in_force, known.specs[name]))
-                    except (StoreError, WorkloadError) as error:
-                        self._set_aside(name, error)
+                    await self._find(known.specs[name])
                 self._freezes.resume()  # who keeps a frozen workload is known now
                 running = [
                     tasks.create_task(self._thaw_forgotten()),
                     tasks.create_task(self._watch_addresses()),
+                    tasks.create_task(self._look_aside_again()),
                     tasks.create_task(self._have_guard()),
                     tasks.create_task(self._control.serve()),
                     tasks.create_task(self._server.serve()),
@@ -235,6 +234,41 @@ class Keeper:
             with contextlib.suppress(NoSpaceError):
                 self._files.save_spec(spec)
         return spec
+
+    async def _find(self, spec: WorkloadSpec) -> None:
+        """Take up a workload that may run here, if its files and its cgroup are in order."""
+        try:
+            await in_thread(bring_inside, self._config, spec.name)
+            await in_thread(refuse_unknown, self._config, spec.name)
+            kept = await self._take_up(await in_thread(self._in_force, spec))
+        except (StoreError, WorkloadError) as error:
+            if spec.name not in self._aside:
+                self._set_aside(spec.name, error)
+            return
+        if spec.name in self._aside:
+            self._aside.remove(spec.name)
+            log.info("workload.taken-back workload=%s", spec.name)
+            reason = f"its files and its cgroup are in order again: {kept.role.reason}"
+            self._events.append(
+                LogEvent.ROLE_CHANGED, workload=spec.name, reason=reason, state=kept.role.name
+            )
+
+    async def _look_aside_again(self) -> None:
+        """Take back what is in order by now: a disk may have failed for a moment, or somebody mended it.
+
+        Not one without a term: whoever moves its file away says by a restart that nothing runs here.
+        """
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            if not self._aside.names():
+                continue
+            known = await in_thread(look_up, self._config, self._files)
+            for name in self._aside.names():
+                if name not in known.specs or name in known.damaged:
+                    continue
+                with contextlib.suppress(StoreError):
+                    if (await in_thread(self._files.load, name)).term:
+                        await self._find(known.specs[name])
 
     async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
         """Begin to keep a workload. Raises StoreError if a file about it cannot be read."""

@@ -251,6 +251,7 @@ class Effects:
         self._queued: Counter[_HostStep] = Counter()
         self._disk: asyncio.Queue[tuple[Effect, WorkloadSpec]] = asyncio.Queue()
         self._records_queued = 0
+        self._trying: asyncio.Task[str] | None = None
         self._declared: Effect | None = None
         """The newest declaration that was to be kept, or its removal."""
         self._workers = [tasks.create_task(self._work_on_host()), tasks.create_task(self._work_on_disk())]
@@ -347,7 +348,9 @@ class Effects:
 
         Whoever takes the right to lead from another one without that leaves the workload to nobody.
         """
-        writing = self._tasks.create_task(self._try_to_write(spec.name))  # goes on if nobody waits any more
+        if self._trying is None or self._trying.done():  # else the disk has not come back from an earlier one
+            self._trying = self._tasks.create_task(self._try_to_write(spec.name))
+        writing = self._trying  # goes on if nobody waits any more
         done, _ = await asyncio.wait({writing}, timeout=_TRY_TO_WRITE_S)
         problem = writing.result() if done else f"its disk took over {_TRY_TO_WRITE_S:g} s"
         return f"this node could not record the next term: {problem}" if problem else ""

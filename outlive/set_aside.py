@@ -2,7 +2,7 @@
 
 In: a name and what is wrong. Out: status, what heartbeats say, a refusal for every request. A term is never
 guessed: such a workload has no role machine, so nothing here starts it, restores it, takes it over or ends
-it, until somebody has mended that and restarted the keeper. What runs, runs on, unprotected.
+it, until somebody has mended that; the keeper looks every now and then. What runs, runs on, unprotected.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from common.control import WorkloadStatus
 from common.errors import StoreError, WorkloadError
 from common.messages import BeatWorkload
+
+AGAIN_S = 10.0
 
 
 class SetAside:
@@ -25,6 +27,14 @@ class SetAside:
         """Set a workload aside; return why, in a sentence."""
         self._errors[name] = error
         return self._reason(name)
+
+    def remove(self, name: str) -> None:
+        """Take a workload back: it is in order."""
+        del self._errors[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Return those that are set aside."""
+        return tuple(self._errors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._errors
@@ -75,4 +85,7 @@ class SetAside:
         )
 
     def _hint(self, name: str) -> str:
-        return f"{self._errors[name].hint}; then: systemctl restart outlive-keeper"
+        return (
+            f"{self._errors[name].hint}; it is looked at again every {AGAIN_S:.0f} s, "
+            "and without a term.json at the next systemctl restart outlive-keeper"
+        )

@@ -25,6 +25,7 @@ from common.container import (
     frozen_by,
     incarnation,
     kill_workload,
+    refuse_unknown,
     restore_workload,
     running_init_pid,
     start_workload,
@@ -402,6 +403,18 @@ async def test_a_start_harms_no_other_workload_whose_shim_has_got_the_number_of_
     assert places[0].pid is not None
     assert places[1].pid is not None
     assert int(shim) in bringing_up(places[0].config, NAME)
+
+
+async def test_what_runs_without_its_bundle_is_taken_for_nothing(place: Place) -> None:
+    """Its first process is not known any more: it would count as ended, and be ended by the next start."""
+    await place.start(("/bin/sleep", "1000"))
+    refuse_unknown(place.config, NAME)
+    aside = place.paths.bundle.rename(place.paths.bundle.with_name("aside"))
+    with pytest.raises(WorkloadError, match="is gone, and processes run in the cgroup"):
+        refuse_unknown(place.config, NAME)
+    aside.rename(place.paths.bundle)
+    await kill_workload(place.config, NAME)
+    refuse_unknown(place.config, NAME)
 
 
 async def test_a_kill_ends_a_frozen_workload_too(place: Place) -> None:

@@ -72,6 +72,7 @@ import msgspec
 from common.config import NodeConfig
 from outlive.keeper import run_keeper
 from outlive.keeper_effects import RealHands
+from outlive.set_aside import AGAIN_S
 
 class Hands(RealHands):
     '''The process that the fake agent started stands for the container.'''
@@ -493,14 +494,16 @@ async def test_a_damaged_term_file_costs_one_workload_its_keeper_and_no_other() 
     async with pair() as (a, b):
         await protect(a, b)
         a.kill_keeper()
-        (Path(a.config.node.state_dir) / "terms/w/term.json").write_bytes(b"{")
+        file = Path(a.config.node.state_dir) / "terms/w/term.json"
+        whole = file.read_bytes()
+        file.write_bytes(b"{")
         other = msgspec.structs.replace(SPEC, name="other")
         a.config = msgspec.structs.replace(a.config, workloads=(SPEC, other))
         await a.start_keeper()
         status = await a.status()
         assert (status.state, status.role, status.term, status.running) == ("failed", "none", 0, True)
         assert "term.json cannot be read" in status.reason
-        assert "systemctl restart outlive-keeper" in status.reason
+        assert "it is looked at again every" in status.reason
         for request in (
             StartWorkload(spec=SPEC),
             StopWorkload(workload="w"),
@@ -513,7 +516,10 @@ async def test_a_damaged_term_file_costs_one_workload_its_keeper_and_no_other() 
         await asyncio.sleep(0.5)  # reports that name it, and heartbeats
         assert a.agent.running, "what runs, runs on"
         assert (await b.status()).state == "following", "a is heard: no reason to take over"
-        assert (Path(a.config.node.state_dir) / "terms/w/term.json").read_bytes() == b"{"
+        assert file.read_bytes() == b"{"
+        file.write_bytes(whole)
+        status = await a.is_in("leading", timeout_s=30.0)
+        assert (status.term, status.running) == (1, True), "it is taken back, and no keeper was restarted"
 
 
 async def test_a_keeper_that_begins_on_a_full_disk_leads_on() -> None:
