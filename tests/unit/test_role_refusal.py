@@ -130,11 +130,12 @@ def test_a_refusal_is_read_back_and_never_lowered(tmp_path: Path) -> None:
     assert TermFiles(tmp_path, "a").load_refusal("w") == FENCED
 
 
-def test_a_term_file_that_is_written_after_the_fence_does_not_undo_it(tmp_path: Path) -> None:
+def test_what_a_keeper_writes_after_the_fence_does_not_undo_it(tmp_path: Path) -> None:
     files = TermFiles(tmp_path, "a")
     files.record("w", mine())
     files.record_refusal("w", FENCED)
-    files.record("w", mine())  # by a keeper that hung while the node was fenced
+    with pytest.raises(StaleTermError, match="b fenced this node"):  # it hung while the node was fenced
+        files.record("w", mine())
     driver = Driver("a", files.load("w"), running=True, refusal=files.load_refusal("w"))
     assert driver.state == "starting"
 
