@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 from common.addresses import Vip, add_vip, announce, drop_vip, hold, holds_vip, is_local, lift
@@ -54,6 +55,11 @@ log = logging.getLogger(__name__)
 Feed = Callable[[Event], None]
 
 
+_FENCES_AT_ONCE = 4
+"""Of one node, for so many workloads: an sshd lets ten log in at a time (`MaxStartups`, sshd_config(5)), and
+a node that takes over dozens has better things to do than to start programs."""
+
+
 class Hands(Protocol):
     """How a keeper acts on its host. Every method raises OutliveError if it did not succeed."""
 
@@ -83,6 +89,10 @@ class Hands(Protocol):
 
     async def thaw(self, spec: WorkloadSpec) -> None:
         """Let the workload run that stands still to be handed over. Harmless if it does not."""
+        ...
+
+    def turn_to_fence(self, node: str) -> AbstractAsyncContextManager[None]:
+        """Wait until few enough workloads have that node fenced."""
         ...
 
     async def fence(self, asked: RunFence, workload: str) -> Verdict:
@@ -123,6 +133,7 @@ class RealHands:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
+        self._fencing: dict[str, asyncio.Semaphore] = {}
 
     async def hold(self, spec: WorkloadSpec) -> None:
         """See `Hands`."""
@@ -151,6 +162,10 @@ class RealHands:
     async def thaw(self, spec: WorkloadSpec) -> None:
         """See `Hands`."""
         thaw_cgroup(self._config, spec.name)
+
+    def turn_to_fence(self, node: str) -> AbstractAsyncContextManager[None]:
+        """See `Hands`."""
+        return self._fencing.setdefault(node, asyncio.Semaphore(_FENCES_AT_ONCE))
 
     async def fence(self, asked: RunFence, workload: str) -> Verdict:
         """See `Hands`."""
@@ -365,13 +380,14 @@ class Effects:
     async def _fence(self, asked: RunFence, spec: WorkloadSpec) -> None:
         if reason := await self.cannot_record(spec):
             verdict = Verdict(outcome="unknown", reason=f"not asked: {reason}")
-        elif not self._is_pending(asked.attempt):
-            return
         else:
-            try:
-                verdict = await self._hands.fence(asked, spec.name)
-            except Exception as error:
-                verdict = Verdict(outcome="unknown", reason=_told(error))
+            async with self._hands.turn_to_fence(asked.node):
+                if not self._is_pending(asked.attempt):
+                    return
+                try:
+                    verdict = await self._hands.fence(asked, spec.name)
+                except Exception as error:
+                    verdict = Verdict(outcome="unknown", reason=_told(error))
         self._feed(
             FenceResult(
                 node=asked.node, attempt=asked.attempt, outcome=verdict.outcome, reason=verdict.reason

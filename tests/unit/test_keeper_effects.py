@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from common.config import Node, NodeConfig
 from common.errors import NoSpaceError
 from common.fencing import Verdict
 from common.model import WorkloadSpec
@@ -36,6 +38,7 @@ class _Hands(RealHands):
     """Counts fences, and confirms each."""
 
     def __init__(self) -> None:
+        super().__init__(NodeConfig(node=Node(name="b", address="127.0.0.1")))
         self.fenced: list[str] = []
 
     async def fence(self, asked: RunFence, workload: str) -> Verdict:
@@ -110,6 +113,41 @@ async def test_an_attempt_for_which_nobody_waits_any_more_fences_nobody(tmp_path
     hands = _Hands()
     assert await told(TermFiles(tmp_path, "b"), hands, pending=False) == []
     assert hands.fenced == []
+
+
+async def test_a_node_is_fenced_for_few_workloads_at_a_time_and_for_none_that_has_given_up(
+    tmp_path: Path,
+) -> None:
+    begun, answers, events = list[str](), asyncio.Event(), list[Event]()
+
+    class Slow(_Hands):
+        async def fence(self, asked: RunFence, workload: str) -> Verdict:
+            begun.append(asked.node)
+            await answers.wait()
+            return await super().fence(asked, workload)
+
+    async def until(count: int, what: list[str] | list[Event]) -> None:
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if len(what) == count:
+                break
+        await asyncio.sleep(0.2)
+        assert len(what) == count
+
+    hands, files, pending = Slow(), TermFiles(tmp_path, "b"), True
+    async with asyncio.TaskGroup() as tasks:
+        every = [Effects(hands, files, events.append, tasks, is_pending=lambda _: pending) for _ in range(12)]
+        for effects in every:
+            effects.perform(FENCE, SPEC)
+        every[0].perform(replace(FENCE, node="c"), SPEC)
+        await until(5, begun)
+        assert sorted(begun) == ["a", "a", "a", "a", "c"]
+        pending = False
+        answers.set()
+        await until(5, events)
+        for effects in every:
+            effects.close()
+    assert len(begun) == 5
 
 
 class _SlowHands(_Hands):
