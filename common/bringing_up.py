@@ -30,7 +30,8 @@ def bringing_up(config: NodeConfig, name: str) -> list[int]:
     bundle, root = str(WorkloadPaths(config, name).bundle), str(config.runc_root)
 
     def is_its(words: Sequence[str]) -> bool:
-        return bundle in words or (root in words and name in words)
+        starts = root in words and list(words)[-3:-1] == ["start", name]  # the last one is empty
+        return bundle in words or starts
 
     return matching(is_its)
 

@@ -41,7 +41,7 @@ class EpochId(msgspec.Struct, frozen=True, order=True, array_like=True):
         return cls(int(match[1]), int(match[2]))
 
 
-_HTTP_TARGET = re.compile(r"(?::([0-9]{1,5}))?(/[\x21-\x7e]*)?")
+_HTTP_TARGET = re.compile(r"(?::?([0-9]{1,5}))?(/[\x21-\x7e]*)?")
 
 
 class HealthCheck(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -49,7 +49,7 @@ from common.control import (
     Switchover,
 )
 from common.control_channel import ControlServer
-from common.errors import NoSpaceError, ProtocolError, StoreError, WorkloadError
+from common.errors import NoSpaceError, OutliveError, ProtocolError, StoreError, WorkloadError
 from common.etcd import EtcdClient
 from common.events import Event as LogEvent
 from common.events import EventLog, event_file
@@ -262,13 +262,13 @@ class Keeper:
             await asyncio.sleep(AGAIN_S)
             if not self._aside.names():
                 continue
-            known = await in_thread(look_up, self._config, self._files)
-            for name in self._aside.names():
-                if name not in known.specs or name in known.damaged:
-                    continue
-                with contextlib.suppress(StoreError):
-                    if (await in_thread(self._files.load, name)).term:
+            try:
+                known = await in_thread(look_up, self._config, self._files)
+                for name in known.specs.keys() - known.damaged.keys():
+                    if name in self._aside and (await in_thread(self._files.load, name)).term:
                         await self._find(known.specs[name])
+            except (OutliveError, OSError) as error:
+                log.error("aside.not-looked-at reason=%r", str(error))
 
     async def _take_up(self, spec: WorkloadSpec) -> KeptWorkload:
         """Begin to keep a workload. Raises StoreError if a file about it cannot be read."""

@@ -16,7 +16,7 @@ import structlog
 from common.errors import NoSpaceError, OutliveError, StoreError
 from common.events import Event, EventLog
 from common.model import EpochId, WorkloadSpec
-from common.threads import in_thread
+from common.threads import in_daemon_thread, in_thread
 from replica.store import EpochStore
 
 log = structlog.get_logger(__name__)
@@ -70,10 +70,12 @@ class StoreUpkeep:
 
     async def _fold(self, name: str, store: EpochStore) -> None:
         try:
-            await in_thread(store.fold)
+            await in_daemon_thread(store.fold)  # it may take minutes: no thread of the pool that all wait for
         except NoSpaceError as error:
             log.warning("fold.postponed", workload=name, reason=str(error))
         except StoreError as error:
+            if all(each.store is not store for each in self._held()):
+                return  # it was let go of meanwhile
             # Restoring damaged memory would be worse than restoring none: the leader sends it all anew.
             for epoch in await in_thread(_set_damaged_aside, store):
                 reason = f"epoch {epoch} was damaged on disk and set aside: {error.message}"

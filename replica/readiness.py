@@ -101,6 +101,7 @@ class Readiness:
 
     async def _came_back(self, workload: str, look: asyncio.Future[list[str]]) -> bool:
         """Wait for a look, but not for one that is overdue."""
+        await asyncio.sleep(0)  # what has come back is taken off the list at the loop's next turn
         if workload not in self._overdue:
             await asyncio.wait({look}, timeout=_PATIENCE_S)
         if not look.done():

@@ -340,6 +340,7 @@ class EpochStore(StoreReader):
         Raises StoreError if it is not held.
         """
         with self._mutex:
+            self._check_open()
             self._chain(epoch)
             affected = [
                 level

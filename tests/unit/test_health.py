@@ -50,7 +50,13 @@ async def test_http_is_healthy_by_its_status(answer: bytes, healthy: bool) -> No
 
 @pytest.mark.parametrize(
     ("http", "target"),
-    [(":8080/h", (8080, "/h")), (":8080", (8080, "/")), ("/h", (80, "/h")), ("", (80, "/"))],
+    [
+        (":81/h", (81, "/h")),
+        ("81/h", (81, "/h")),
+        (":81", (81, "/")),
+        ("/h", (80, "/h")),
+        ("", (80, "/")),
+    ],
 )
 def test_a_port_or_a_path_may_be_missing(http: str, target: tuple[int, str]) -> None:
     assert HealthCheck(http=http).http_target() == target

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -547,6 +548,9 @@ async def test_a_look_that_does_not_come_back_is_a_no_and_holds_up_nobody(
     assert "has not come back" not in str(await judge.check(other, epoch.directory, 0))
     assert looks == [epoch.spec.name, "other"]
     answers.set()
+    threads = [each for each in threading.enumerate() if each.name == "look"]
+    while any(each.is_alive() for each in threads):
+        time.sleep(0.001)  # noqa: ASYNC251
     for _ in range(200):
         if "has not come back" not in str(await judge.check(epoch.spec, epoch.directory, 0)):
             break
