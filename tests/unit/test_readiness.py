@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -548,11 +547,21 @@ async def test_a_look_that_does_not_come_back_is_a_no_and_holds_up_nobody(
     assert "has not come back" not in str(await judge.check(other, epoch.directory, 0))
     assert looks == [epoch.spec.name, "other"]
     answers.set()
-    threads = [each for each in threading.enumerate() if each.name == "look"]
-    while any(each.is_alive() for each in threads):
-        time.sleep(0.001)  # noqa: ASYNC251
     for _ in range(200):
         if "has not come back" not in str(await judge.check(epoch.spec, epoch.directory, 0)):
             break
         await asyncio.sleep(0.01)
     assert looks == [epoch.spec.name, "other", epoch.spec.name]
+
+
+@pytest.mark.timeout(20)
+async def test_who_asks_in_the_moment_in_which_an_overdue_look_comes_back_is_answered(epoch: Epoch) -> None:
+    judge = Readiness(epoch.config)
+    await judge.check(epoch.spec, epoch.directory, 0)  # criu is known from here on
+    look: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+    judge._looks[epoch.spec.name] = look
+    judge._overdue.add(epoch.spec.name)
+    look.set_result([])
+    look.add_done_callback(lambda done: judge._ended(epoch.spec.name, done))  # at the loop's next turn
+    verdict = await judge.check(epoch.spec, epoch.directory, 0)
+    assert "has not come back" not in str(verdict.reasons)
