@@ -47,4 +47,5 @@ async def end_bringing_up(config: NodeConfig, name: str) -> None:
             await in_thread(end, pid, _END_S)
         if time.monotonic() > until_s:
             raise WorkloadError(f"something keeps bringing {name} up: processes {pids}")
-        await asyncio.sleep(_LOOK_PAUSE_S)
+        if looks < _LOOKS:
+            await asyncio.sleep(_LOOK_PAUSE_S)
