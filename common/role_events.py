@@ -19,7 +19,10 @@ from common.roles import Claim, Clean, StateName, Step, Takeover, TermRecord
 
 
 class KeeperStarted(msgspec.Struct, frozen=True):
-    """The first event of every machine. `running`: a container of the workload is here."""
+    """The first event of every machine. `running`: a container of the workload is here.
+
+    Said once more if what an agent was to restore is found to run, and that agent is dead.
+    """
 
     running: bool
     frozen: bool = False

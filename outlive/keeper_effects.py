@@ -16,7 +16,14 @@ from typing import Any, Literal, Protocol
 
 from common.addresses import Vip, add_vip, announce, drop_vip, hold, holds_vip, is_local, lift
 from common.config import NodeConfig
-from common.container import cgroup_frozen, exit_code, kill_workload, running_init_pid, thaw_cgroup
+from common.container import (
+    cgroup_frozen,
+    exit_code,
+    incarnation,
+    kill_workload,
+    running_init_pid,
+    thaw_cgroup,
+)
 from common.errors import OutliveError, WorkloadError
 from common.fence_request import FenceRequest
 from common.fencing import Verdict, fence_node
@@ -107,6 +114,10 @@ class Hands(Protocol):
         """Return the host PID of the workload's first process if it runs here. Does not raise."""
         ...
 
+    def came_of(self, name: str) -> int | None:
+        """Return the number of the order by which what is here was brought up; None if that is not known."""
+        ...
+
     def gate(self, name: str) -> Gate:
         """Return what holds the workload while it has no lease."""
         ...
@@ -184,6 +195,11 @@ class RealHands:
     def init_pid(self, name: str) -> int | None:
         """See `Hands`."""
         return running_init_pid(self._config, name)
+
+    def came_of(self, name: str) -> int | None:
+        """See `Hands`."""
+        run = incarnation(self._config, name)
+        return run.order if run is not None else None
 
     def gate(self, name: str) -> Gate:
         """See `Hands`."""

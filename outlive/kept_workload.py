@@ -82,7 +82,7 @@ from common.roles import (
     heir_of,
     new_role,
 )
-from common.succession import has_listened, unheard_leader
+from common.succession import agent_alive, has_listened, unheard_leader
 from common.terms_file import TermFiles
 from common.threads import in_thread
 from outlive.address_watch import AddressWatch, address_of, misplaced
@@ -247,9 +247,22 @@ class KeptWorkload:
                         self.forgotten = True
 
         if isinstance(event, Tick):
+            self._find_unreported()
             self._judge_objective(_now())
             self.planned.tick(self.role, _now())
         self._lease.advance(Passed())
+
+    def _find_unreported(self) -> None:
+        """See what was restored here though the agent that began it is dead: conmon and criu outlive that."""
+        role = self.role
+        waits = role.name == "taking_over" and role.step == "order" and self._pidfd is None
+        if not waits or agent_alive(role, _now()):
+            return
+        pid = self._hands.init_pid(role.spec.name)
+        if pid is not None and self._hands.came_of(role.spec.name) == role.order.number:
+            self._hold(pid)
+            if self._pidfd is not None:
+                self.feed(KeeperStarted(running=True, frozen=False))
 
     def _is_pending(self, attempt: int) -> bool:
         """Tell whether the role machine still waits for what comes of that attempt to lead."""

@@ -17,7 +17,7 @@ from common.etcd import EtcdClient
 from common.events import EventLog
 from common.gate import Gate
 from common.model import EpochId, WorkloadSpec
-from common.role_events import ClaimTerm, Heard, OperatorSwitchover
+from common.role_events import ClaimTerm, Heard, OperatorSwitchover, Tick
 from common.roles import TermRecord, Timing
 from common.terms_file import TermFiles
 from outlive.kept_lease import KeptLease
@@ -35,6 +35,7 @@ class Hands(_Hands):
     def __init__(self, directory: Path, *, runs: bool = False) -> None:
         super().__init__()
         self.directory, self.runs, self.stands_still = directory, runs, False
+        self.order: int | None = None
 
     def gate(self, workload: str) -> Gate:
         return Gate(self.directory / "gate", "1", "0")
@@ -44,6 +45,9 @@ class Hands(_Hands):
 
     def frozen(self, workload: str) -> bool:
         return self.stands_still
+
+    def came_of(self, workload: str) -> int | None:
+        return self.order
 
 
 @asynccontextmanager
@@ -100,6 +104,26 @@ async def test_what_runs_though_it_has_to_stand_still_is_not_handed_over(
         done = workload.role.order.number
         workload.take_report(replace(report, order_done=done, handed_over=EpochId(1, 9)))
         assert workload.role.name == ("handing_over" if stands_still else "leading")
+
+
+@pytest.mark.parametrize("agent", ["dead", "alive"])
+async def test_what_was_restored_is_found_though_the_agent_that_did_it_is_dead(
+    tmp_path: Path, agent: str
+) -> None:
+    hands = Hands(tmp_path)
+    taken = TermRecord(term=2, leader="a", mark="taking_over", boot_id="boot-1")
+    async with kept(tmp_path, hands, taken) as workload:
+        assert (workload.role.name, workload.role.step) == ("taking_over", "order")
+        if agent == "alive":
+            workload.take_report(WorkloadReport(name="w", spec=SPEC, running=False))
+        hands.runs, hands.order = True, workload.role.order.number - 1
+        workload.feed(Tick())
+        assert not workload.role.alive, "it is of another order: nobody knows what it is"
+        hands.order = workload.role.order.number
+        for _ in range(2):
+            workload.feed(Tick())
+        assert workload.role.alive == (agent == "dead")
+        assert workload.role.newest.mark == ("leads" if agent == "dead" else "taking_over")
 
 
 @pytest.mark.parametrize("pending", [True, False])
