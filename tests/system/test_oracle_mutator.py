@@ -114,7 +114,7 @@ def test_within_seconds_every_path_was_taken_and_all_is_well(standalone: Callabl
     oracle = standalone("--seed", "1")
     until_s = time.monotonic() + 60
     while (answer := oracle.ask("check"))["missing"]:
-        assert answer["ok"], answer
+        assert answer["ok"], str(answer)
         assert time.monotonic() < until_s, answer["missing"]
         time.sleep(0.5)
     assert answer["ok"], answer
@@ -342,7 +342,7 @@ async def test_dumped_at_any_moment_and_restored_later_it_is_whole_and_goes_on(
         first = await oracle.ask("counters")
         await asyncio.sleep(0.3)
         answer = await oracle.ask("check")
-        assert answer["ok"], answer
+        assert answer["ok"], str(answer)
         assert answer["restored"]
         # It waits to be checked; only the steps that were under way were finished.
         assert first["steps"] <= answer["steps"] < at_the_end
@@ -350,7 +350,7 @@ async def test_dumped_at_any_moment_and_restored_later_it_is_whole_and_goes_on(
         children += answer["checked_children"]
         await asyncio.sleep(0.3)
         later = await oracle.ask("check")
-        assert later["ok"], later
+        assert later["ok"], str(later)
         assert not later["restored"]
         assert later["steps"] > answer["steps"] + 100
     assert children > 0
