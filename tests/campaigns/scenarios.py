@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from common.bundle import WorkloadPaths
 from common.container import cgroup_frozen, running_init_pid
 from common.control import TermHistory, WorkloadStatus
 from common.errors import OutliveError
@@ -324,9 +325,10 @@ async def port_taken(pair: Pair) -> None:
 
 async def restore_fails(pair: Pair) -> None:
     """The standby finds out only in the restore that it cannot. A human frees the port, and says so."""
-    _, thief = await asyncio.gather(pair.lab.power_off("a"), _take_port(pair))
+    thief = await _port_thief(pair)
+    await pair.lab.power_off("a")
     await pair.has("b", "failed")
-    await pair.now_found("power off a; its port is taken on b at the same moment")
+    await pair.now_found("power off a; its port is taken on b as the restore begins")
     thief.kill()
     await thief.wait()
     await pair.b.cli("failover", NAME, "--accept-data-loss")
@@ -337,6 +339,22 @@ async def restore_fails(pair: Pair) -> None:
 
 async def _take_port(pair: Pair) -> asyncio.subprocess.Process:
     code = f"import socket, time; s = socket.socket(2, 2); s.bind(('0.0.0.0', {_PORT})); time.sleep(999)"
+    return await pair.b.host.spawn([sys.executable, "-c", code], log=pair.b.host.log_dir / "thief.log")
+
+
+async def _port_thief(pair: Pair) -> asyncio.subprocess.Process:
+    """Have the workload's port taken on b once its restore begins there: before that, b would notice."""
+    code = (
+        "import os, socket, time\n"
+        "def run():\n"
+        f"    try: return open({str(WorkloadPaths(pair.b.config, NAME).incarnation_file)!r}).read()\n"
+        "    except OSError: return ''\n"
+        "before = run()\n"
+        "while run() == before: time.sleep(0.001)\n"
+        "taken = socket.socket(2, 2)\n"
+        f"taken.bind(('0.0.0.0', {_PORT}))\n"
+        "time.sleep(999)"
+    )
     return await pair.b.host.spawn([sys.executable, "-c", code], log=pair.b.host.log_dir / "thief.log")
 
 
