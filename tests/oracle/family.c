@@ -327,12 +327,14 @@ static int new_child(enum child_type type)
 /* ---- who this process is ---- */
 
 static u64 birth;
+static bool from_restored;
 
-/* When the kernel made this process: the 22nd field of its stat (proc(5)). 0 if that cannot be read. */
-static u64 made_at(void)
+/* When the kernel made a process: the 22nd field of its stat (proc(5)). 0 if that cannot be read. */
+static u64 made_at(pid_t pid)
 {
-	char text[1024] = "", *end;
-	int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC), field = 2;
+	char text[1024] = "", path[32], *end;
+	snprintf(path, sizeof path, "/proc/%d/stat", pid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC), field = 2;
 	if (fd >= 0 && read(fd, text, sizeof text - 1) < 0)
 		text[0] = 0;
 	if (fd >= 0)
@@ -346,13 +348,20 @@ static u64 made_at(void)
 
 void note_birth(void)
 {
-	birth = made_at();
+	birth = made_at(getpid());
 }
 
-/* Restored by CRIU: what mprotect(2) held apart then is several mappings for ever. */
+/* A forked child has the mappings of its parent, as they are. */
+static void note_fork(void)
+{
+	from_restored = from_restored || made_at(parent_pid) != birth;
+	note_birth();
+}
+
+/* Restored by CRIU, or forked by who was: what mprotect(2) held apart then is several mappings for ever. */
 bool was_restored(void)
 {
-	return made_at() != birth;
+	return from_restored || made_at(getpid()) != birth;
 }
 
 /* What an exec'd child does to make its world are steps too. */
@@ -423,7 +432,7 @@ static void __attribute__((noreturn)) live_as_child(int number, struct worker *p
 	close(listener);
 	my_child = &control->child[number];
 	role = number + 1;
-	note_birth();
+	note_fork();
 	inherit(parent->number);
 	u64 sum = reg_sum;
 	child_worker.heap_ring = parent->heap_ring;
