@@ -95,6 +95,8 @@ class Host:
     """Whose membership is being changed, and the number of that change: the next one calls it off."""
     said: dict[str, int] = field(default_factory=dict)
     """Version of what a node was told last about being in sync; what it answers to an earlier one is old."""
+    writing: list[Callable[[], object]] = field(default_factory=list)
+    """On its way to the disk."""
 
 
 class World:
@@ -152,11 +154,13 @@ class World:
         self.later(self.random.uniform(0.001, 0.02) + self.random.uniform(0, late), deliver)
 
     def persist(self, host: Host, write: Callable[[], object], then: Callable[[], None]) -> None:
-        """Have it on disk after a while; lost with the power, done though its process ends."""
+        """Have it on disk after a while; lost with the power, there or not when the next process begins."""
         boot, life = host.boot, host.life
+        host.writing.append(write)
 
         def written() -> None:
-            if host.on and host.boot == boot:
+            if host.on and host.boot == boot and any(each is write for each in host.writing):
+                host.writing = [each for each in host.writing if each is not write]
                 write()
                 if host.life == life:
                     then()
@@ -451,6 +455,7 @@ class World:
             self.tell(f"{host.name}: power is on")
             host.on = True
             host.boot += 1
+            host.writing = []
             self.begin(host)
 
     def restart(self, host: Host) -> None:
@@ -458,7 +463,15 @@ class World:
         if host.on:
             self.tell(f"{host.name}: a new process")
             host.life += 1
+            self.settle(host)
             self.begin(host)
+
+    def settle(self, host: Host) -> None:
+        """What the process before was writing is there or not: a process is gone once its writes are."""
+        writing, host.writing = host.writing, []
+        for write in writing:
+            if self.random.random() < 0.5:
+                write()
 
     def strike(self) -> None:
         host = self.hosts[self.random.choice("abc")]
