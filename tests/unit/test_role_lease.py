@@ -187,6 +187,16 @@ def test_a_start_whose_term_cannot_be_recorded_leaves_everything_as_it_was() -> 
     assert not driver.after(5.0), "it is not tried again behind the operator's back"
 
 
+def test_a_start_that_has_begun_is_forgotten_so_that_no_later_term_is_taken_for_one() -> None:
+    driver = Driver("a", spec=LEASED)
+    driver.after(3.0)
+    (claim,) = claims(driver.feed(OperatorStart(request=1, spec=LEASED)))
+    driver.feed(result(claim.attempt, term=4))
+    assert driver.role.starts_from == "stopped", "it goes back there if that cannot be recorded"
+    driver.persisted()
+    assert driver.role.starts_from is None, "the next term would be started afresh, without its memory"
+
+
 def test_where_etcd_may_have_forgotten_who_led_a_start_needs_the_others_heard_or_vouched_for() -> None:
     driver = Driver("a", spec=LEASED)
     driver.after(3.0)

@@ -21,7 +21,7 @@ from common.role_events import (
 )
 from common.role_explain import Covers, explain, takeovers
 from common.roles import SILENCES, Claim, Mark, Takeover, TermRecord, claim_of, heir_of
-from common.succession import kept_by_giver, unheard_leader
+from common.succession import gave_up, kept_by_giver, unheard_leader
 from tests.unit.test_roles import SPEC, Driver
 
 LINE = replace(SPEC, nodes=("a", "b", "c"))
@@ -468,6 +468,12 @@ def test_who_gave_its_term_up_gives_the_right_to_the_third_node_once_its_success
     driver.persisted()
     record = driver.role.record
     assert (record.term, record.mark, record.heir, driver.state) == (100, "yielded", "c", "yielded")
+
+
+def test_nothing_is_given_up_while_something_runs_here() -> None:
+    role = gave_up_unnamed().role
+    assert gave_up(role)
+    assert not gave_up(replace(role, alive=True))
 
 
 def test_who_gave_its_term_up_gives_nothing_away_while_its_successor_speaks_or_something_runs_here() -> None:
