@@ -134,7 +134,7 @@ class _Series:
             await asyncio.sleep(_TICKER_S)
             gaps = [self._target.boards[0].longest_gap_ms(*window) for window in self._dumper.windows]
             held = self._table
-            self._table = captured.table()
+            self._table = PageTable(captured.spaces)
             return Epoch(
                 freeze=captured.freeze,
                 ticker_ms=gaps[-1],

@@ -146,6 +146,16 @@ def bind_mounts(spec: WorkloadSpec, paths: WorkloadPaths) -> tuple[BindMount, ..
     )
 
 
+def file_roots(spec: WorkloadSpec, paths: WorkloadPaths) -> dict[bytes, Path]:
+    """Return the directories that are replicated: as declared, and where they are on this node."""
+    replicated = {item.path for item in spec.files if not item.shared}
+    return {
+        mount.destination.encode(): Path(mount.source)
+        for mount in bind_mounts(spec, paths)
+        if mount.destination in replicated
+    }
+
+
 def process_environment(spec: WorkloadSpec) -> dict[str, str]:
     """Return the workload's whole environment."""
     return {"PATH": _DEFAULT_PATH} | spec.environment

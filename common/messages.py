@@ -19,13 +19,16 @@ import msgspec
 from msgspec import Meta
 
 from common.errors import ProtocolError
-from common.model import NAME_PATTERN, EpochId, WorkloadSpec
+from common.model import NAME_PATTERN, EpochId, SpaceKind, WorkloadSpec
 
-PROTOCOL: Final = 6
+PROTOCOL: Final = 7
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 OLDEST: Final = PROTOCOL - 1
 """The oldest one that is spoken as well, so that nodes can be upgraded one after the other."""
+
+FILES_SINCE: Final = 7
+"""The version since which epochs have the workload's files: in an older one they are left out."""
 
 BEAT_VERSION: Final = 5
 """The version in which heartbeats changed last, and as which they are sent: nobody is asked beforehand what
@@ -107,7 +110,7 @@ class Hello(_Message, frozen=True):
     """Which run of the workload is led: epochs of another one are not its."""
     spec: WorkloadSpec
     oldest: Count = 0
-    """The oldest version that could be spoken instead; since version 6 (0: it was not said)."""
+    """The oldest version that could be spoken instead (0: it was not said)."""
 
 
 class Welcome(_Message, frozen=True):
@@ -148,7 +151,7 @@ class AskHeld(_Message, frozen=True):
     seed: Count
     secret: Secret
     """Under which pages are identified: the seed of xxh3, little-endian."""
-    kind: Literal["task", "shmem"]
+    kind: SpaceKind
     ident: Count
     first_row: Count
 
@@ -161,7 +164,7 @@ class AskStored(_Message, frozen=True):
 
     epoch: EpochId
     secret: Secret
-    kind: Literal["task", "shmem"]
+    kind: SpaceKind
     ident: Count
     first_page: Count
     end_page: Count
@@ -171,7 +174,7 @@ class AskStored(_Message, frozen=True):
 class HeldPages(_Message, frozen=True):
     """Replica to primary: these, in one bulk frame (`common.bulk.pack_held`); none if it cannot say."""
 
-    kind: Literal["task", "shmem"]
+    kind: SpaceKind
     ident: Count
     pages: Annotated[int, Meta(ge=0, le=BULK_BYTES // 24)]
     more: bool
@@ -203,11 +206,13 @@ class Begin(_Message, frozen=True):
     incarnation: Annotated[str, Meta(min_length=1, max_length=128)]
     frozen_wall_s: WallSeconds
     memory_bytes: Count
-    """Size of all present pages, whether they are sent or not."""
+    """Size of all present pages of memory, whether they are sent or not."""
     spaces: Annotated[int, Meta(ge=0, le=1 << 20)]
     metadata_files: Annotated[int, Meta(ge=0, le=1 << 20)]
     last: bool | None = None
-    """The workload stands still since then, to be handed over: nothing follows. Since version 6."""
+    """The workload stands still since then, to be handed over: nothing follows."""
+    file_bytes: Count = 0
+    """Size of all present pages of files (`common.file_records`). Since version 7, as these spaces are."""
 
 
 class Metadata(_Message, frozen=True):
@@ -225,7 +230,7 @@ class Space(_Message, frozen=True):
     With `more` the same space goes on in the next message.
     """
 
-    kind: Literal["task", "shmem"]
+    kind: SpaceKind
     ident: Count
     pages: Count
     changed: Count
@@ -377,11 +382,11 @@ _TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
 _WITH_BULK: Final = (HeldPages, Metadata, Space, Pages)
 
 
-_SINCE: Final[dict[type[Message], dict[str, int]]] = {Hello: {"oldest": 6}, Begin: {"last": 6}}
+_SINCE: Final[dict[type[Message], dict[str, int]]] = {Begin: {"file_bytes": FILES_SINCE}}
 """Fields that are not said in a version before that one."""
 _SPEC_SINCE: Final[dict[str, int]] = {}
 """Fields of `WorkloadSpec` that did not exist before that version: who sets one can only greet in a newer."""
-_SPEC_VALUES_SINCE: Final[dict[tuple[str, str], int]] = {("right_to_lead", "etcd"): 6}
+_SPEC_VALUES_SINCE: Final[dict[tuple[str, str], int]] = {}
 """Values of such fields, likewise."""
 
 
@@ -403,6 +408,8 @@ def encode(message: Message, bulk: Sequence[Buffer] = (), *, version: int = PROT
     """
     sizes = [len(frame) for frame in bulk]
     _check_bulk(message, sizes)
+    if version < FILES_SINCE and getattr(message, "kind", None) == "file":
+        raise ProtocolError(f"version {version} of the wire format knows nothing of files")
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
     if isinstance(message, Beat):
         version = BEAT_VERSION

@@ -17,6 +17,9 @@ PAGE_BYTES = 4096
 NAME_PATTERN = re.compile(r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?\Z")
 """Names of nodes and workloads: they become file, cgroup, container and nft names."""
 
+SpaceKind = Literal["task", "shmem", "file"]
+"""Whose pages they are: a task's, a shared segment's, or those of the workload's files."""
+
 _EPOCH_ID = re.compile(r"^t(\d+)-e(\d+)$")
 
 

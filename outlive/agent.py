@@ -24,14 +24,16 @@ from pathlib import Path
 
 import structlog
 import zmq.asyncio
+from primary.file_watch import FileWatch
 
-from common.bundle import WorkloadPaths, restore_command
+from common.bundle import WorkloadPaths, file_roots, restore_command
 from common.config import NodeConfig, Peer
-from common.container import incarnation
+from common.container import incarnation, workload_pids
 from common.control import (
     AgentMetrics,
     AnnounceFreeze,
     AskStatus,
+    CaptureStatus,
     Done,
     EndFreeze,
     Order,
@@ -50,6 +52,7 @@ from common.criu.rpc import spawn
 from common.errors import (
     CaptureError,
     OutliveError,
+    UnsupportedError,
 )
 from common.events import Event, EventLog, event_file
 from common.heap import keep_heap_small
@@ -76,8 +79,11 @@ from outlive.store_upkeep import StoreUpkeep
 from outlive.verifying import Verifier
 from outlive.workload_agent import WorkloadAgent, check_greeting
 from primary.backend import BackendChoice, ChosenBackend, choose_backend
+from primary.capture import CaptureBackend
 from primary.dumping import Dumper
 from primary.fast import FastBackend
+from primary.file_backend import FrozenHook, WithFiles
+from primary.file_capture import FileCapture
 from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
@@ -336,13 +342,14 @@ class Agent:
         verifier = Verifier(spec.name, self._config.capture.verify_epochs, self._events)
         freezer = Freezer(paths.cgroup)
         abandoned_ms: deque[float] = deque(maxlen=SERIES)
-        backend = self._make_backend(
+        backend, status = self._make_backend(
             spec,
             run.id if run is not None else "unknown",
             init_pid,
             verifier,
             freezer,
             abandoned_ms.append,
+            self._make_files(spec),
         )
         return Leading(
             self._config,
@@ -357,7 +364,7 @@ class Agent:
             events=self._events,
             verifier=verifier,
             freezer=freezer,
-            capture_status=backend.status,
+            capture_status=status,
             abandoned_ms=abandoned_ms,
         )
 
@@ -369,7 +376,11 @@ class Agent:
         verifier: Verifier,
         freezer: Freezer,
         on_abandoned: Callable[[float], None],
-    ) -> ChosenBackend:
+        files: FileCapture | None,
+    ) -> tuple[CaptureBackend, Callable[[], CaptureStatus]]:
+        """Return what captures, and what tells how."""
+        hook = FrozenHook()
+
         def dumper(*, with_shim: bool) -> Dumper:
             return Dumper(
                 self._config,
@@ -382,6 +393,7 @@ class Agent:
                 with_shim=with_shim,
                 freezer=freezer,
                 on_abandoned=on_abandoned,
+                at_frozen=hook,
             )
 
         def fast() -> FastBackend:
@@ -398,13 +410,32 @@ class Agent:
         stock = StockBackend(
             dumper(with_shim=False), workload=spec.name, incarnation=run, hasher=self._hasher
         )
-        return ChosenBackend(
+        memory = ChosenBackend(
             None if self._choice.tracker is None else fast,
             stock,
             self._choice,
             on_change=lambda name, reason: self._events.append(
                 Event.CAPTURE_BACKEND, workload=spec.name, reason=f"{name}: {reason}"
             ),
+        )
+        return (memory if files is None else WithFiles(memory, files, hook)), memory.status
+
+    def _make_files(self, spec: WorkloadSpec) -> FileCapture | None:
+        """Make what captures the workload's files; None if none are replicated."""
+        roots = file_roots(spec, WorkloadPaths(self._config, spec.name))
+        if not roots:
+            return None
+        watch: FileWatch | None = None
+        try:
+            watch = FileWatch(list(roots.values()))
+        except UnsupportedError as error:
+            log.warning("capture.files_not_watched", workload=spec.name, reason=error.message)
+        return FileCapture(
+            roots,
+            hasher=self._hasher,
+            layers=Path(self._config.node.image_dir) / spec.name,
+            pids=lambda: workload_pids(self._config, spec.name),
+            watch=watch,
         )
 
     def _make_stream(

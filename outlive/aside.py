@@ -132,7 +132,7 @@ class Aside:
         size_bytes = sum(file.size_bytes for file in epoch.metadata) + PAGE_BYTES * sum(
             len(_content(space, base.table if base else None)) for space in epoch.spaces
         )
-        wanted_bytes = size_bytes + epoch.memory_bytes
+        wanted_bytes = size_bytes + epoch.memory_bytes + epoch.file_bytes
         free_bytes = self._disk.free_bytes(self._store_dir) - 2 * self._min_free_bytes
         if self._max_bytes:
             free_bytes = min(free_bytes, self._max_bytes - used_bytes(self._store_dir))

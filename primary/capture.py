@@ -7,15 +7,16 @@ changed. *Fast* tracks writes and reads only what is dirty. Both yield the same 
 - the present set of every address space, with a keyed identity of each page's content;
 - the zero set: pages whose identity is `PageIdentity` zero; what maps the kernel's zero page is absent;
 - the content of what changed, read on demand and only until `release()`;
-- CRIU's metadata images as files, and the manifest of the workload's own files.
+- CRIU's metadata images as files;
+- the workload's own files, as two more spaces of pages (`common.file_records`).
 
 A page whose state is in doubt is in the changed set: it is sent again, never skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.criu.images import PE_LAZY, PE_PRESENT, SpaceKey
+from common.messages import FILES_SINCE
 from common.model import PAGE_BYTES, EpochId
 from primary.identities import Identities
 from primary.page_set import PageSet
@@ -133,13 +135,6 @@ class MetadataFile:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class FileManifest:
-    """The changed files of the same instant. Empty until files are replicated."""
-
-    entries: tuple[str, ...] = ()
-
-
 @dataclass(slots=True)
 class CapturedEpoch:
     """One consistent checkpoint, held by its backend until `release()`.
@@ -158,22 +153,30 @@ class CapturedEpoch:
     spaces: tuple[SpacePages, ...]
     metadata: tuple[MetadataFile, ...]
     pages: PageReader
-    files: FileManifest = field(default_factory=FileManifest)
     last: bool = False
     """It stands still since then, to be handed over: whoever had it captured says so before it is offered."""
 
     @property
     def memory_bytes(self) -> int:
-        """Size of all present pages."""
-        return sum(len(space.pages) for space in self.spaces) * PAGE_BYTES
+        """Size of all present pages of memory."""
+        return _bytes_of(space for space in self.spaces if space.key.kind != "file")
 
-    def table(self) -> PageTable:
-        """Return what a holder of this epoch has."""
-        return PageTable(self.spaces)
+    @property
+    def file_bytes(self) -> int:
+        """Size of all present pages of files."""
+        return _bytes_of(space for space in self.spaces if space.key.kind == "file")
+
+    def as_of(self, version: int) -> tuple[SpacePages, ...]:
+        """Return the spaces that a version of the wire format can tell of."""
+        return tuple(space for space in self.spaces if version >= FILES_SINCE or space.key.kind != "file")
 
     def release(self) -> None:
         """Give the images back. Harmless when repeated."""
         self.pages.release()
+
+
+def _bytes_of(spaces: Iterable[SpacePages]) -> int:
+    return sum(len(space.pages) for space in spaces) * PAGE_BYTES
 
 
 class PageReader(Protocol):
@@ -194,8 +197,10 @@ class PageReader(Protocol):
 class CaptureBackend(Protocol):
     """Takes epochs of one incarnation of one workload."""
 
-    name: str
-    """`stock` or `fast`, for status and benchmarks."""
+    @property
+    def name(self) -> str:
+        """`stock` or `fast`, for status and benchmarks."""
+        ...
 
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         """Freeze, take the instant, thaw. The workload runs again when this returns or raises.

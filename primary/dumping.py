@@ -103,10 +103,14 @@ class Dumper:
         with_shim: bool = False,
         freezer: Freezer | None = None,
         on_abandoned: Callable[[float], None] = lambda frozen_ms: None,
+        at_frozen: Callable[[], None] = lambda: None,
     ) -> None:
         """Say what to dump. `attachments` are files that go with every epoch's metadata.
 
         `on_abandoned` is told, of each freeze that came to nothing, for how many ms at most it lasted.
+
+        `at_frozen` is called in each dump when everything stands still, in the event loop; what it raises
+        abandons the dump.
 
         `share` comes first on the processors while anything stands still.
 
@@ -124,6 +128,7 @@ class Dumper:
         self._ahead: _Ahead | None = None
         self._beside: ThreadPoolExecutor | None = None
         self._on_abandoned = on_abandoned
+        self._at_frozen = at_frozen
         self._freezer = freezer or Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
         """The workload's cgroup, if somebody else has frozen it already: CRIU must be told."""
@@ -198,11 +203,13 @@ class Dumper:
                 favour(ahead.criu.pid)
             elif script == "query-ext-files" and meanwhile is not None:
                 beside = self._beside.submit(meanwhile) if self._beside is not None else None
-            elif script == "post-dump" and at_post_dump is not None:
+            elif script == "post-dump":
                 begun_s = time.monotonic()
                 if beside is not None:
                     await _ended(beside)
-                at_post_dump(ahead.channel)
+                if at_post_dump is not None:
+                    at_post_dump(ahead.channel)
+                self._at_frozen()
                 hook_ms = (time.monotonic() - begun_s) * 1000
             return True
 

@@ -35,7 +35,8 @@ async def ask_held(
 
     Raises UnreachableError if no answer comes, ProtocolError for one that cannot be.
     """
-    return PageTable([await _ask_space(session, space, secret, held, seed) for space in epoch.spaces])
+    spaces = epoch.as_of(session.version)
+    return PageTable([await _ask_space(session, space, secret, held, seed) for space in spaces])
 
 
 async def _ask_space(

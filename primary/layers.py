@@ -189,19 +189,27 @@ class LayeredPages:
         """Copy the pages at `rows` into `into`. See `PageReader.read`."""
         if self._released or key not in self._pages:
             raise CaptureError(f"the epoch was released, or never had {key.pagemap_name}")
-        wanted, slots = self._pages[key].at(rows), np.arange(len(rows), dtype=np.int64)
+        wanted = self._pages[key].at(rows)
+        left = self.read_some(key, wanted, into)
+        if len(left):
+            raise CaptureError(
+                f"{key.pagemap_name}: page {int(wanted[left[0]]):#x} is not among what changed lately"
+            )
+
+    def read_some(self, key: SpaceKey, wanted: NDArray[np.uint64], into: memoryview) -> NDArray[np.int64]:
+        """Copy those of the pages that are here; return the places in `into` of those that are not."""
+        if self._released:
+            raise CaptureError(f"the epoch was released: {key.pagemap_name} cannot be read")
+        slots = np.arange(len(wanted), dtype=np.int64)
         for layer in reversed(self._layers):
-            places = layer.places(key, wanted)
+            places = layer.places(key, wanted[slots])
             here = places >= 0
             if here.any():
                 layer.read(places[here], slots[here], into)
-                wanted, slots = wanted[~here], slots[~here]
-            if not len(wanted):
-                return
-        if len(wanted):
-            raise CaptureError(
-                f"{key.pagemap_name}: page {int(wanted[0]):#x} is not among what changed lately"
-            )
+                slots = slots[~here]
+            if not len(slots):
+                break
+        return slots
 
     def release(self) -> None:
         """Let go of the layers. Harmless when repeated."""

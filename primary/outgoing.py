@@ -8,7 +8,7 @@ does it in a thread. Which pages are sent is decided here alone: those that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,9 +36,9 @@ class Held:
     table: PageTable
 
     @classmethod
-    def of(cls, epoch: CapturedEpoch) -> Held:
-        """What a replica holds that has committed `epoch`."""
-        return cls(epoch.id, epoch.table())
+    def of(cls, epoch: CapturedEpoch, version: int) -> Held:
+        """What a replica holds that has committed `epoch`, as that version of the wire format told it."""
+        return cls(epoch.id, PageTable(epoch.as_of(version)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def epoch_messages(
     """
     speak = partial(encode, version=version)
     digest = EpochDigest()
-    for frames in _body(speak, epoch, term, base, seed, buffer):
+    for frames in _body(speak, epoch, epoch.as_of(version), term, base, seed, buffer):
         digest.add(frames)
         yield frames
     yield speak(Commit(digest=digest.value()))
@@ -73,11 +73,17 @@ def epoch_messages(
 
 def full_bytes(epoch: CapturedEpoch) -> int:
     """What the epoch would cost uncompressed if all of it were sent."""
-    return epoch.memory_bytes + sum(file.size_bytes for file in epoch.metadata)
+    return epoch.memory_bytes + epoch.file_bytes + sum(file.size_bytes for file in epoch.metadata)
 
 
 def _body(
-    speak: Speak, epoch: CapturedEpoch, term: int, base: Held | None, seed: Seed | None, buffer: bytearray
+    speak: Speak,
+    epoch: CapturedEpoch,
+    spaces: Sequence[SpacePages],
+    term: int,
+    base: Held | None,
+    seed: Seed | None,
+    buffer: bytearray,
 ) -> Iterator[Frames]:
     yield speak(
         Begin(
@@ -88,14 +94,15 @@ def _body(
             incarnation=epoch.incarnation,
             frozen_wall_s=epoch.frozen_wall_s,
             memory_bytes=epoch.memory_bytes,
-            spaces=len(epoch.spaces),
+            spaces=len(spaces),
             metadata_files=len(epoch.metadata),
             last=epoch.last,
+            file_bytes=epoch.file_bytes,
         )
     )
     for file in epoch.metadata:
         yield from _metadata(speak, file)
-    for space in epoch.spaces:
+    for space in spaces:
         yield from _space(speak, epoch, space, base, seed, memoryview(buffer))
 
 

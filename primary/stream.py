@@ -377,7 +377,7 @@ class ReplicaStream:
         if not self._buffer:
             self._buffer = bytearray(BULK_BYTES)
         session.begin(epoch.id, lent_bytes=seed.table.pages * PAGE_BYTES if seed else 0)
-        self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
+        self._unconfirmed = Held.of(epoch, session.version), epoch.frozen_wall_s
         try:
             await self._send_messages(
                 session, epoch_messages(epoch, self._hello.term, base, seed, self._buffer, session.version)
@@ -394,7 +394,7 @@ class ReplicaStream:
             session.end()
         self._unconfirmed = None
         if isinstance(outcome, Ack):
-            self._acknowledge(offer, outcome)
+            self._acknowledge(offer, outcome, session.version)
             if base is None and self._resync == "full":
                 self._resync = ""
             if doubt := await self._verifier.compare(session, epoch):
@@ -421,13 +421,13 @@ class ReplicaStream:
                 if session.outcome is not None:
                     return
 
-    def _acknowledge(self, offer: Offer, ack: Ack) -> None:
+    def _acknowledge(self, offer: Offer, ack: Ack, version: int) -> None:
         epoch = offer.epoch
         latency_ms = (self._clock.monotonic_s() - offer.offered_s) * 1000
         self._latencies_ms.append(latency_ms)
         self._full_equivalent_bytes += full_bytes(epoch)
         self._restorable, self._reasons = ack.restorable, ack.reasons
-        self._remember(Held.of(epoch), epoch.frozen_wall_s)
+        self._remember(Held.of(epoch, version), epoch.frozen_wall_s)
         self._note_progress()
         self._log.debug("stream.acknowledged", epoch=str(epoch.id), latency_ms=round(latency_ms, 1))
 

@@ -229,8 +229,9 @@ class Assembly:
             )
         if begin.base is not None and begin.base >= begin.epoch:
             raise ProtocolError(f"epoch {begin.epoch} stands on {begin.base}, which is not older")
-        if begin.memory_bytes % PAGE_BYTES:
-            raise ProtocolError(f"{begin.memory_bytes} bytes of memory are not whole pages")
+        pages_bytes = begin.memory_bytes + begin.file_bytes
+        if begin.memory_bytes % PAGE_BYTES or begin.file_bytes % PAGE_BYTES:
+            raise ProtocolError(f"{pages_bytes} bytes of memory and files are not whole pages")
         self._guard.check(self._workload, begin.term, self._leader)
         newest = self._store.newest
         if newest is not None and begin.epoch <= newest.id:
@@ -241,12 +242,12 @@ class Assembly:
                 code="not-newer",
                 retry_with_base=False,
             )
-        if begin.memory_bytes > self._most_memory_bytes:
+        if pages_bytes > self._most_memory_bytes:
             return self._give_up(
                 begin,
                 NoSpaceError(
-                    f"{begin.epoch} has {begin.memory_bytes} bytes of memory, and this node takes at most "
-                    f"{self._most_memory_bytes}: four times its own",
+                    f"{begin.epoch} has {pages_bytes} bytes of memory and files, and this node takes at most "
+                    f"{self._most_memory_bytes}: four times its own memory",
                     hint="let a machine with more memory be the replica",
                 ),
             )
@@ -262,7 +263,7 @@ class Assembly:
             incoming = self._store.begin(
                 header,
                 # How much a delta takes is not known before it is here.
-                expected_bytes=begin.memory_bytes if begin.base is None else 0,
+                expected_bytes=pages_bytes if begin.base is None else 0,
                 restore_command=self._restore_command,
                 seed=begin.seed,
             )
@@ -274,7 +275,7 @@ class Assembly:
             digest=EpochDigest(),
             files_left=begin.metadata_files,
             spaces_left=begin.spaces,
-            pages_left=begin.memory_bytes // PAGE_BYTES,
+            pages_left=pages_bytes // PAGE_BYTES,
         )
         self._epoch.digest.add(frames)
         self._phase = Phase.FILES

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from blake3 import blake3
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey, serialize_pages
 from common.durable import Disk, Writer
 from common.errors import StoreError
-from common.model import PAGE_BYTES
+from common.model import PAGE_BYTES, SpaceKind
 from replica.levels import (
     MANIFEST_NAME,
     PARENT_NAME,
@@ -367,7 +367,7 @@ def check_metadata_name(name: str) -> None:
 def check_space(key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
     """Raise StoreError unless key, page numbers and flags can be those of an address space."""
     name = key.pagemap_name
-    if key.kind not in ("task", "shmem") or type(key.ident) is not int or key.ident < 0:
+    if key.kind not in get_args(SpaceKind) or type(key.ident) is not int or key.ident < 0:
         raise StoreError(f"{key!r} names no address space")
     if numbers.dtype != np.uint64 or flags.dtype != np.uint8 or numbers.ndim != 1:
         raise StoreError(f"{name}: page numbers must be 64-bit and flags one byte each")

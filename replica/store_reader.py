@@ -57,6 +57,8 @@ class EpochRecord:
     """The directory to restore from; stays valid when the epoch is folded."""
     last: bool | None = None
     """It was handed over with this epoch; None: that is not known."""
+    file_pages: int = 0
+    """All pages of the workload's files, which are none of `pages`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,8 @@ class StoreReader:
             frozen_wall_s=header.frozen_wall_s,
             committed_wall_s=level.manifest.committed_wall_s,
             bytes_on_disk=sum(file.size_bytes for file in level.manifest.files),
-            pages=sum(space.pages for space in level.manifest.spaces),
+            pages=sum(space.pages for space in level.manifest.spaces if space.key.kind != "file"),
+            file_pages=sum(space.pages for space in level.manifest.spaces if space.key.kind == "file"),
             pages_present=sum(space.present for space in level.manifest.spaces),
             levels=len(chain or ()),
             folded=level.path.parent == self._layout.folds,

@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -48,6 +48,7 @@ from common.criu.pagemap import (
 )
 from common.criu.proto import fdinfo_pb2, mm_pb2, remap_file_path_pb2, sk_inet_pb2, stats_pb2
 from common.errors import StoreError
+from common.model import SpaceKind
 
 __all__ = [
     "MAP_HUGETLB",
@@ -105,15 +106,18 @@ _PAGEMAP_NAME = re.compile(r"pagemap-(shmem-)?([0-9]+)\.img")
 
 
 class SpaceKey(msgspec.Struct, frozen=True, order=True):
-    """Names an address space of a checkpoint: a task by its PID in its namespace, or a shared segment."""
+    """Names a space of pages of a checkpoint: a task by its PID in its namespace, or a shared segment.
 
-    kind: Literal["task", "shmem"]
+    Or the workload's own files (`common.file_records`), of which CRIU knows nothing.
+    """
+
+    kind: SpaceKind
     ident: int
 
     @property
     def pagemap_name(self) -> str:
         """The file name of its pagemap."""
-        return f"pagemap-{'shmem-' if self.kind == 'shmem' else ''}{self.ident}.img"
+        return f"pagemap-{'' if self.kind == 'task' else f'{self.kind}-'}{self.ident}.img"
 
     @property
     def memory_map_name(self) -> str | None:

@@ -149,7 +149,7 @@ async def test_a_node_of_the_previous_version_refuses_in_its_own_words_and_is_gr
             version, tag, said, _ = msgpack.unpackb(second.frames[0])
             assert (version, tag) == (OLDEST, "hello")
             assert said["protocol"] == OLDEST
-            assert "oldest" not in said
+            assert said["oldest"] == OLDEST
             assert second.connection == first.connection
     finally:
         serving.cancel()

@@ -1,0 +1,431 @@
+"""What is known of the files of a workload: inodes, names, and what regular files hold, page by page.
+
+In: what was seen of files, in any order, while the workload ran or stood still. Out: the two spaces of pages
+that an epoch has of them (`common.file_records`). Files are told apart as the file system does, by device and
+inode; our own numbers stay with an inode for as long as it has a name in one of the directories.
+
+Nothing here opens a file: `primary.file_reader` does. Used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import CaptureError
+from common.file_records import (
+    CONTENTS,
+    MOST_RECORD_BYTES,
+    NOWHERE,
+    RECORDS,
+    ROOTS,
+    Entry,
+    Inode,
+    pack_extra,
+    pack_record,
+)
+from common.identity import PageHasher
+from common.model import PAGE_BYTES
+from primary.book import PageBook
+from primary.capture import SpacePages
+from primary.file_places import Places, RecordPages
+from primary.page_set import NO_PAGES, PageSet
+
+Attributes = tuple[tuple[bytes, bytes], ...]
+FileId = tuple[int, int]
+"""Device and inode number."""
+
+_DOUBTFUL_NS: Final = 20_000_000
+"""Two ticks of the slowest kernels: what was changed so shortly before it was looked at may be changed again
+without its times moving."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One inode as it was found."""
+
+    status: os.stat_result
+    target: bytes = b""
+    attributes: Attributes = ()
+
+    @property
+    def id(self) -> FileId:
+        """Which one it is."""
+        return self.status.st_dev, self.status.st_ino
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it has entries."""
+        return stat.S_ISDIR(self.status.st_mode)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether it has contents."""
+        return stat.S_ISREG(self.status.st_mode)
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One inode that is known."""
+
+    inode: Inode
+    id: FileId
+    key: bytes = b""
+    """How `primary.file_watch` calls it; empty if nothing is watched."""
+    names: set[tuple[int, bytes]] = field(default_factory=set)
+    """Directory (our number) and name of each entry."""
+    children: dict[bytes, int] = field(default_factory=dict)
+    """Of a directory: our number of what each name leads to."""
+    times: tuple[int, int, int] | None = None
+    """Change time, modification time and size when its content was read; None: it has to be read again."""
+
+    @property
+    def number(self) -> int:
+        """Our number of it."""
+        return self.inode.number
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it has entries."""
+        return stat.S_ISDIR(self.inode.mode)
+
+    def looks_same(self, status: os.stat_result) -> bool:
+        """Tell whether its content is what was read, as far as its times can tell."""
+        return self.times == _times(status)
+
+
+class FileBook:
+    """All files of the declared directories, as far as they were seen."""
+
+    def __init__(self, hasher: PageHasher) -> None:
+        self._hasher = hasher
+        self._nodes: dict[int, Node] = {}
+        self._by_id: dict[FileId, int] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._by_place: dict[int, int] = {}
+        self._roots: dict[bytes, int] = {}
+        self._last = 0
+        self._places = Places()
+        self._records = RecordPages()
+        self._contents, self._record_book = PageBook(CONTENTS), PageBook(RECORDS)
+        self._shrunk: dict[int, int] = {}
+        """How many pages stood at a place when the last epoch was sealed, of places with fewer since then."""
+        self._freed: list[int] = []
+        """Places that somebody else may have after the next epoch: until then their pages are known."""
+        self._unread: set[int] = set()
+        self._unsettled: set[int] = set()
+        self._linked: dict[int, int] = {}
+        """How many links there are of files with several."""
+        self._extras: dict[int, bytes] = {}
+        self._orphans: set[int] = set()
+
+    # --- looking ------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """All that are known."""
+        return iter(list(self._nodes.values()))
+
+    def node(self, number: int) -> Node | None:
+        """Return the one with that number."""
+        return self._nodes.get(number)
+
+    def find(self, file: FileId) -> Node | None:
+        """Return the one that the file system calls so."""
+        number = self._by_id.get(file)
+        return None if number is None else self._nodes[number]
+
+    def by_key(self, key: bytes) -> Node | None:
+        """Return the one that the watch calls so."""
+        number = self._by_key.get(key)
+        return None if number is None else self._nodes[number]
+
+    def holder(self, page: int) -> tuple[Node, int] | None:
+        """Return whose content a page is, and which page of it; None: of no file's at present."""
+        place = Places.start_of(page)
+        number = self._by_place.get(place)
+        return None if number is None else (self._nodes[number], page - place)
+
+    @property
+    def contents(self) -> PageSet:
+        """All pages of contents."""
+        return self._contents.pages
+
+    @property
+    def linked_elsewhere(self) -> list[Node]:
+        """Regular files that have names outside of the directories."""
+        return [
+            node
+            for number, links in self._linked.items()
+            if (node := self._nodes[number]) and len(node.names) < links
+        ]
+
+    def take_unsettled(self) -> list[Node]:
+        """Return, once, the files that were read so soon after a change that times may not tell the next."""
+        taken, self._unsettled = self._unsettled, set()
+        return [self._nodes[number] for number in taken if number in self._nodes]
+
+    def path_of(self, number: int) -> list[bytes] | None:
+        """Return the names that lead to it: a declared directory, then entries. None: none do."""
+        parts: list[bytes] = []
+        while number != ROOTS:
+            node = self._nodes.get(number)
+            if node is None or not node.names:
+                return None
+            number, name = next(iter(node.names))
+            parts.append(name)
+        return parts[::-1]
+
+    # --- taking note --------------------------------------------------------------------------------
+
+    def see(self, seen: Seen, key: bytes = b"") -> Node:
+        """Take note of an inode as it is, under the number that it has or a new one."""
+        node = self.find(seen.id)
+        if node is not None and stat.S_IFMT(node.inode.mode) != stat.S_IFMT(seen.status.st_mode):
+            self._forget(node)  # another one with the same number
+            node = None
+        if node is None:
+            self._last += 1
+            node = Node(Inode(self._last, 0, 0, 0, 0, 0), seen.id)
+            self._nodes[node.number] = node
+            self._by_id[seen.id] = node.number
+            self._orphans.add(node.number)
+        if node.key != key:
+            self._by_key.pop(node.key, None)
+            node.key = key
+        if key:
+            self._by_key[key] = node.number
+        self._become(node, self._inode_of(node, seen))
+        if seen.is_regular and seen.status.st_nlink > 1:
+            self._linked[node.number] = seen.status.st_nlink
+        else:
+            self._linked.pop(node.number, None)
+        return node
+
+    def link(self, parent: int, name: bytes, node: Node) -> None:
+        """Take note that a name leads to it, and to nothing else any more."""
+        children = self._roots if parent == ROOTS else self._nodes[parent].children
+        if children.get(name) == node.number:
+            return
+        self.unlink(parent, name)
+        children[name] = node.number
+        node.names.add((parent, name))
+        self._orphans.discard(node.number)
+        self._records.put((parent, name), pack_record(Entry(parent, name, node.number)))
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Take note that a name leads to nothing. What has no name any more goes with the next epoch."""
+        directory = None if parent == ROOTS else self._nodes.get(parent)
+        children = self._roots if directory is None else directory.children
+        number = children.pop(name, None)
+        if number is None:
+            return
+        self._records.remove((parent, name))
+        node = self._nodes[number]
+        node.names.discard((parent, name))
+        if not node.names:
+            self._orphans.add(number)
+
+    def put_content(
+        self,
+        parts: Iterable[tuple[Node, NDArray[np.uint64], NDArray[np.uint64]]],
+    ) -> list[NDArray[np.bool_]]:
+        """Take note of what pages of files hold; return for each part which of its pages are new or changed.
+
+        A part is a file, pages of it (ascending, from 0), and their identities; no page comes twice.
+        """
+        parts = list(parts)
+        if not parts:
+            return []
+        numbers = np.concatenate([pages + np.uint64(node.inode.place) for node, pages, _ in parts])
+        identity = np.concatenate([each for _, _, each in parts])
+        order = np.argsort(numbers, kind="stable")
+        changed = np.empty(len(numbers), dtype=np.bool_)
+        changed[order] = self._contents.differs(numbers[order], identity[order])
+        self._contents.put(numbers[order], identity[order])
+        ends = np.cumsum([len(pages) for _, pages, _ in parts])
+        return np.split(changed, ends[:-1])
+
+    def differs(
+        self, node: Node, pages: NDArray[np.uint64], identity: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
+        """Mark those pages of a file (ascending, from 0) that are not known to hold that; shape (n,)."""
+        if node.inode.place == NOWHERE:
+            return np.ones(len(pages), dtype=np.bool_)
+        return self._contents.differs(pages + np.uint64(node.inode.place), identity)
+
+    def read(self, node: Node, status: os.stat_result, now_ns: int) -> None:
+        """Take note that the content was read after `status` was taken, which was at `now_ns`."""
+        doubtful = max(status.st_ctime_ns, status.st_mtime_ns) > now_ns - _DOUBTFUL_NS
+        node.times = None if doubtful else _times(status)
+        if doubtful:
+            self._unsettled.add(node.number)
+        self._unread.discard(node.number)
+
+    # --- an epoch -----------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Forget what no name leads to any more."""
+        while self._orphans:
+            node = self._nodes.get(self._orphans.pop())
+            if node is None or node.names:
+                continue
+            for name in list(node.children):
+                self.unlink(node.number, name)
+            self._forget(node)
+
+    def seal(self) -> tuple[tuple[SpacePages, SpacePages], Mapping[int, bytes], Mapping[int, bytes]]:
+        """Return the spaces of an epoch as things stand, and what pages of records and of attributes hold.
+
+        Raises CaptureError if there is a file whose content was not read.
+        """
+        self.sweep()
+        if self._unread:
+            path = self.path_of(min(self._unread)) or []
+            raise CaptureError(
+                f"{os.fsdecode(b'/'.join(path))} could not be read: the next epoch tries again"
+            )
+        self._let_go()
+        changed = self._records.changes()
+        if changed:
+            numbers = np.fromiter(changed, dtype=np.uint64)
+            self._record_book.put(numbers, self._hasher.identify(memoryview(b"".join(changed.values()))))
+        spaces = self._record_book.table(NO_PAGES), self._contents.table(NO_PAGES)
+        return spaces, self._records.snapshot(), dict(self._extras)
+
+    # --- within -------------------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        """Forget the pages that no file has any more, and give their places away."""
+        gone = []
+        for place, pages in self._shrunk.items():
+            number = self._by_place.get(place)
+            node = None if number is None else self._nodes[number]
+            kept = 0 if node is None else _pages_at(node.inode, place)
+            if kept < pages:
+                gone.append(PageSet(np.array([place + kept, place + pages], dtype=np.uint64)))
+        if gone:
+            self._contents.restrict(self._contents.pages - PageSet.union(gone))
+        self._shrunk.clear()
+        for place in self._freed:
+            self._places.give_back(place)
+        self._freed.clear()
+
+    def _shrink(self, place: int, pages: int) -> None:
+        """Take note that of so many pages at a place not all may be needed any more."""
+        self._shrunk[place] = max(pages, self._shrunk.get(place, 0))
+
+    def _inode_of(self, node: Node, seen: Seen) -> Inode:
+        status, before = seen.status, node.inode
+        size = status.st_size if seen.is_regular else 0
+        pages = -(-size // PAGE_BYTES)
+        made = Inode(
+            number=node.number,
+            mode=status.st_mode,
+            uid=status.st_uid,
+            gid=status.st_gid,
+            mtime_ns=status.st_mtime_ns,
+            size=size,
+            device=status.st_rdev if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) else 0,
+            place=self._place(node, before.place, before.pages, pages),
+            target=seen.target,
+            attributes=seen.attributes,
+        )
+        if len(pack_record(made)) <= MOST_RECORD_BYTES:
+            self._drop_extra(before)
+            return made
+        return self._with_extra(node, before, made)
+
+    def _place(self, node: Node, place: int, before: int, pages: int) -> int:
+        """Return where its content stands from now on, of so many pages; `before` there were at `place`."""
+        stays = place != NOWHERE and pages > 0 and Places.fits(place, pages)
+        if pages < before or not stays:
+            self._leave(place, before, stays=stays)
+        if not pages:
+            self._unread.discard(node.number)
+            return NOWHERE
+        if pages != before or not stays:
+            node.times = None
+            self._unread.add(node.number)
+        if stays:
+            return place
+        made = self._places.take(pages)
+        self._by_place[made] = node.number
+        return made
+
+    def _leave(self, place: int, pages: int, *, stays: bool = False) -> None:
+        """Take note that pages at a place, or all of them, are not needed any more."""
+        if place != NOWHERE:
+            self._shrink(place, pages)
+            if not stays:
+                del self._by_place[place]
+                self._freed.append(place)
+
+    def _with_extra(self, node: Node, before: Inode, made: Inode) -> Inode:
+        """Have its target and attributes stand in pages of their own."""
+        content = pack_extra(made.target, made.attributes)
+        pages = -(-len(content) // PAGE_BYTES)
+        place, held = NOWHERE, 0
+        if before.extra is not None:
+            place, held = before.extra[0], -(-before.extra[1] // PAGE_BYTES)
+        if place == NOWHERE or not Places.fits(place, pages):
+            self._drop_extra(before)
+            place = self._places.take(pages)
+            self._by_place[place] = node.number
+        elif held > pages:
+            self._leave(place, held, stays=True)
+        padded = content.ljust(pages * PAGE_BYTES, b"\0")
+        numbers = np.arange(place, place + pages, dtype=np.uint64)
+        self._contents.put(numbers, self._hasher.identify(memoryview(padded)))
+        for page in range(pages):
+            self._extras[place + page] = padded[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]
+        return msgspec.structs.replace(made, target=b"", attributes=(), extra=(place, len(content)))
+
+    def _drop_extra(self, inode: Inode) -> None:
+        if inode.extra is not None:
+            place, size = inode.extra
+            pages = -(-size // PAGE_BYTES)
+            self._leave(place, pages)
+            for page in range(place, place + pages):
+                self._extras.pop(page, None)
+
+    def _become(self, node: Node, inode: Inode) -> None:
+        if inode != node.inode:
+            node.inode = inode
+            self._records.put(node.number, pack_record(inode))
+
+    def _forget(self, node: Node) -> None:
+        for parent, name in list(node.names):
+            self.unlink(parent, name)
+        for name in list(node.children):
+            self.unlink(node.number, name)
+        self._place(node, node.inode.place, node.inode.pages, 0)
+        self._drop_extra(node.inode)
+        self._records.remove(node.number)
+        self._linked.pop(node.number, None)
+        self._unread.discard(node.number)
+        del self._nodes[node.number]
+        del self._by_id[node.id]
+        if self._by_key.get(node.key) == node.number:
+            del self._by_key[node.key]
+
+
+def _pages_at(inode: Inode, place: int) -> int:
+    """Return how many pages of an inode stand at one of its places."""
+    if inode.place == place:
+        return inode.pages
+    return -(-inode.extra[1] // PAGE_BYTES) if inode.extra is not None else 0
+
+
+def _times(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ctime_ns, status.st_mtime_ns, status.st_size

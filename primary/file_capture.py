@@ -1,0 +1,472 @@
+"""Captures the files of a workload: what changed, as it is at the instant of an epoch.
+
+In: the declared directories, and who may have files open there. Out: the spaces of pages that an epoch has of
+them, and their content for as long as a replica may need it.
+
+    running   what was reported as changed is looked at and identified, so that little is left    ahead
+    frozen    what was reported since, and what is open or mapped, is looked at once more          take
+    running   all that was found goes into the book; an epoch has it from there                   settle, seal
+
+What is reported comes from `primary.file_watch`; without it everything is scanned, also while frozen. Stores
+through a shared mapping are reported by nobody: a file that is, or was at the last epoch, mapped shared is
+read at every freeze, and of one that is open the times are compared (where a store moves none, it is read).
+
+Content that did not change lately is read from the file itself when it is sent, and believed only if it is
+what it was: else that epoch cannot be sent, and a newer one can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from common.criu.images import SpaceKey
+from common.errors import CaptureError
+from common.file_records import CONTENTS, RECORDS, ROOTS
+from common.identity import PageHasher
+from common.model import PAGE_BYTES, EpochId
+from primary.capture import SpacePages
+from primary.file_book import FileBook, FileId, Node
+from primary.file_reader import Content, FileReader, Found, How, UnreadableError, open_path
+from primary.layers import LayerChain, LayeredPages, LayerWriter
+
+log = structlog.get_logger(__name__)
+
+_RAW_BYTES: Final = 8 << 20
+"""Files up to that size are kept as they are while frozen, and identified later."""
+_MOST_FROZEN_BYTES: Final = 64 << 20
+"""So much may be read while frozen without a second thought: about 20 ms."""
+_BATCH_PAGES: Final = 1 << 16
+
+
+class TooMuchWrittenError(CaptureError):
+    """More was written to files than may be read within a freeze; the workload runs on."""
+
+
+class Hint(Protocol):
+    """Something about an entry of a directory may have changed."""
+
+    @property
+    def handle(self) -> bytes:
+        """The directory, as `Watch.key_of` calls it; empty: only the object is told."""
+        ...
+
+    @property
+    def name(self) -> bytes:
+        """The entry; `.` is the directory itself."""
+        ...
+
+    @property
+    def object(self) -> bytes:
+        """What the entry led to; empty: that is not told."""
+        ...
+
+
+class Hints(Protocol):
+    """What was reported."""
+
+    @property
+    def changed(self) -> Iterable[Hint]:
+        """Entries, each once."""
+        ...
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether there may be more."""
+        ...
+
+
+class Watch(Protocol):
+    """Who reports changes: `primary.file_watch.FileWatch`."""
+
+    def drain(self) -> Hints:
+        """Return what was reported since the last call."""
+        ...
+
+    def key_of(self, descriptor: int) -> bytes:
+        """Tell how an open file or directory is called in hints."""
+        ...
+
+    def open(self, key: bytes, flags: int) -> int | None:
+        """Open what is called so, wherever it is; None: it is gone."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class FileCapture:
+    """The files of one incarnation of one workload. `take` is called in a freeze, all else while it runs."""
+
+    def __init__(
+        self,
+        roots: Mapping[bytes, Path],
+        *,
+        hasher: PageHasher,
+        layers: Path,
+        pids: Callable[[], Iterable[int]],
+        watch: Watch | None,
+    ) -> None:
+        """`roots`: declared paths, and where these directories are on this node.
+
+        `layers` is where contents are kept for a while; `pids` tells whose files may be open.
+        """
+        self._roots = roots
+        self._layers = layers
+        self._hasher = hasher
+        self._pids = pids
+        self._watch = watch
+        self._book = FileBook(hasher)
+        self._reader = FileReader(self._book, roots, hasher, watch)
+        self._chain = LayerChain(layers)
+        self._writer: LayerWriter | None = None
+        self._lock = threading.Lock()
+        """Held while the book is changed, and where senders look something up in it."""
+        self._scan_due = True
+        self._sealed = False
+        self._left: set[tuple[bytes, bytes]] = set()
+        """Directories (their keys) and names that were not looked at yet since something was told of them."""
+        self._left_objects: set[bytes] = set()
+        """Keys of files, likewise."""
+        self._taken: list[Found] = []
+        self._mapped: frozenset[FileId] = frozenset()
+        self._now_mapped: frozenset[FileId] = frozenset()
+        self._frozen_bytes = 0
+        self._patient = False
+        self._timeless = _timeless(roots.values())
+
+    @property
+    def files(self) -> int:
+        """How many inodes are known."""
+        return len(self._book)
+
+    # --- the parts of an epoch ----------------------------------------------------------------------
+
+    def ahead(self, since: EpochId | None) -> None:
+        """Look at what was reported, while the workload runs. All replicas that are there hold `since`."""
+        if since is not None:
+            self._chain.drop_through(since)
+        self._chain.merge({CONTENTS: self._book.contents})
+        how = How(raw_bytes=0, keep=self._sealed, timeless=self._timeless)
+        self._take_in(self._look(how, frozen=False))
+        self._taken.clear()
+
+    def take(self, *, patient: bool) -> None:
+        """Look at the rest, while all stands still. Raises TooMuchWrittenError, unless `patient`."""
+        self._frozen_bytes, self._patient = 0, patient
+        always = self._open_files()
+        how = How(raw_bytes=_RAW_BYTES, always=always, room=self._room, timeless=self._timeless)
+        # What was found before an error is as good as what a whole round finds.
+        for found in self._look(how, frozen=True):
+            self._taken.append(found)
+
+    def settle(self) -> None:
+        """Take in what was found while frozen, whatever became of the freeze."""
+        taken, self._taken = self._taken, []
+        self._take_in(taken)
+
+    def seal(self, epoch: EpochId) -> tuple[tuple[SpacePages, ...], EpochFiles]:
+        """Make it part of an epoch. Raises CaptureError if something could not be read."""
+        if self._left or self._left_objects:
+            raise CaptureError("not all files that changed could be read; it is tried again")
+        self._mapped = self._now_mapped
+        with self._lock:
+            spaces, records, extras = self._book.seal()
+        self._chain.append(self._writer_of().seal(epoch))
+        self._writer = None
+        self._sealed = True
+        layered = LayeredPages(self._chain.layers, {})
+        return spaces, EpochFiles(self, spaces, layered, records, extras)
+
+    def close(self) -> None:
+        """Let go of everything. Idempotent."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._writer is not None:
+            self._writer.drop()
+            self._writer = None
+        self._chain.close()
+
+    def read_now(self, page: int) -> bytes | None:
+        """Return what a page of the contents is now, filled up with zeros; None: it is no file's any more."""
+        with self._lock:
+            held = self._book.holder(page)
+            path = self._reader.path_of(held[0]) if held is not None else None
+        if held is None or path is None:
+            return None
+        try:
+            fd = open_path(path, os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK)
+        except UnreadableError:
+            return None
+        if fd is None:
+            return None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            return os.pread(fd, PAGE_BYTES, held[1] * PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
+        finally:
+            os.close(fd)
+
+    def is_same(self, content: bytes, identity: NDArray[np.uint64]) -> bool:
+        """Tell whether a page is what an identity says."""
+        return bool((self._hasher.identify(memoryview(content))[0] == identity).all())
+
+    # --- looking ------------------------------------------------------------------------------------
+
+    def _look(self, how: How, *, frozen: bool) -> Iterator[Found]:
+        self._reader.begin()
+        if self._watch is not None:
+            drained = self._watch.drain()
+            self._scan_due = self._scan_due or drained.overflowed
+            self._left.update((hint.handle, hint.name) for hint in drained.changed if hint.handle)
+            self._left_objects.update(hint.object for hint in drained.changed if hint.object)
+        if self._scan_due or self._watch is None:
+            how.everything = True
+            for path, directory in self._roots.items():
+                yield from self._root(path, directory, how)
+            how.everything = False
+            self._scan_due = False
+            self._left.clear()
+            self._left_objects.clear()
+        else:
+            yield from self._hinted(how)
+        if frozen:
+            yield from self._candidates(how)
+        else:
+            for node in self._book.take_unsettled():
+                yield from self._itself(node, how)
+
+    def _root(self, path: bytes, directory: Path, how: How) -> Iterator[Found]:
+        for found in self._reader.look(None, None, os.fsencode(directory), how):
+            yield found if found.parent is not None else _renamed(found, path)
+
+    def _hinted(self, how: How) -> Iterator[Found]:
+        """Look at what was reported, one directory after the other; what cannot be looked at stays due."""
+        by_directory: dict[bytes, list[bytes]] = {}
+        for handle, name in self._left:
+            by_directory.setdefault(handle, []).append(name)
+        for handle, names in by_directory.items():
+            directory = self._book.by_key(handle)
+            if directory is not None:
+                yield from self._entries(directory, [*names, b"."], how)  # whose times moved too, perhaps
+            self._left.difference_update((handle, name) for name in names)
+        for key in list(self._left_objects):  # perhaps by a name that it has no more
+            node = self._book.by_key(key)
+            if node is not None and not node.is_directory:
+                yield from self._itself(node, how)
+            self._left_objects.discard(key)
+
+    def _entries(self, directory: Node, names: Iterable[bytes], how: How) -> Iterator[Found]:
+        fd = self._reader.open_directory(directory)
+        if fd is None:
+            return  # it was moved or removed, which was reported as well
+        try:
+            for name in names:
+                if name == b".":
+                    yield from self._itself(directory, how)
+                else:
+                    yield from self._reader.look(directory.id, fd, name, how)
+        finally:
+            os.close(fd)
+
+    def _itself(self, node: Node, how: How) -> Iterator[Found]:
+        """Look at a file by one of its names."""
+        parent, name = next(iter(node.names), (None, b""))
+        if parent == ROOTS:
+            yield from self._root(name, self._roots[name], how)
+        elif parent is not None and (directory := self._book.node(parent)) is not None:
+            yield from self._entries(directory, (name,), how)
+
+    def _candidates(self, how: How) -> Iterator[Found]:
+        """Look at what may have changed without a report: what is open or mapped, or has a name elsewhere."""
+        nodes = [self._book.find(file) for file in how.always]
+        for node in [*nodes, *self._book.linked_elsewhere]:
+            if node is not None:
+                yield from self._itself(node, how)
+
+    def _open_files(self) -> frozenset[FileId]:
+        """Find the files whose content may have changed through a mapping."""
+        mapped: set[FileId] = set()
+        doubtful: set[FileId] = set()
+        for pid in self._pids():
+            mapped |= _mapped_by(pid)
+            for status, writable in _opened_by(pid):
+                node = self._book.find((status.st_dev, status.st_ino))
+                if node is not None and not (
+                    node.looks_same(status) and not (writable and status.st_dev in self._timeless)
+                ):
+                    doubtful.add(node.id)
+        self._now_mapped = frozenset(mapped)
+        return frozenset(doubtful) | self._now_mapped | self._mapped
+
+    def _room(self, size: int) -> None:
+        self._frozen_bytes += size
+        if self._frozen_bytes > _MOST_FROZEN_BYTES and not self._patient:
+            raise TooMuchWrittenError(
+                f"{self._frozen_bytes >> 20} MiB of files were to be read while frozen: it is tried again"
+            )
+
+    # --- taking in ----------------------------------------------------------------------------------
+
+    def _take_in(self, all_found: Iterable[Found]) -> None:
+        """Have the book say what was found; the content of what is new is kept for the replicas."""
+        batch: dict[Node, Found] = {}
+        pages = 0
+        for found in all_found:
+            with self._lock:
+                node = self._take_entry(found)
+                if node is None or found.content is None:
+                    continue
+                batch[node] = found
+                pages += node.inode.pages
+                if pages >= _BATCH_PAGES:
+                    self._take_content(batch)
+                    pages = 0
+        with self._lock:
+            self._take_content(batch)
+
+    def _take_entry(self, found: Found) -> Node | None:
+        parent = ROOTS
+        if found.parent is not None:
+            directory = self._book.find(found.parent)
+            if directory is None:
+                return None  # it is gone, with all that was in it
+            parent = directory.number
+        if found.seen is None:
+            self._book.unlink(parent, found.name)
+            return None
+        node = self._book.see(found.seen, found.key)
+        self._book.link(parent, found.name, node)
+        return node
+
+    def _take_content(self, batch: dict[Node, Found]) -> None:
+        parts = []
+        for node, found in batch.items():
+            content, seen, pages = found.content, found.seen, node.inode.pages
+            if content is None or seen is None or seen.status.st_size != node.inode.size:
+                continue  # it was seen again since, with another size
+            if self._book.node(node.number) is not node:
+                continue  # it is gone since
+            identity = content.identity
+            if content.raw is not None:
+                identity = self._hasher.identify(memoryview(content.raw))
+            if pages and identity is not None:
+                parts.append((node, np.arange(pages, dtype=np.uint64), identity))
+            self._book.read(node, seen.status, found.at_ns)
+        changed = self._book.put_content(parts)
+        for (node, _, identity), marks in zip(parts, changed, strict=True):
+            self._keep(node, batch[node].content, marks & identity.any(axis=1))
+        batch.clear()
+
+    def _keep(self, node: Node, content: Content | None, marks: NDArray[np.bool_]) -> None:
+        """Write the content of changed pages to the layer, as far as it is here."""
+        if content is None:
+            return
+        if content.raw is not None:
+            rows = np.flatnonzero(marks)
+            numbers = rows.astype(np.uint64) + np.uint64(node.inode.place)
+            self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), rows)
+        for pages, data in content.kept or ():
+            numbers = pages + np.uint64(node.inode.place)
+            self._writer_of().add(CONTENTS, numbers, memoryview(data), np.arange(len(pages)))
+
+    def _writer_of(self) -> LayerWriter:
+        if self._writer is None:
+            self._writer = LayerWriter(self._layers)
+        return self._writer
+
+
+class EpochFiles:
+    """The contents of an epoch's files; a `PageReader` of its two spaces."""
+
+    def __init__(
+        self,
+        capture: FileCapture,
+        spaces: Iterable[SpacePages],
+        layered: LayeredPages,
+        records: Mapping[int, bytes],
+        extras: Mapping[int, bytes],
+    ) -> None:
+        """`records` and `extras` are pages that are in memory."""
+        self._capture = capture
+        self.spaces = tuple(spaces)
+        self._spaces = {space.key: space for space in self.spaces}
+        self._layered = layered
+        self._in_memory = {RECORDS: records, CONTENTS: extras}
+
+    def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
+        """See `PageReader.read`. What a file does not hold any more cannot be read."""
+        space = self._spaces[key]
+        numbers = space.pages.at(rows)
+        left = np.arange(len(numbers), dtype=np.int64)
+        if key == CONTENTS:
+            left = self._layered.read_some(key, numbers, into)
+        held = self._in_memory[key]
+        identity = space.identities.get(numbers[left])
+        for slot, expected in zip(left.tolist(), identity, strict=True):
+            number = int(numbers[slot])
+            content = held.get(number) or self._capture.read_now(number)
+            if content is None or not self._capture.is_same(content, expected):
+                raise CaptureError("a file was changed before its content was sent; the next epoch has it")
+            into[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = content
+
+    def release(self) -> None:
+        """Let go of the layers. Harmless when repeated."""
+        self._layered.release()
+
+
+def _renamed(found: Found, name: bytes) -> Found:
+    return Found(found.parent, name, found.seen, found.key, found.content, found.at_ns)
+
+
+def _mapped_by(pid: int) -> set[FileId]:
+    """Return the files that a process has mapped shared."""
+    found: set[FileId] = set()
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            lines = [line.split(None, 5) for line in maps]
+    except OSError:
+        return found  # it has ended
+    for fields in lines:
+        if fields[1][3:4] == b"s" and fields[4] != b"0":
+            with contextlib.suppress(OSError):
+                status = os.stat(f"/proc/{pid}/map_files/{fields[0].decode()}")
+                if stat.S_ISREG(status.st_mode):
+                    found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _opened_by(pid: int) -> Iterator[tuple[os.stat_result, bool]]:
+    """Yield the regular files that a process has open, and whether for writing."""
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return  # it has ended
+    for name in names:
+        with contextlib.suppress(OSError):
+            status = os.stat(f"{directory}/{name}")
+            if stat.S_ISREG(status.st_mode):
+                yield status, bool(os.lstat(f"{directory}/{name}").st_mode & stat.S_IWUSR)
+
+
+def _timeless(roots: Iterable[Path]) -> frozenset[int]:
+    """Return which devices of the directories are such that a store through a mapping moves no time."""
+    memory: set[int] = set()
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            fields, _, rest = line.partition(b" - ")
+            if rest.split()[0] in (b"tmpfs", b"ramfs"):
+                major, _, minor = fields.split()[2].partition(b":")
+                memory.add(os.makedev(int(major), int(minor)))
+    return frozenset(os.stat(root).st_dev for root in roots) & memory

@@ -1,0 +1,366 @@
+"""Looks at files: what an entry of a directory leads to, with attributes and content.
+
+In: directories that are known (`primary.file_book`), and names in them. Out: `Found`, in an order in which a
+directory comes before what is in it. Nothing is changed, no time stamp either, and the book is only asked: so
+it may be called while the workload stands still, and what it found is taken in afterwards.
+
+A directory that is not known is looked through; one that is, only when everything is scanned. Mount points
+below the declared directories are passed over: what is mounted there is not theirs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import CaptureError
+from common.identity import PageHasher
+from common.model import PAGE_BYTES
+from primary.file_book import Attributes, FileBook, FileId, Node, Seen
+
+_BLOCK_BYTES: Final = 1 << 20
+_OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
+_PATH_BYTES: Final = 2048
+"""How much of a path is opened at once: paths may be longer than the kernel takes."""
+
+
+@dataclass(slots=True)
+class Content:
+    """What a regular file holds: as it is, or identified, with what differs from what is known."""
+
+    raw: bytearray | None
+    """All of it, filled up with zeros to whole pages; None: it was too long, and `identity` is there."""
+    identity: NDArray[np.uint64] | None = None
+    """Of each page; shape (n, 2)."""
+    kept: list[tuple[NDArray[np.uint64], bytes]] | None = None
+    """Pages (from 0) with their content: those that are not as they are known to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an entry led to when it was looked at."""
+
+    parent: FileId | None
+    """The directory; None: this is a declared directory, and `name` its path."""
+    name: bytes
+    seen: Seen | None
+    """None: there is no such entry (any more)."""
+    key: bytes = b""
+    content: Content | None = None
+    """None: it is no regular file, or is known to hold what it held."""
+    at_ns: int = 0
+    """When it was looked at, by the clock of time stamps."""
+
+
+class Handles(Protocol):
+    """How files are called that are watched; see `primary.file_capture.Watch`."""
+
+    def key_of(self, descriptor: int) -> bytes:
+        """Tell how an open file is called."""
+        ...
+
+    def open(self, key: bytes, flags: int) -> int | None:
+        """Open what is called so; None: it is gone."""
+        ...
+
+
+class UnreadableError(CaptureError):
+    """A file cannot be looked at; it counts as changed."""
+
+
+@dataclass(slots=True)
+class How:
+    """How closely to look."""
+
+    raw_bytes: int
+    """Files up to that size are kept as they are and identified later; 0: none are."""
+    keep: bool = True
+    """Whether content that is not known is kept."""
+    everything: bool = False
+    """Look through directories that are known as well."""
+    always: frozenset[FileId] = frozenset()
+    """Whose content may have changed without its times."""
+    timeless: frozenset[int] = frozenset()
+    """Devices on which that is so of every file."""
+    room: Callable[[int], None] = lambda size: None
+    """Called with the bytes about to be read; may raise."""
+
+
+class FileReader:
+    """Looks at the files that a book knows. One thread at a time."""
+
+    def __init__(
+        self,
+        book: FileBook,
+        roots: Mapping[bytes, Path],
+        hasher: PageHasher,
+        handles: Handles | None = None,
+    ) -> None:
+        """`roots`: where the declared directories are. `handles`: None if nothing is watched."""
+        self._book = book
+        self._roots = roots
+        self._hasher = hasher
+        self._handles = handles
+        self._buffer = memoryview(bytearray(_BLOCK_BYTES))
+        self._read: set[FileId] = set()
+
+    def begin(self) -> None:
+        """Begin a round: in each, the content of an inode is read once."""
+        self._read.clear()
+
+    def path_of(self, node: Node) -> list[bytes] | None:
+        """Return the path of a declared directory, and the names below it that lead to a file."""
+        path = self._book.path_of(node.number)
+        return None if path is None else [os.fsencode(self._roots[path[0]]), *path[1:]]
+
+    def open_directory(self, node: Node) -> int | None:
+        """Open a known directory, wherever it is by now; None if it is gone."""
+        path = self.path_of(node)
+        if self._handles is not None:
+            fd = self._handles.open(node.key, os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME)
+        else:
+            fd = None if path is None else open_path(path, os.O_RDONLY | os.O_DIRECTORY)
+        if fd is not None:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == node.id:
+                return fd
+            os.close(fd)
+        return None
+
+    def look(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Iterator[Found]:
+        """Look at an entry, and through it if it is a directory that is to be looked through.
+
+        `directory` is open; None: `name` is a path. Raises UnreadableError.
+        """
+        try:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise UnreadableError(f"{os.fsdecode(name)}: {error.strerror}") from error
+            yield Found(parent, name, None)
+            return
+        if directory is not None and parent is not None and status.st_dev != parent[0]:
+            return  # another file system is mounted there
+        try:
+            if stat.S_ISREG(status.st_mode):
+                yield self._regular(parent, directory, name, how)
+            elif stat.S_ISDIR(status.st_mode):
+                yield from self._directory(parent, directory, name, how)
+            else:
+                yield self._other(parent, directory, name)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise UnreadableError(f"{os.fsdecode(name)}: {error.strerror}") from error
+            yield Found(parent, name, None)
+
+    def _regular(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Found:
+        fd = os.open(name, _OPEN | os.O_NOATIME, dir_fd=directory)
+        try:
+            at_ns = time.time_ns()
+            status = os.fstat(fd)
+            seen = Seen(status, attributes=attributes_of(fd))
+            node = self._book.find(seen.id)
+            content = None
+            doubtful = seen.id in how.always or status.st_dev in how.timeless
+            same = not doubtful and node is not None and node.looks_same(status)
+            if not same and seen.id not in self._read:
+                self._read.add(seen.id)
+                how.room(status.st_size)
+                content = self._content(fd, status.st_size, node, how)
+            return Found(parent, name, seen, self._key(fd), content, at_ns)
+        finally:
+            os.close(fd)
+
+    def _other(self, parent: FileId | None, directory: int | None, name: bytes) -> Found:
+        """Tell of a symbolic link, a device, a FIFO or a socket."""
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status = os.fstat(fd)
+            target = os.readlink(b"", dir_fd=fd) if stat.S_ISLNK(status.st_mode) else b""
+            path = name if directory is None else b"/proc/self/fd/%d/%s" % (directory, name)
+            return Found(parent, name, Seen(status, target, attributes_of(path)), self._key(fd))
+        finally:
+            os.close(fd)
+
+    def _key(self, fd: int) -> bytes:
+        return self._handles.key_of(fd) if self._handles is not None else b""
+
+    def _directory(
+        self, parent: FileId | None, directory: int | None, name: bytes, how: How
+    ) -> Iterator[Found]:
+        """Tell of a directory, and of all below it if it is to be looked through. A descriptor a level."""
+        levels: list[tuple[int, FileId, Iterator[bytes]]] = []
+        try:
+            fd = os.open(name, _OPEN | os.O_DIRECTORY | os.O_NOATIME, dir_fd=directory)
+            found, names = self._enter(parent, name, fd, how)
+            levels.append((fd, _id(os.fstat(fd)), iter(names)))
+            yield found
+            while levels:
+                fd, here, left = levels[-1]
+                entry = next(left, None)
+                if entry is None:
+                    os.close(levels.pop()[0])
+                    continue
+                below = self._subdirectory(fd, here, entry)
+                if below is None:
+                    yield from self.look(here, fd, entry, how)
+                    continue
+                found, names = self._enter(here, entry, below, how)
+                levels.append((below, _id(os.fstat(below)), iter(names)))
+                yield found
+        finally:
+            for fd, _, _ in levels:
+                os.close(fd)
+
+    def _subdirectory(self, fd: int, here: FileId, name: bytes) -> int | None:
+        """Open an entry if it is a directory of the same file system."""
+        try:
+            below = os.open(name, _OPEN | os.O_DIRECTORY | os.O_NOATIME, dir_fd=fd)
+        except OSError:
+            return None
+        if os.fstat(below).st_dev != here[0]:
+            os.close(below)
+            return None
+        return below
+
+    def _enter(self, parent: FileId | None, name: bytes, fd: int, how: How) -> tuple[Found, list[bytes]]:
+        """Tell of an open directory, and which of its names are to be looked at."""
+        at_ns, status = time.time_ns(), os.fstat(fd)
+        key = self._key(fd)
+        found = Found(parent, name, Seen(status, attributes=attributes_of(fd)), key, at_ns=at_ns)
+        node = self._book.find(_id(status))
+        if node is not None and node.key == key and not how.everything:
+            return found, []
+        names = [os.fsencode(each) for each in os.listdir(fd)]
+        known = node.children.keys() if node is not None else ()
+        return found, [*names, *(known - set(names) if known else ())]
+
+    def _content(self, fd: int, size: int, node: Node | None, how: How) -> Content:
+        pages = -(-size // PAGE_BYTES)
+        if size <= how.raw_bytes:
+            raw = bytearray(pages * PAGE_BYTES)
+            _fill(fd, memoryview(raw)[:size], 0)
+            return Content(raw)
+        identity = np.zeros((pages, 2), dtype=np.uint64)
+        kept: list[tuple[NDArray[np.uint64], bytes]] = []
+        for first, end in _data(fd, pages):
+            for start in range(first, end, _BLOCK_BYTES // PAGE_BYTES):
+                stop = min(end, start + _BLOCK_BYTES // PAGE_BYTES)
+                block = self._buffer[: (stop - start) * PAGE_BYTES]
+                _fill(fd, block, start * PAGE_BYTES)
+                identity[start:stop] = self._hasher.identify(block)
+                if how.keep:
+                    self._keep(kept, node, start, identity[start:stop], block)
+        return Content(None, identity, kept)
+
+    def _keep(
+        self,
+        kept: list[tuple[NDArray[np.uint64], bytes]],
+        node: Node | None,
+        start: int,
+        identity: NDArray[np.uint64],
+        block: memoryview,
+    ) -> None:
+        pages = np.arange(start, start + len(identity), dtype=np.uint64)
+        marks = identity.any(axis=1)
+        if node is not None:
+            marks &= self._book.differs(node, pages, identity)
+        for run in _runs(np.flatnonzero(marks)):
+            kept.append((pages[run], bytes(block[run[0] * PAGE_BYTES : (run[-1] + 1) * PAGE_BYTES])))
+
+
+def open_path(path: list[bytes], flags: int) -> int | None:
+    """Open what a declared directory's path and names below it lead to; None if nothing is there (any more).
+
+    Raises UnreadableError.
+    """
+    fd: int | None = None
+    try:
+        names = list(path)
+        while names:
+            piece = names.pop(0)
+            while names and len(piece) + len(names[0]) < _PATH_BYTES:
+                piece += b"/" + names.pop(0)
+            mode = os.O_PATH | os.O_DIRECTORY if names else flags
+            below = os.open(piece, mode | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            if fd is not None:
+                os.close(fd)
+            fd = below
+    except OSError as error:
+        if fd is not None:
+            os.close(fd)
+        if error.errno not in _GONE:
+            raise UnreadableError(f"{os.fsdecode(b'/'.join(path))}: {error.strerror}") from error
+        return None
+    return fd
+
+
+def attributes_of(file: int | bytes) -> Attributes:
+    """Return all extended attributes of an open file, or of what a path names, ascending."""
+    try:
+        names = os.listxattr(file) if isinstance(file, int) else os.listxattr(file, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.EPERM):
+            return ()
+        raise
+    found = []
+    for name in sorted(map(os.fsencode, names)):
+        try:
+            value = (
+                os.getxattr(file, name)
+                if isinstance(file, int)
+                else os.getxattr(file, name, follow_symlinks=False)
+            )
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                continue  # removed since
+            raise
+        found.append((name, value))
+    return tuple(found)
+
+
+def _id(status: os.stat_result) -> FileId:
+    return status.st_dev, status.st_ino
+
+
+def _fill(fd: int, into: memoryview, at: int) -> None:
+    """Read all of it; what is behind the end of the file is zeros."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(fd, [into[done:]], at + done)
+        if not got:
+            into[done:] = bytes(len(into) - done)
+            return
+        done += got
+
+
+def _data(fd: int, pages: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of pages that are no holes."""
+    end = 0
+    while end < pages:
+        try:
+            start = os.lseek(fd, end * PAGE_BYTES, os.SEEK_DATA) // PAGE_BYTES
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            yield end, pages  # this file system does not tell
+            return
+        if start >= pages:
+            return
+        hole = os.lseek(fd, start * PAGE_BYTES, os.SEEK_HOLE)
+        first, end = max(start, end), min(pages, max(start + 1, -(-hole // PAGE_BYTES)))
+        yield first, end
+
+
+def _runs(rows: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    return np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []

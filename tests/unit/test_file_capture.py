@@ -1,0 +1,243 @@
+"""What is captured of files is what was there at the instant: by scans, and by what is reported."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import CaptureError, UnsupportedError
+from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES
+from common.identity import PageHasher
+from common.model import EpochId
+from primary.file_capture import EpochFiles, FileCapture, TooMuchWrittenError
+from primary.file_places import Places, RecordPages
+from primary.file_watch import FileWatch
+from tests.unit.file_trees import Changes, Tree, rebuild, walk
+
+Make = Callable[..., FileCapture]
+
+
+@pytest.fixture(params=["ext4", "tmpfs"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "data"
+    directory.mkdir()
+    mounted = request.param == "tmpfs"
+    libc = ctypes.CDLL(None, use_errno=True)
+    if mounted and libc.mount(b"test", os.fsencode(directory), b"tmpfs", 0, b"size=64m"):
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield directory
+    finally:
+        if mounted:
+            libc.umount2(os.fsencode(directory), 2)
+
+
+@pytest.fixture
+def make(root: Path, tmp_path: Path) -> Iterator[Make]:
+    made: list[FileCapture] = []
+
+    def capture(*, watched: bool) -> FileCapture:
+        try:
+            watch = FileWatch([root]) if watched else None
+        except UnsupportedError as error:
+            pytest.skip(error.message)
+        files = FileCapture(
+            {b"/data": root}, hasher=PageHasher(), layers=tmp_path, pids=lambda: [os.getpid()], watch=watch
+        )
+        made.append(files)
+        return files
+
+    yield capture
+    for files in made:
+        files.close()
+
+
+def epoch(files: FileCapture, number: int, changes: Callable[[], None] = lambda: None) -> EpochFiles:
+    """Take an epoch; `changes` happen just before the freeze."""
+    files.ahead(EpochId(1, number - 2) if number > 2 else None)
+    changes()
+    files.take(patient=False)
+    files.settle()
+    return files.seal(EpochId(1, number))[1]
+
+
+def told(reader: EpochFiles) -> Tree:
+    return rebuild(reader.spaces, reader)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_epochs_are_what_the_tree_was_at_their_freezes(root: Path, make: Make, watched: bool) -> None:
+    files, changes = make(watched=watched), Changes(root, seed=7 + watched)
+    for number in range(1, 60):
+        changes.some(6)
+        reader = epoch(files, number, lambda: changes.some(6))
+        assert told(reader) == walk(root)
+        reader.release()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_freeze_that_came_to_nothing_costs_nothing(root: Path, make: Make, watched: bool) -> None:
+    files, changes = make(watched=watched), Changes(root, seed=8)
+    for number in range(1, 20):
+        files.ahead(None)
+        changes.some(6)
+        files.take(patient=False)
+        files.settle()
+        changes.some(3)
+        assert told(epoch(files, number)) == walk(root)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("closed", ["kept mapped", "unmapped", "closed"])
+def test_stores_through_a_mapping_are_found(root: Path, make: Make, watched: bool, closed: str) -> None:
+    path = root / "mapped"
+    path.write_bytes(bytes(20_000))
+    files = make(watched=watched)
+    for number in range(1, 4):
+        epoch(files, number)
+    descriptor = os.open(path, os.O_RDWR)
+    mapped = mmap.mmap(descriptor, 20_000)
+    epoch(files, 4)
+    mapped[5000] = 1
+    assert told(epoch(files, 5)) == walk(root)
+    mapped[9000] = 2  # on a page that may be dirty still
+    if closed != "kept mapped":
+        mapped.close()
+    if closed == "closed":
+        os.close(descriptor)
+    try:
+        assert told(epoch(files, 6)) == walk(root)
+    finally:
+        if closed != "closed":
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("closed", ["unmapped", "closed"])
+def test_a_mapping_between_two_epochs_is_found(root: Path, make: Make, closed: str) -> None:
+    path = root / "mapped"
+    path.write_bytes(bytes(20_000))
+    files = make(watched=True)
+    for number in range(1, 4):
+        epoch(files, number)
+    descriptor = os.open(path, os.O_RDWR)
+    epoch(files, 4)
+    mapped = mmap.mmap(descriptor, 20_000)
+    mapped[5000] = 1
+    mapped.close()
+    if closed == "closed":
+        os.close(descriptor)
+    try:
+        assert told(epoch(files, 5)) == walk(root)
+    finally:
+        if closed != "closed":
+            os.close(descriptor)
+
+
+def test_what_changed_by_a_name_elsewhere_is_found(root: Path, make: Make) -> None:
+    outside, inside = root / "outside", root / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    (outside / "file").write_bytes(b"before")
+    os.link(outside / "file", inside / "link")
+    files = FileCapture(
+        {b"/data": inside},
+        hasher=PageHasher(),
+        layers=Path("/dev/shm"),
+        pids=lambda: [os.getpid()],
+        watch=FileWatch([inside]),
+    )
+    try:
+        epoch(files, 1)
+        (outside / "file").write_bytes(b"after")
+        reader = epoch(files, 2)
+        content = {path: each[5] for path, each in told(reader).items()}
+        assert content[b"/data/link"] == b"after"
+    finally:
+        files.close()
+
+
+def test_too_much_to_read_while_frozen_is_read_while_running(root: Path, make: Make, monkeypatch) -> None:
+    monkeypatch.setattr("primary.file_capture._MOST_FROZEN_BYTES", 100_000)
+    files = make(watched=True)
+    epoch(files, 1)
+    files.ahead(None)
+    (root / "large").write_bytes(os.urandom(300_000))
+    with pytest.raises(TooMuchWrittenError):
+        files.take(patient=False)
+    files.settle()
+    assert told(epoch(files, 2)) == walk(root)
+    files.ahead(None)
+    (root / "large").write_bytes(os.urandom(400_000))
+    files.take(patient=True)
+    files.settle()
+    spaces, reader = files.seal(EpochId(1, 3))
+    assert rebuild(spaces, reader) == walk(root)
+
+
+def test_content_that_is_not_there_any_more_is_never_made_up(root: Path, make: Make) -> None:
+    """The first epoch's content is read when it is sent: what was overwritten since cannot be."""
+    path = root / "file"
+    path.write_bytes(b"a" * 9000)
+    files = make(watched=True)
+    first = epoch(files, 1)
+    (space,) = (each for each in first.spaces if each.key == CONTENTS)
+    content = bytearray(3 * 4096)
+    first.read(CONTENTS, np.arange(3), memoryview(content))
+    assert bytes(content[:9000]) == b"a" * 9000
+    assert not any(content[9000:])
+    path.write_bytes(b"b" * 9000)
+    with pytest.raises(CaptureError, match="changed before"):
+        first.read(CONTENTS, np.arange(len(space.pages)), memoryview(content))
+    second = epoch(files, 2)
+    path.write_bytes(b"c" * 9000)
+    second.read(CONTENTS, np.arange(3), memoryview(content))  # it changed since the first: it is kept
+    assert bytes(content[:9000]) == b"b" * 9000
+
+
+def test_only_what_changed_is_new(root: Path, make: Make) -> None:
+    for number in range(50):
+        (root / f"f{number}").write_bytes(os.urandom(20_000))
+    files = make(watched=True)
+    first = epoch(files, 1)
+    with open(root / "f7", "r+b") as file:
+        file.seek(8192)
+        file.write(b"x")
+    second = epoch(files, 2)
+    before, after = ({each.key: each for each in reader.spaces} for reader in (first, second))
+    changed = {key: len(after[key].identities.differing(before[key].identities)) for key in after}
+    assert changed[CONTENTS] == 1
+    assert sum(changed.values()) == 2
+
+
+def test_places_are_dense_and_have_room() -> None:
+    places = Places()
+    for pages in (1, 2, 16, 17, 256, 5000, MOST_PAGES):
+        place = places.take(pages)
+        assert Places.fits(place, pages)
+        assert Places.start_of(place + pages - 1) == place
+    small = [places.take(1) for _ in range(100)]
+    assert small == list(range(small[0], small[0] + 100))
+    places.give_back(small[50])
+    assert places.take(1) == small[50]
+    with pytest.raises(CaptureError, match="1 TiB"):
+        places.take(MOST_PAGES + 1)
+
+
+def test_a_record_that_changes_changes_one_page() -> None:
+    records = RecordPages()
+    for number in range(1000):
+        records.put(number, b"x" * 30)
+    assert len(records.changes()) <= 1000 * 30 * 4 // (3 * MOST_LIST_BYTES) + 1
+    records.put(5, b"y" * 31)
+    assert len(records.changes()) in (1, 2)
+    records.put(5, b"y" * 31)
+    assert records.changes() == {}
+    records.remove(7)
+    records.put(5000, b"z")
+    assert len(records.changes()) == 1
