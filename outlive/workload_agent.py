@@ -18,6 +18,7 @@ from pathlib import Path
 
 import structlog
 
+from common.bundle import WorkloadPaths, file_roots
 from common.config import NodeConfig, workload_problems
 from common.container import (
     cgroup_frozen,
@@ -34,13 +35,16 @@ from common.container import (
 from common.control import Order, VerificationProgress, WorkloadMetrics, WorkloadReport
 from common.errors import CaptureError, OutliveError, ProtocolError, RestoreError, StaleTermError
 from common.events import Event, EventLog
+from common.heartbeat import read_boot_id
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.scheduling import CpuShare
 from common.threads import in_thread
 from outlive.aside import Aside
+from outlive.followed_files import FollowedFiles, state_file
 from outlive.leading import Leading
 from outlive.unacknowledged import UnacknowledgedEpochs
+from replica.file_tree import FileTree
 from replica.readiness import Readiness, ReadinessVerdict
 from replica.store import EpochStore
 from replica.store_reader import EpochRecord
@@ -103,6 +107,7 @@ class WorkloadAgent:
         self._end_session = end_session
         self._events = events
         self._unacknowledged = UnacknowledgedEpochs(aside, lambda: self.spec, events)
+        self._files = FollowedFiles(spec.name, store, self._make_tree)
         self._order: Order | None = None
         self._done = 0
         self._failed = 0
@@ -161,6 +166,7 @@ class WorkloadAgent:
             await asyncio.wait([self._carrying])
         await self._stop_leading()
         await self._unacknowledged.close()
+        await self._files.close()
         self._readiness.forget(self.spec.name)
         await in_thread(self.store.close)  # it waits for a fold, which may be at a sync
 
@@ -194,6 +200,10 @@ class WorkloadAgent:
     async def judge(self, record: EpochRecord) -> tuple[bool, tuple[str, ...]]:
         """Say whether a committed epoch could be restored here now, and why not, or why one could not be."""
         verdict = await self._ask_readiness(record)
+        if record.file_pages and self.follows and self.leader_run == record.incarnation:
+            self._files.follow(record.id)  # not to what was before this node led: that would undo its last
+        if reason := self._file_obstacle(record):
+            verdict = ReadinessVerdict(False, (*verdict.reasons, reason))
         if verdict.restorable != self._restorable or (verdict.reasons != self._reasons and verdict.reasons):
             self._events.append(
                 Event.REPLICA_RESTORABLE if verdict.restorable else Event.REPLICA_NOT_RESTORABLE,
@@ -210,6 +220,16 @@ class WorkloadAgent:
             reason = f"epoch {record.id} is here, and stands on nothing that was in doubt"
             self._events.append(Event.VERIFY_MENDED, workload=self.spec.name, reason=reason)
         return verdict.restorable, reasons
+
+    def _file_obstacle(self, record: EpochRecord) -> str:
+        """Say what stands against the files of a committed epoch here; empty: nothing does."""
+        if not record.file_pages:
+            return ""
+        if self._files.problem:
+            return f"its files are not as {record.id} says: {self._files.problem}"
+        if self.follows and self.leader_run == record.incarnation and self._files.laid_out is None:
+            return "its files are being laid out here, for the first time since this node follows"
+        return ""
 
     def doubted(self, doubt: Doubt) -> None:
         """Tell that a leader found something else to be stored here than it captured."""
@@ -342,6 +362,7 @@ class WorkloadAgent:
             finally:
                 if order.role == "follow":
                     self._unacknowledged.superseded(order.term, order.leader)
+        await self._files.leave()
         pid, run = running_init_pid(self._config, name), incarnation(self._config, name)
         ours = run is not None and run.order == order.number
         interrupted = ours and run is not None and not run.came_up
@@ -368,6 +389,8 @@ class WorkloadAgent:
             await kill_workload(self._config, name)
         if order.action == "restore":
             return await self._restore(order)
+        if file_roots(self.spec, WorkloadPaths(self._config, name)):
+            await self._files.begin()
         pid = await start_workload(self._config, self.spec, order=order.number)
         self._tell_up(Event.WORKLOAD_STARTED, f"fresh, PID {pid}")
         return f"{name} was started (PID {pid})"
@@ -415,6 +438,8 @@ class WorkloadAgent:
             if failure is not None and await self._is_superseded(order):
                 break  # the keeper has killed what was being restored
             try:
+                if record.file_pages:
+                    await self._files.bring_to(record.id)
                 with self.store.hold():
                     pid = await restore_workload(
                         self._config, self.spec, record.path, record.id, self._criu, order=order.number
@@ -430,6 +455,15 @@ class WorkloadAgent:
             return detail
         assert failure is not None  # noqa: S101 - the loop ran at least once
         raise failure
+
+    def _make_tree(self) -> FileTree:
+        paths = WorkloadPaths(self._config, self.spec.name)
+        paths.state.mkdir(parents=True, exist_ok=True)
+        return FileTree(
+            file_roots(self.spec, paths),
+            state_file(paths.state),
+            boot_id=lambda: read_boot_id(self._config),
+        )
 
     async def _is_superseded(self, order: Order) -> bool:
         """Tell whether the keeper wants something else by now; it is given the time to say so."""

@@ -31,6 +31,7 @@ from common.config import NodeConfig
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import OutliveError
+from common.file_records import RECORDS
 from common.model import FilePath, WorkloadSpec
 from common.origin import Origin, obstacles, read_origin
 from common.threads import in_daemon_thread
@@ -147,7 +148,8 @@ class Readiness:
         reasons += dict.fromkeys(filter(None, (obstacle_to_socket(socket, vip) for socket in needs.sockets)))
         reasons += filter(None, map(obstacle_to_name, needs.abstract_names))
         with RootView(spec, WorkloadPaths(self._config, spec.name)) as view:
-            about_files = list(self._file_obstacles(spec, needs, view))
+            with_files = (images / RECORDS.pagemap_name).exists()
+            about_files = list(self._file_obstacles(spec, needs, view, with_files=with_files))
         reasons += about_files[:_SHOWN_FILES]
         if len(about_files) > _SHOWN_FILES:
             reasons.append(f"{len(about_files) - _SHOWN_FILES} more files are missing or differ")
@@ -160,16 +162,22 @@ class Readiness:
             known = self._needs[workload] = (content, read_needs(images))
         return known[1]
 
-    def _file_obstacles(self, spec: WorkloadSpec, needs: Needs, view: RootView) -> Iterator[str]:
+    def _file_obstacles(
+        self, spec: WorkloadSpec, needs: Needs, view: RootView, *, with_files: bool
+    ) -> Iterator[str]:
+        """Say which files stand in the way. What the epoch itself has (`with_files`) is laid out from it."""
         said: set[str] = set()
         for file in needs.files:
             if file.path in said or any(is_below(file.path, directory) for directory in _NOT_LOOKED_FOR):
                 continue
-            if file.written and file.is_data and not is_shared(spec, file.path):
+            declared = closest(spec, file.path)
+            if with_files and declared is not None and not declared.shared:
+                continue
+            if file.written and file.is_data and not (declared is not None and declared.shared):
                 how = "open for writing" if file.written == "open" else "mapped as writable shared memory"
                 yield (
-                    f"{file.path} is {how} and files are not replicated yet: keep it on storage declared "
-                    "`shared = true`, or (a log) write to standard output"
+                    f"{file.path} is {how} and is not replicated: declare its directory in `files` of the "
+                    "workload, or (a log) write to standard output"
                 )
                 said.add(file.path)
             elif reason := self._difference(file, view):
@@ -221,10 +229,10 @@ def is_below(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
-def is_shared(spec: WorkloadSpec, path: str) -> bool:
-    """Tell whether the workload's `path` lies on storage declared as shared: the closest one counts."""
-    declared: list[FilePath] = [item for item in spec.files if is_below(path, item.path.rstrip("/"))]
-    return bool(declared) and max(declared, key=lambda item: len(item.path.rstrip("/"))).shared
+def closest(spec: WorkloadSpec, path: str) -> FilePath | None:
+    """Return the declared directory that the workload's `path` lies in, the closest one; None: in none."""
+    declared = [item for item in spec.files if is_below(path, item.path.rstrip("/"))]
+    return max(declared, key=lambda item: len(item.path.rstrip("/")), default=None)
 
 
 def _missing_programs(config: NodeConfig, spec: WorkloadSpec) -> list[str]:

@@ -53,6 +53,7 @@ from replica.levels import (
 )
 from replica.recovery import make_root, prepare, recover, recover_seed, set_aside, sweep, throw_away
 from replica.sample import Sampler
+from replica.stored_files import StoredFiles
 from replica.store_reader import (
     EpochDetails,
     EpochRecord,
@@ -297,6 +298,13 @@ class EpochStore(StoreReader):
                 if chain_of(dict(self._levels), epoch) == chain:
                     raise
                 # A fold has taken a level's place meanwhile: what it left may be gone.
+
+    def files_of(self, epoch: EpochId) -> StoredFiles:
+        """Return the files of a committed epoch, to be read at once: a fold may take the levels' place.
+
+        Raises StoreError if it is not held. `hold` keeps the levels where they are.
+        """
+        return StoredFiles(self._chain(epoch), self._disk)
 
     def doubt(self, reason: str) -> None:
         """Hold all that is stored for doubtful: its primary found that it is not what was captured.

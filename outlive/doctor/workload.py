@@ -13,7 +13,7 @@ from common.fencing import coverage
 from common.inspection import OpenDescriptor, ProcessUse, TreeUse
 from common.model import WorkloadSpec
 from outlive.doctor.report import Check
-from replica.readiness import is_below, is_shared
+from replica.readiness import closest, is_below
 
 _SOCKETS = {
     *("TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITE", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6"),
@@ -242,14 +242,16 @@ def _is_lost(descriptor: OpenDescriptor) -> bool:
 
 def _is_local_data(spec: WorkloadSpec, name: str, deleted: bool) -> bool:
     """Tell whether what is written there stays on this node; what is deleted travels with the epochs."""
-    return not deleted and not any(is_below(name, d) for d in ("/proc", "/sys")) and not is_shared(spec, name)
+    if deleted or any(is_below(name, directory) for directory in ("/proc", "/sys")):
+        return False
+    return closest(spec, name) is None
 
 
 def _not_restorable(how: str, using: str) -> Check:
     return _fail(
         "local files",
-        f"not restorable until files are replicated; {how}, outside shared storage: {using}",
-        "keep them on storage declared `shared = true`, or (a log) write to standard output",
+        f"not restorable: {how}, outside of the directories that are replicated: {using}",
+        "declare their directory in `files` of the workload, or (a log) write to standard output",
     )
 
 

@@ -34,7 +34,7 @@ from common.model import FilePath, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from replica import readiness
 from replica.buildid import BuildIds
-from replica.readiness import Readiness, ReadinessVerdict, is_shared
+from replica.readiness import Readiness, ReadinessVerdict, closest
 from replica.rootview import RootView
 
 ANY = "0.0.0.0"  # noqa: S104
@@ -276,7 +276,7 @@ class TestFiles:
         epoch.make("/var/log/x")
         epoch.opens("/var/log/x", flags=os.O_WRONLY | os.O_APPEND)
         (reason,) = (await epoch.judged()).reasons
-        assert reason.startswith("/var/log/x is open for writing and files are not replicated yet")
+        assert reason.startswith("/var/log/x is open for writing and is not replicated")
 
     async def test_nor_one_in_a_declared_directory_that_is_not_shared(self, epoch: Epoch) -> None:
         epoch.opens("/srv/own/dump.rdb", flags=os.O_RDWR)
@@ -342,9 +342,11 @@ class TestFiles:
     def test_the_closest_declaration_decides_what_is_shared(self, epoch: Epoch) -> None:
         inner = FilePath(path="/srv/shared/private")
         spec = msgspec.structs.replace(epoch.spec, files=(*epoch.spec.files, inner))
-        assert is_shared(spec, "/srv/shared/x")
-        assert not is_shared(spec, "/srv/shared/private/x")
-        assert not is_shared(spec, "/srv/sharedness")
+        declared = closest(spec, "/srv/shared/x")
+        assert declared is not None
+        assert declared.shared
+        assert closest(spec, "/srv/shared/private/x") == inner
+        assert closest(spec, "/srv/sharedness") is None
 
 
 class TestRootView:

@@ -1,0 +1,128 @@
+"""What differs between a tree of files on disk and the epoch that it should be, in sentences.
+
+In: the model of the epoch, the opened tree, and the epoch's pages if more than a look is wanted. Out: one
+sentence for each difference. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from common.file_records import ROOTS, Entry, Inode
+from replica.file_contents import differing
+from replica.file_model import FileModel, readable, traits_of
+from replica.file_ops import HOST_ATTRIBUTES, attributes_of, explained
+from replica.file_site import Site
+from replica.stored_files import EpochFiles
+
+_KIND_NAMES: Final = {
+    stat.S_IFREG: "regular file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+
+
+def differences(site: Site, model: FileModel, files: EpochFiles | None) -> Iterator[str]:
+    """Compare each name, what it leads to and how that is described; with `files` what it holds, too.
+
+    Raises StoreError if something cannot be looked at.
+    """
+    comparison = _Comparison(site, model, files)
+    for entry in model.children[ROOTS].values():
+        yield from comparison.look(entry, os.fstat(site.descriptor(entry.inode)))
+    while comparison.directories:
+        yield from comparison.directory(comparison.directories.pop())
+    if files is not None:
+        for inode in differing(site, model, files, comparison.there):
+            yield f"{site.path(model.names[inode.number][0])} holds something else"
+
+
+class _Comparison:
+    def __init__(self, site: Site, model: FileModel, files: EpochFiles | None) -> None:
+        self.there: set[int] = set()
+        """Inodes that were found, of the right kind."""
+        self.directories: list[int] = []
+        """Those of them that are to be looked into."""
+        self._site = site
+        self._model = model
+        self._files = files
+        self._linked: dict[int, tuple[int, int]] = {}
+        """Device and inode of the file system, of inodes with several names."""
+
+    def directory(self, number: int) -> Iterator[str]:
+        """Compare what is in a directory."""
+        wanted = self._model.children.get(number, {})
+        with explained("list", lambda: self._path(Entry(number, b".", number))):
+            names = set(map(os.fsencode, os.listdir(self._site.descriptor(number))))
+        for name in sorted(names - wanted.keys()):
+            if not self._site.is_limbo(number, name):
+                yield f"{self._path(Entry(number, name, 0))} is not in the epoch"
+        for name, entry in sorted(wanted.items()):
+            status = None
+            if name in names:
+                with explained("look at", lambda: self._path(entry)):  # noqa: B023
+                    status = os.stat(name, dir_fd=self._site.descriptor(number), follow_symlinks=False)
+            if status is None:
+                yield f"{self._path(entry)} is missing"
+            else:
+                yield from self.look(entry, status)
+
+    def look(self, entry: Entry, status: os.stat_result) -> Iterator[str]:
+        """Compare what an entry leads to."""
+        inode, path = self._model.inodes[entry.inode], self._path(entry)
+        if stat.S_IFMT(status.st_mode) != stat.S_IFMT(inode.mode):
+            yield f"{path} is a {_kind_of(status.st_mode)}, not a {_kind_of(inode.mode)}"
+            return
+        yield from (f"{path} {what}" for what in _unlike(inode, status))
+        names = self._model.names[inode.number]
+        if not stat.S_ISDIR(inode.mode) and status.st_nlink != len(names):
+            yield f"{path} has {status.st_nlink} names, not {len(names)}"
+        if len(names) > 1:
+            file = status.st_dev, status.st_ino
+            if self._linked.setdefault(inode.number, file) != file:
+                yield f"{path} is not the same file as {self._path(names[0])}"
+        if stat.S_ISDIR(inode.mode):
+            self.directories.append(inode.number)
+        if names[0] == entry:
+            self.there.add(inode.number)
+            if self._files is not None:
+                yield from (f"{path} {what}" for what in self._unlike_traits(entry, inode, self._files))
+
+    def _unlike_traits(self, entry: Entry, inode: Inode, files: EpochFiles) -> Iterator[str]:
+        target, attributes = traits_of(inode, files)
+        with explained("look at", lambda: self._path(entry)), self._site.opened(entry) as descriptor:
+            have = attributes_of(descriptor)
+            leads_to = os.readlink(b"", dir_fd=descriptor) if stat.S_ISLNK(inode.mode) else b""
+        if leads_to != target:
+            yield f"leads to {readable(leads_to)!r}, not {readable(target)!r}"
+        wanted = dict(attributes)
+        for name in sorted(have.keys() | wanted.keys()):
+            if have.get(name) != wanted.get(name) and (name in wanted or name not in HOST_ATTRIBUTES):
+                yield f"has another attribute {readable(name)}"
+
+    def _path(self, entry: Entry) -> str:
+        return self._site.path(entry)
+
+
+def _unlike(inode: Inode, status: os.stat_result) -> Iterator[str]:
+    if stat.S_ISREG(inode.mode) and status.st_size != inode.size:
+        yield f"has {status.st_size} bytes, not {inode.size}"
+    if status.st_mode != inode.mode and not stat.S_ISLNK(inode.mode):
+        yield f"has the mode {stat.S_IMODE(status.st_mode):04o}, not {stat.S_IMODE(inode.mode):04o}"
+    if (status.st_uid, status.st_gid) != (inode.uid, inode.gid):
+        yield f"belongs to {status.st_uid}:{status.st_gid}, not {inode.uid}:{inode.gid}"
+    if status.st_mtime_ns != inode.mtime_ns:
+        yield f"was modified at {status.st_mtime_ns} ns, not {inode.mtime_ns} ns"
+    if (stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode)) and status.st_rdev != inode.device:
+        yield f"is the device {status.st_rdev:#x}, not {inode.device:#x}"
+
+
+def _kind_of(mode: int) -> str:
+    return _KIND_NAMES.get(stat.S_IFMT(mode), "file of another kind")

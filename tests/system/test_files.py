@@ -1,0 +1,52 @@
+"""Workloads outlive their hosts together with their files: of the same instant, and whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.model import FilePath
+from outlive.cluster import eventually
+from tests.system.clusters import NAME, REDIS, Protected, protected_redis
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+WITH_LOG = (*REDIS, "--dir", "/data", "--appendonly", "yes", "--appendfsync", "no")
+DATA = (FilePath(path="/data"),)
+
+
+def data_of(cluster: Protected, node: str) -> Path:
+    return Path(cluster.nodes[node].config.node.state_dir) / "workloads" / NAME / "files" / "0"
+
+
+async def read_by_its_log(cluster: Protected, node: str) -> None:
+    """Have redis begin anew, from nothing but its files."""
+    await cluster.nodes[node].cli("stop", NAME)
+    await cluster.nodes[node].cli("start", NAME)
+    await eventually(cluster.answers, what="redis answers")
+
+
+async def test_a_redis_and_its_log_outlive_their_host_again_and_again() -> None:
+    async with protected_redis(("a", "b"), command=WITH_LOG, files=DATA) as cluster:
+        leader, replica = "a", "b"
+        for turn in range(3):
+            await cluster.redis("set", f"turn:{turn}", f"value {turn}" * 100)
+            await cluster.wait_for_epochs(4, leader)
+            await cluster.lab.power_off(leader)
+            await cluster.nodes[replica].wait_for(
+                NAME, lambda w: w.role == "primary" and w.running, what="taken over"
+            )
+            await eventually(cluster.answers, what=f"redis answers after takeover {turn}")
+            assert list(data_of(cluster, replica).glob("appendonlydir/*.incr.aof"))
+            for earlier in range(turn + 1):
+                assert await cluster.redis("get", f"turn:{earlier}") == f"value {earlier}" * 100
+            await cluster.redis("set", "after", str(turn))
+            await cluster.lab.power_on(leader)
+            await cluster.nodes[leader].start()
+            leader, replica = replica, leader
+            await cluster.wait_until_protected(leader, replica)
+        await read_by_its_log(cluster, leader)
+        for earlier in range(3):
+            assert await cluster.redis("get", f"turn:{earlier}") == f"value {earlier}" * 100
+        assert await cluster.redis("get", "after") == "2"
