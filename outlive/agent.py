@@ -24,7 +24,6 @@ from pathlib import Path
 
 import structlog
 import zmq.asyncio
-from primary.file_watch import FileWatch
 
 from common.bundle import WorkloadPaths, file_roots, restore_command
 from common.config import NodeConfig, Peer
@@ -55,12 +54,13 @@ from common.errors import (
     UnsupportedError,
 )
 from common.events import Event, EventLog, event_file
+from common.file_records import RECORDS, Record, unpack_page
 from common.heap import keep_heap_small
 from common.heartbeat import AgentBeater
 from common.identity import PageHasher
 from common.keyring import read_keyring
 from common.messages import Doubt, Hello, Nack
-from common.model import EpochId, WorkloadSpec
+from common.model import PAGE_BYTES, EpochId, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from common.private_directory import prepare_private_directory
 from common.scheduling import CpuShare
@@ -84,6 +84,7 @@ from primary.dumping import Dumper
 from primary.fast import FastBackend
 from primary.file_backend import FrozenHook, WithFiles
 from primary.file_capture import FileCapture
+from primary.file_watch import FileWatch
 from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
@@ -349,7 +350,7 @@ class Agent:
             verifier,
             freezer,
             abandoned_ms.append,
-            self._make_files(spec),
+            self._make_files(spec, workload.store, run.restored if run is not None else None),
         )
         return Leading(
             self._config,
@@ -420,7 +421,9 @@ class Agent:
         )
         return (memory if files is None else WithFiles(memory, files, hook)), memory.status
 
-    def _make_files(self, spec: WorkloadSpec) -> FileCapture | None:
+    def _make_files(
+        self, spec: WorkloadSpec, store: EpochStore, restored: EpochId | None
+    ) -> FileCapture | None:
         """Make what captures the workload's files; None if none are replicated."""
         roots = file_roots(spec, WorkloadPaths(self._config, spec.name))
         if not roots:
@@ -436,6 +439,7 @@ class Agent:
             layers=Path(self._config.node.image_dir) / spec.name,
             pids=lambda: workload_pids(self._config, spec.name),
             watch=watch,
+            adopt=partial(_records_of, store, restored),
         )
 
     def _make_stream(
@@ -544,3 +548,22 @@ class Agent:
             message=f"{request.node} does not receive epochs of {what} from {self._config.node.name} now",
             hint="outlive status: give this order on the primary, while its replica is connected",
         )
+
+
+def _records_of(store: EpochStore, epoch: EpochId | None) -> list[Record]:
+    """Return what an epoch in the store says of files; nothing if it is not there."""
+    if epoch is None:
+        return []
+    try:
+        with store.hold():
+            files = store.files_of(epoch)
+            blocks = files.read(RECORDS, files.pages(RECORDS))
+            return [
+                record
+                for block in blocks
+                for at in range(0, len(block), PAGE_BYTES)
+                for record in unpack_page(block[at : at + PAGE_BYTES])
+            ]
+    except OutliveError as error:
+        log.warning("capture.files_begin_anew", epoch=str(epoch), reason=error.message)
+        return []

@@ -1,11 +1,11 @@
 """The directories of a workload on a node that follows: kept as its newest committed epoch says.
 
 In: epochs as they are committed; the order to take over with one. Out: directories that are that epoch's, and
-what stands against it as a sentence. An epoch is acknowledged when its store has it; its directories follow as
-fast as the disk allows, always to the newest one, and are brought to the one that is restored before it is.
+what stands against it as a sentence. An epoch is acknowledged when its store has it; its directories follow,
+as fast as the disk allows, always to the newest one, and are brought to the one that is restored before it is.
 
-Nothing is made while the workload may run here: whoever leads has called `bring_to`, or `leave`, and `follow` is
-called by followers only.
+Nothing is made while the workload may run here: whoever leads has called `bring_to` or `leave`, and `follow`
+is called by followers only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class FollowedFiles:
             self._following = asyncio.create_task(self._follow())
 
     async def bring_to(self, epoch: EpochId) -> None:
-        """Have the directories be that epoch, for it to be restored; nothing follows until `follow` is called.
+        """Have the directories be that epoch, for it to be restored; nothing follows until `follow` says so.
 
         Raises RestoreError. If it is cancelled, what is under way goes on to its end.
         """
@@ -114,16 +114,25 @@ class FollowedFiles:
         await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _apply(self, epoch: EpochId) -> None:
-        if self._tree is None:
-            self._tree = self._make_tree()
-        if self._tree.epoch == epoch:
+        tree = self._known_tree()
+        if tree.epoch == epoch:
             return
         try:
-            applied = self._tree.apply(self._store.files_of(epoch))
+            applied = tree.apply(self._store.files_of(epoch))
         except StoreError:  # a fold may have taken a level's place: once more, with none
             with self._store.hold():
-                applied = self._tree.apply(self._store.files_of(epoch))
+                applied = tree.apply(self._store.files_of(epoch))
         log.debug("files.laid_out", workload=self._workload, epoch=str(epoch), full=applied.full)
+
+    def _known_tree(self) -> FileTree:
+        """Return the tree, and have it know the records of the epoch that it is, if they are stored still."""
+        if self._tree is None:
+            tree = self._make_tree()
+            if tree.epoch is not None:
+                with contextlib.suppress(StoreError):
+                    tree.apply(self._store.files_of(tree.epoch))
+            self._tree = tree
+        return self._tree
 
     def _sync(self) -> None:
         if self._tree is not None:

@@ -21,7 +21,7 @@ from common.errors import CaptureError, UnsupportedError
 from common.model import EpochId
 from primary import pages
 from primary.capture import CaptureBackend, CapturedEpoch
-from primary.file_capture import TooMuchWrittenError
+from primary.file_reader import FilesError
 from primary.injection import program
 from primary.native import built
 from primary.shim import KNOWN_VERSIONS
@@ -108,7 +108,7 @@ class ChosenBackend:
                 self._fast = self._make_fast()
             try:
                 captured = await self._fast.capture(epoch, since)
-            except TooMuchWrittenError:
+            except FilesError:
                 raise  # it has nothing to do with memory
             except (CaptureError, UnsupportedError) as error:
                 self._failures += 1

@@ -28,6 +28,7 @@ from common.file_records import (
     ROOTS,
     Entry,
     Inode,
+    Record,
     pack_extra,
     pack_record,
 )
@@ -124,6 +125,8 @@ class FileBook:
         self._linked: dict[int, int] = {}
         """How many links there are of files with several."""
         self._extras: dict[int, bytes] = {}
+        self._promised: dict[tuple[int, bytes], Inode] = {}
+        """What names led to in an epoch of another process, until all files were looked at."""
         self._orphans: set[int] = set()
 
     # --- looking ------------------------------------------------------------------------------------
@@ -188,16 +191,48 @@ class FileBook:
 
     # --- taking note --------------------------------------------------------------------------------
 
-    def see(self, seen: Seen, key: bytes = b"") -> Node:
-        """Take note of an inode as it is, under the number that it has or a new one."""
+    def adopt(self, records: Iterable[Record]) -> None:
+        """Give what is seen first the numbers and places that an epoch of another process gave it.
+
+        So that a replica that has that epoch, or one after it, has their contents where they will be. To be
+        called before anything is seen; `adopted` ends it.
+        """
+        inodes: dict[int, Inode] = {}
+        entries: list[Entry] = []
+        for record in records:
+            if isinstance(record, Inode):
+                inodes[record.number] = record
+            else:
+                entries.append(record)
+        self._promised = {
+            (each.parent, each.name): inodes[each.inode] for each in entries if each.inode in inodes
+        }
+        self._last = max(inodes, default=0)
+        self._places.resume(place for inode in inodes.values() for place in _places_of(inode))
+
+    def adopted(self) -> None:
+        """All files were looked at: the places of those that are not there any more are free."""
+        unclaimed = {inode.number: inode for inode in self._promised.values()}
+        for number in unclaimed.keys() - self._nodes.keys():
+            self._freed += _places_of(unclaimed[number])
+        self._promised.clear()
+
+    def see(self, seen: Seen, key: bytes, at: tuple[int, bytes]) -> Node:
+        """Take note of an inode as it is, under the number that it has or a new one.
+
+        `at` is where it was found: directory and name.
+        """
         node = self.find(seen.id)
         if node is not None and stat.S_IFMT(node.inode.mode) != stat.S_IFMT(seen.status.st_mode):
             self._forget(node)  # another one with the same number
             node = None
         if node is None:
-            self._last += 1
-            node = Node(Inode(self._last, 0, 0, 0, 0, 0), seen.id)
+            node = Node(self._promised_inode(seen, at) or self._new_inode(), seen.id)
             self._nodes[node.number] = node
+            if node.inode.pages:
+                self._unread.add(node.number)
+            for place in _places_of(node.inode):
+                self._by_place[place] = node.number
             self._by_id[seen.id] = node.number
             self._orphans.add(node.number)
         if node.key != key:
@@ -305,6 +340,16 @@ class FileBook:
 
     # --- within -------------------------------------------------------------------------------------
 
+    def _new_inode(self) -> Inode:
+        self._last += 1
+        return Inode(self._last, 0, 0, 0, 0, 0)
+
+    def _promised_inode(self, seen: Seen, at: tuple[int, bytes]) -> Inode | None:
+        inode = self._promised.get(at)
+        if inode is None or inode.number in self._nodes:
+            return None
+        return inode if stat.S_IFMT(inode.mode) == stat.S_IFMT(seen.status.st_mode) else None
+
     def _let_go(self) -> None:
         """Forget the pages that no file has any more, and give their places away."""
         gone = []
@@ -400,7 +445,7 @@ class FileBook:
                 self._extras.pop(page, None)
 
     def _become(self, node: Node, inode: Inode) -> None:
-        if inode != node.inode:
+        if inode != node.inode or node.number not in self._records:
             node.inode = inode
             self._records.put(node.number, pack_record(inode))
 
@@ -418,6 +463,12 @@ class FileBook:
         del self._by_id[node.id]
         if self._by_key.get(node.key) == node.number:
             del self._by_key[node.key]
+
+
+def _places_of(inode: Inode) -> list[int]:
+    """Return where something of an inode stands: its content, and what is too large for its record."""
+    places = [] if inode.place == NOWHERE else [inode.place]
+    return places if inode.extra is None else [*places, inode.extra[0]]
 
 
 def _pages_at(inode: Inode, place: int) -> int:

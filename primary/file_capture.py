@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 
 from common.criu.images import SpaceKey
 from common.errors import CaptureError
-from common.file_records import CONTENTS, RECORDS, ROOTS
+from common.file_records import CONTENTS, RECORDS, ROOTS, Record
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import SpacePages
 from primary.file_book import FileBook, FileId, Node
-from primary.file_reader import Content, FileReader, Found, How, UnreadableError, open_path
+from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError, open_path
 from primary.layers import LayerChain, LayeredPages, LayerWriter
 
 log = structlog.get_logger(__name__)
@@ -48,7 +48,7 @@ _MOST_FROZEN_BYTES: Final = 64 << 20
 _BATCH_PAGES: Final = 1 << 16
 
 
-class TooMuchWrittenError(CaptureError):
+class TooMuchWrittenError(FilesError):
     """More was written to files than may be read within a freeze; the workload runs on."""
 
 
@@ -116,8 +116,11 @@ class FileCapture:
         layers: Path,
         pids: Callable[[], Iterable[int]],
         watch: Watch | None,
+        adopt: Callable[[], Iterable[Record]] = tuple,
     ) -> None:
         """`roots`: declared paths, and where these directories are on this node.
+
+        `adopt` returns the records of an epoch that this is about to go on from; see `FileBook.adopt`.
 
         `layers` is where contents are kept for a while; `pids` tells whose files may be open.
         """
@@ -144,6 +147,7 @@ class FileCapture:
         self._frozen_bytes = 0
         self._patient = False
         self._timeless = _timeless(roots.values())
+        self._adopt: Callable[[], Iterable[Record]] | None = adopt
 
     @property
     def files(self) -> int:
@@ -158,12 +162,19 @@ class FileCapture:
             self._chain.drop_through(since)
         self._chain.merge({CONTENTS: self._book.contents})
         how = How(raw_bytes=0, keep=self._sealed, timeless=self._timeless)
+        if self._adopt is not None:
+            self._book.adopt(self._adopt())
+            self._adopt = None
         self._take_in(self._look(how, frozen=False))
-        self._taken.clear()
+        with self._lock:
+            self._book.adopted()
 
     def take(self, *, patient: bool) -> None:
         """Look at the rest, while all stands still. Raises TooMuchWrittenError, unless `patient`."""
         self._frozen_bytes, self._patient = 0, patient
+        self._hear()
+        if self._scan_due and self._watch is not None and not patient:
+            raise TooMuchWrittenError("reports of changes were lost: everything is looked at while it runs")
         always = self._open_files()
         how = How(raw_bytes=_RAW_BYTES, always=always, room=self._room, timeless=self._timeless)
         # What was found before an error is as good as what a whole round finds.
@@ -225,11 +236,7 @@ class FileCapture:
 
     def _look(self, how: How, *, frozen: bool) -> Iterator[Found]:
         self._reader.begin()
-        if self._watch is not None:
-            drained = self._watch.drain()
-            self._scan_due = self._scan_due or drained.overflowed
-            self._left.update((hint.handle, hint.name) for hint in drained.changed if hint.handle)
-            self._left_objects.update(hint.object for hint in drained.changed if hint.object)
+        self._hear()
         if self._scan_due or self._watch is None:
             how.everything = True
             for path, directory in self._roots.items():
@@ -245,6 +252,14 @@ class FileCapture:
         else:
             for node in self._book.take_unsettled():
                 yield from self._itself(node, how)
+
+    def _hear(self) -> None:
+        """Take note of what was reported."""
+        if self._watch is not None:
+            drained = self._watch.drain()
+            self._scan_due = self._scan_due or drained.overflowed
+            self._left.update((hint.handle, hint.name) for hint in drained.changed if hint.handle)
+            self._left_objects.update(hint.object for hint in drained.changed if hint.object)
 
     def _root(self, path: bytes, directory: Path, how: How) -> Iterator[Found]:
         for found in self._reader.look(None, None, os.fsencode(directory), how):
@@ -345,7 +360,7 @@ class FileCapture:
         if found.seen is None:
             self._book.unlink(parent, found.name)
             return None
-        node = self._book.see(found.seen, found.key)
+        node = self._book.see(found.seen, found.key, (parent, found.name))
         self._book.link(parent, found.name, node)
         return node
 

@@ -7,7 +7,7 @@ what did not change is not sent. `common.file_records` says what the pages mean.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -23,6 +23,10 @@ fifteenth of it."""
 
 def _class_of(pages: int) -> int:
     return -(-(pages - 1).bit_length() // _GROWTH_BITS)
+
+
+def _slot_of(place: int) -> int:
+    return (place & ((1 << _CLASS_BITS) - 1)) >> (_GROWTH_BITS * (place >> _CLASS_BITS))
 
 
 class Places:
@@ -49,11 +53,19 @@ class Places:
             self._next[size] += 1
         return (size << _CLASS_BITS) + (slot << (_GROWTH_BITS * size))
 
+    def resume(self, taken: Iterable[int]) -> None:
+        """Begin with these places taken; nothing may have been taken before."""
+        slots: dict[int, set[int]] = {}
+        for place in taken:
+            size = place >> _CLASS_BITS
+            slots.setdefault(size, set()).add(_slot_of(place))
+        for size, used in slots.items():
+            self._next[size] = max(used) + 1
+            self._free[size] = sorted(set(range(self._next[size])) - used)
+
     def give_back(self, place: int) -> None:
         """Let another one have that place."""
-        size = place >> _CLASS_BITS
-        slot = (place & ((1 << _CLASS_BITS) - 1)) >> (_GROWTH_BITS * size)
-        heapq.heappush(self._free[size], slot)
+        heapq.heappush(self._free[place >> _CLASS_BITS], _slot_of(place))
 
     @staticmethod
     def start_of(page: int) -> int:
@@ -76,6 +88,9 @@ class RecordPages:
         self._roomy: set[int] = set()
         self._changed: set[int] = set()
         self._content: dict[int, bytes] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._where
 
     def put(self, key: Hashable, packed: bytes) -> None:
         """Have `key` say that; it stays on its page if it fits there."""

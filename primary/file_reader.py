@@ -74,7 +74,11 @@ class Handles(Protocol):
         ...
 
 
-class UnreadableError(CaptureError):
+class FilesError(CaptureError):
+    """Files could not be captured; memory could, as far as is known."""
+
+
+class UnreadableError(FilesError):
     """A file cannot be looked at; it counts as changed."""
 
 

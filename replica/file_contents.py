@@ -115,7 +115,7 @@ class ContentWriter:
         inode = portion.inode
         self._ops.resize(descriptor, inode.size)
         for first, end in portion.holes:
-            self._ops.clear(descriptor, *_offsets(inode, first - inode.place, end - inode.place))
+            self._clear(descriptor, first - inode.place, end - inode.place)
         for numbers, block in stream.take(portion.numbers):
             self._place(descriptor, portion, numbers.astype(np.int64) - inode.place, block)
 
@@ -129,11 +129,16 @@ class ContentWriter:
         elif portion.file == "unknown":
             wanted = _unlike(_read(descriptor, rows), pages)
         for first, end in _stretches(rows, zero.astype(np.int8) + 2 * wanted.astype(np.int8)):
-            start, stop = _offsets(portion.inode, int(rows[first]), int(rows[end - 1]) + 1)
+            row, past = int(rows[first]), int(rows[end - 1]) + 1
             if wanted[first] and zero[first]:
-                self._ops.clear(descriptor, start, stop)
+                self._clear(descriptor, row, past)
             elif wanted[first]:
-                self._ops.write(descriptor, block[first * PAGE_BYTES :][: stop - start], start)
+                start = row * PAGE_BYTES
+                size = min(past * PAGE_BYTES, portion.inode.size) - start
+                self._ops.write(descriptor, block[first * PAGE_BYTES :][:size], start)
+
+    def _clear(self, descriptor: int, row: int, past: int) -> None:
+        self._ops.clear(descriptor, row * PAGE_BYTES, past * PAGE_BYTES)
 
 
 def differing(site: Site, model: FileModel, files: EpochFiles, there: Set[int]) -> Iterator[Inode]:
@@ -164,7 +169,8 @@ def _differs(descriptor: int, portion: Portion, blocks: Iterator[tuple[Numbers, 
         if _unlike(_read(descriptor, numbers.astype(np.int64) - inode.place), _as_pages(block)).any():
             return True
     for first, end in portion.holes:
-        for at, past in data_between(descriptor, *_offsets(inode, first - inode.place, end - inode.place)):
+        bounds = (first - inode.place) * PAGE_BYTES, (end - inode.place) * PAGE_BYTES
+        for at, past in data_between(descriptor, *bounds):
             last = -(-past // PAGE_BYTES)
             for start in range(at // PAGE_BYTES, last, _BLOCK_PAGES):
                 if _read(descriptor, np.arange(start, min(start + _BLOCK_PAGES, last))).any():
@@ -249,11 +255,6 @@ def _stretches(rows: NDArray[np.int64], kind: NDArray[np.int8]) -> Iterator[tupl
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(kind) != 0)) + 1
     bounds = [0, *breaks.tolist(), len(rows)]
     yield from pairwise(bounds)
-
-
-def _offsets(inode: Inode, first: int, end: int) -> tuple[int, int]:
-    """Return where in a file pages begin and end."""
-    return first * PAGE_BYTES, min(end * PAGE_BYTES, inode.size)
 
 
 def _unlike(pages: Pages, others: Pages | np.uint64) -> NDArray[np.bool_]:

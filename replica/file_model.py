@@ -13,7 +13,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Final, NoReturn
 
 import numpy as np
@@ -223,14 +223,15 @@ class PlaceTable:
 
     def touched(self, numbers: Numbers) -> Iterator[tuple[int, int, Numbers]]:
         """Yield first page and inode of each range that has some of these pages (ascending), and those."""
-        if not len(self._table) or not numbers.size:
+        if not len(self._table):
             return
         rows = np.searchsorted(self._table[:, 0], numbers.astype(np.int64), side="right") - 1
         inside = (rows >= 0) & (numbers < self._table[rows, 1].astype(np.uint64))
         rows, numbers = rows[inside], numbers[inside]
-        starts = np.flatnonzero(np.diff(rows, prepend=-1))
-        for row, part in zip(rows[starts].tolist(), np.split(numbers, starts[1:]), strict=True):
-            yield int(self._table[row, 0]), int(self._table[row, 2]), part
+        starts = np.flatnonzero(np.diff(rows, prepend=-1)).tolist()
+        for start, end in pairwise([*starts, len(rows)]):
+            row = rows[start]
+            yield int(self._table[row, 0]), int(self._table[row, 2]), numbers[start:end]
 
     def all(self) -> Iterator[tuple[int, int]]:
         """Yield first page and inode of each range, ascending."""

@@ -17,6 +17,7 @@ from typing import Final
 
 from common.errors import NoSpaceError, StoreError
 from common.file_records import Inode
+from common.model import PAGE_BYTES
 from replica.file_model import Attributes, readable
 
 Step = Callable[[str], None]
@@ -157,10 +158,13 @@ class FileOps:
             self.written_bytes += written
 
     def clear(self, descriptor: int, start: int, end: int) -> None:
-        """Make zeros of what is between two offsets within the file: a hole, where there can be such."""
+        """Make zeros of the pages between two offsets: a hole, where there can be such.
+
+        The last page is cleared wholly, even if the file ends within: of a part of it no hole can be made.
+        """
         for at, stop in data_between(descriptor, start, end):
             self._step("clear")
-            if not _punch(descriptor, at, stop - at):
+            if not _punch(descriptor, at, -(-stop // PAGE_BYTES) * PAGE_BYTES - at):
                 for piece in range(at, stop, len(_ZEROS)):
                     self.write(descriptor, memoryview(_ZEROS)[: stop - piece], piece)
 
@@ -211,7 +215,7 @@ def _path(descriptor: int) -> str:
 
 
 def data_between(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts that are not holes already."""
+    """Yield the parts that are no holes, up to the end of the file."""
     while start < end:
         try:
             at = os.lseek(descriptor, start, os.SEEK_DATA)

@@ -53,7 +53,6 @@ from replica.levels import (
 )
 from replica.recovery import make_root, prepare, recover, recover_seed, set_aside, sweep, throw_away
 from replica.sample import Sampler
-from replica.stored_files import StoredFiles
 from replica.store_reader import (
     EpochDetails,
     EpochRecord,
@@ -61,6 +60,7 @@ from replica.store_reader import (
     StoreReader,
     stored_workloads,
 )
+from replica.stored_files import StoredFiles
 
 __all__ = [
     "COPIED",

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from common.errors import CaptureError, UnsupportedError
-from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES
+from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES, RECORDS, Record, unpack_page
 from common.identity import PageHasher
-from common.model import EpochId
+from common.model import PAGE_BYTES, EpochId
 from primary.file_capture import EpochFiles, FileCapture, TooMuchWrittenError
 from primary.file_places import Places, RecordPages
 from primary.file_watch import FileWatch
@@ -213,6 +213,46 @@ def test_only_what_changed_is_new(root: Path, make: Make) -> None:
     changed = {key: len(after[key].identities.differing(before[key].identities)) for key in after}
     assert changed[CONTENTS] == 1
     assert sum(changed.values()) == 2
+
+
+def test_another_process_goes_on_with_the_places_of_an_epoch(root: Path, make: Make, tmp_path: Path) -> None:
+    changes = Changes(root, seed=9)
+    hasher = PageHasher()
+
+    def capture(records: list[Record]) -> FileCapture:
+        return FileCapture(
+            {b"/data": root},
+            hasher=hasher,
+            layers=tmp_path,
+            pids=lambda: [os.getpid()],
+            watch=None,
+            adopt=lambda: records,
+        )
+
+    for _ in range(30):
+        changes.some(8)
+    first = capture([])
+    before = epoch(first, 1)
+    count = len(before.spaces[0].pages)
+    content = bytearray(count * PAGE_BYTES)
+    before.read(RECORDS, np.arange(count), memoryview(content))
+    records = [
+        each for at in range(0, len(content), PAGE_BYTES) for each in unpack_page(content[at:][:PAGE_BYTES])
+    ]
+    changes.some(6)
+    second = capture(records)
+    try:
+        after = epoch(second, 2)
+        assert told(after) == walk(root)
+        total = len(after.spaces[1].pages)
+        new = len(after.spaces[1].identities.differing(before.spaces[1].identities))
+        assert new < total // 3
+        for number in range(3, 12):
+            changes.some(6)
+            assert told(epoch(second, number)) == walk(root)
+    finally:
+        first.close()
+        second.close()
 
 
 def test_places_are_dense_and_have_room() -> None:
