@@ -47,7 +47,7 @@ _CPU_PERIOD_US = 100_000
 _OPEN_FILES = 1024
 """What systemd gives services too: programs that use select(2) go wrong beyond. The agent may open more."""
 
-CRIU_RESTORE_SETTINGS = "tcp-close\nnetwork-lock skip\nmanage-cgroups=ignore\n"
+CRIU_RESTORE_SETTINGS = "tcp-close\nnetwork-lock skip\nmanage-cgroups=ignore\nfile-locks\nlink-remap\n"
 """What runc cannot be told by flags; it hands this file to criu (annotation `org.criu.config`)."""
 
 
@@ -225,5 +225,6 @@ def restore_command(spec: WorkloadSpec, paths: WorkloadPaths, criu: str) -> tupl
     return (
         *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, "sh"),
         *(spec.root, str(paths.rootfs), criu, "restore", "--root", str(paths.rootfs)),
-        *("--manage-cgroups=ignore", "--network-lock", "skip", "--tcp-close", *externals),
+        *("--manage-cgroups=ignore", "--network-lock", "skip", "--tcp-close", "--file-locks", "--link-remap"),
+        *externals,
     )

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import structlog
 
-from common.bundle import WorkloadPaths, bind_mounts
+from common.bundle import WorkloadPaths, bind_mounts, file_roots
 from common.config import NodeConfig
 from common.container import standard_streams
 from common.criu.rpc import DumpOptions, DumpResult, Swrk, spawn
@@ -125,6 +125,7 @@ class Dumper:
         self._attachments = dict(attachments or {})
         self._with_shim = with_shim
         self._paths = WorkloadPaths(config, spec.name)
+        self._with_files = bool(file_roots(spec, self._paths))
         self._ahead: _Ahead | None = None
         self._beside: ThreadPoolExecutor | None = None
         self._on_abandoned = on_abandoned
@@ -219,6 +220,9 @@ class Dumper:
             work_dir=self._paths.bundle,  # its log stays there after a failure, until the next dump
             root=self._paths.rootfs,
             external=tuple(mount.external for mount in bind_mounts(self._spec, self._paths)),
+            # Locks and names of files are restored where the files are: on the next node, if they are sent.
+            file_locks=self._with_files,
+            link_remap=self._with_files,
             freeze_cgroup=self.freeze_cgroup or self._freezer.kept,
             log_level=1,
             deadline_s=self._spec.freeze_deadline_ms / 1000,

@@ -39,10 +39,11 @@ from common.criu.locate import locate_criu
 from common.errors import CaptureError, OutliveError
 from common.identity import PageHasher
 from common.messages import BULK_BYTES, PROTOCOL, decode
-from common.model import PAGE_BYTES, EpochId, WorkloadSpec
+from common.model import PAGE_BYTES, EpochId, FilePath, WorkloadSpec
 from common.terms import TermGuard
 from primary.capture import CapturedEpoch
 from primary.dumping import Dumped, Dumper
+from primary.file_backend import FrozenHook
 from primary.outgoing import Held, epoch_messages
 from primary.stock import StockBackend
 from primary.tracking import TrackerName
@@ -122,6 +123,8 @@ class Subject:
         self.directory = Path(config.node.state_dir).parent
         self.freezer = Freezer(config, spec.name)
         self._init_pid, self._tracker = init_pid, tracker
+        self.hook = FrozenHook()
+        """What is done in each freeze beside memory."""
         self._start_backends()
 
     def _start_backends(self) -> None:
@@ -135,6 +138,7 @@ class Subject:
                 criu=locate_criu(None),
                 guard=Unwatched(),
                 with_shim=with_shim,
+                at_frozen=self.hook,
             )
 
         self._fast_dumper, self._stock_dumper = dumper(with_shim=True), dumper(with_shim=False)
@@ -310,7 +314,10 @@ def _told(vmas: tuple[Vma, ...], number: int) -> str:
 
 @contextlib.asynccontextmanager
 async def running_subject(
-    command: Callable[[Path], Sequence[str]], tracker: TrackerName | None = None
+    command: Callable[[Path], Sequence[str]],
+    tracker: TrackerName | None = None,
+    *,
+    files: tuple[FilePath, ...] = (),
 ) -> AsyncIterator[Subject]:
     """Run a command in a container; nothing of it is left afterwards.
 
@@ -337,6 +344,7 @@ async def running_subject(
             # while CRIU has it run a call between the two dumps: without it, both must be equal.
             environment={"GLIBC_TUNABLES": "glibc.pthread.rseq=0"},
             freeze_deadline_ms=10_000,
+            files=files,
         )
         init_pid = await start_workload(config, spec)
         (images / NAME).mkdir(mode=0o700)
@@ -367,12 +375,18 @@ class _Revival(msgspec.Struct, frozen=True):
 
 
 async def restored_elsewhere(
-    subject: Subject, images: Path, epoch: EpochId, *, port: int = 0, processes: int = 0
+    subject: Subject,
+    images: Path,
+    epoch: EpochId,
+    *,
+    port: int = 0,
+    processes: int = 0,
+    files: tuple[FilePath, ...] = (),
 ) -> str:
     """Restore images in a network namespace of their own; return what is wrong.
 
     The program of the memory oracle is asked at `port`; of others it is seen whether they are so many
-    processes as they were.
+    processes as they were. `files` are its directories there.
     """
     space = f"oracle-{os.getpid()}"
     node = subject.config.node
@@ -385,7 +399,8 @@ async def restored_elsewhere(
             cgroup_parent=f"{node.cgroup_parent}-restored",
         ),
     )
-    work = _Revival(other, subject.spec, str(images), epoch, port, processes)
+    spec = msgspec.structs.replace(subject.spec, files=files)
+    work = _Revival(other, spec, str(images), epoch, port, processes)
     await _run("ip", "netns", "add", space)
     try:
         await _run("ip", "-n", space, "link", "set", "lo", "up")

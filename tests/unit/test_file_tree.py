@@ -513,16 +513,15 @@ def test_an_operation_that_fails_says_so_and_is_made_good(
     told = [epochs.tell(world) for world in worlds]
     tree = place.open()
     tree.apply(told[0])
-    for at in range(1, 40, 3):
-        for which in (1, 0):
-            place.steps.fail(at, OSError(number, "it fails"), once=True)
-            with pytest.raises(kind, match="it fails"):
-                tree.apply(told[which], full=True)
-                pytest.skip("all operations were tried")
-            assert tree.epoch is None
-            assert tree.check() == ["it is not known which epoch the files are"]
-            tree.apply(told[which])
-            assert place.walk(holes=False) == without_holes(worlds[which].found())
+    for at in range(1, 30, 3):
+        which = at % 2
+        place.steps.fail(at, OSError(number, "it fails"), once=True)
+        with pytest.raises(kind, match="it fails"):
+            tree.apply(told[which], full=True)
+        assert tree.epoch is None
+        assert tree.check() == ["it is not known which epoch the files are"]
+        tree.apply(told[which])
+        assert place.walk(holes=False) == without_holes(worlds[which].found())
 
 
 def test_an_epoch_that_cannot_be_read_leaves_no_doubt(place: Place) -> None:
