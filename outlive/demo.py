@@ -21,7 +21,7 @@ from typing import Protocol
 
 from common.control import AgentMetrics, TermHistory, WorkloadMetrics, WorkloadStatus
 from common.errors import LabError
-from common.model import EpochId, HealthCheck, WorkloadSpec
+from common.model import EpochId, FilePath, HealthCheck, WorkloadSpec
 from outlive import demo_witness
 from outlive.cluster import Node, build_cluster, eventually, start_all
 from outlive.demo_report import (
@@ -40,10 +40,16 @@ from replica.store_reader import EpochRecord, StoreReader
 
 WORKLOAD = "demo"
 REDIS_PORT = 6379
-_REDIS = (
-    *("redis-server", "--port", str(REDIS_PORT), "--protected-mode", "no"),
-    *("--save", "", "--appendonly", "no"),
-)
+_DATA = "/data"
+"""Where the workload has its files; replicated."""
+SERVERS = {
+    "redis": (
+        *("redis-server", "--port", str(REDIS_PORT), "--protected-mode", "no", "--save", ""),
+        *("--dir", _DATA, "--appendonly", "yes", "--appendfsync", "everysec"),
+    ),
+    "sqlite": (sys.executable, "-m", "outlive.demo_sqlite", str(REDIS_PORT), f"{_DATA}/demo.db"),
+}
+"""What can be asked whether it has lost anything."""
 _WRITES_PER_S = 200.0
 _SHOWN_CHARACTERS = 60
 _GO_ON_S = 2.0
@@ -52,9 +58,11 @@ _GO_ON_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What to demonstrate. `command` empty: redis with a client, filled to `fill_mib`."""
+    """What to demonstrate. `command` empty: a server with a client, filled to `fill_mib`."""
 
     command: tuple[str, ...] = ()
+    server: str = "redis"
+    """One of `SERVERS`."""
     fill_mib: int = 256
     epochs: int = 20
     """Committed epochs before the power goes."""
@@ -91,7 +99,9 @@ async def run_demo(options: DemoOptions, screen: Screen) -> DemoReport:
     spec = WorkloadSpec(
         name=WORKLOAD,
         nodes=("a", "b"),
-        command=options.command or _REDIS,
+        command=options.command or SERVERS[options.server],
+        working_directory=str(Path(__file__).parents[1]),
+        files=() if options.command else (FilePath(path=_DATA),),
         vip=str(lab.vip()),
         health=None if options.command else HealthCheck(tcp=REDIS_PORT),
         right_to_lead="fence",
@@ -107,7 +117,8 @@ async def run_demo(options: DemoOptions, screen: Screen) -> DemoReport:
             lab.keep()
             program = Path(sys.executable).with_name("outlive")
             screen.note(f"The lab stays up. Look at it: {program} --config {nodes['b'].config_path} status")
-            screen.note(f"Be the client:  nsenter --net={client.netns} redis-cli -h {lab.vip().ip}")
+            if not options.command:
+                screen.note(f"Be the client:  nsenter --net={client.netns} redis-cli -h {lab.vip().ip}")
             screen.note(f"Remove it:      {program} lab down {lab.name}")
     return report
 
@@ -134,11 +145,11 @@ class _Demo:
         self._screen = screen
         self._address = str(lab.vip().ip)
         self._log = client.log_dir / "probe.jsonl"
-        self._is_redis = not options.command
+        self._is_served = not options.command
 
     async def run(self) -> DemoReport:
         await self._start()
-        probe = await self._client_begins() if self._is_redis else None
+        probe = await self._client_begins() if self._is_served else None
         metrics = await self._stream()
         cut_wall_s = await self._power_goes()
         taken_over = await self._takeover()
@@ -171,8 +182,9 @@ class _Demo:
             raise demo_witness.ended_early(self._first, WORKLOAD)
 
     async def _client_begins(self) -> asyncio.subprocess.Process:
-        await eventually(self._serves, what="redis answers through the service address")
-        self._screen.step(f"Filling redis with {self._options.fill_mib} MiB of random values")
+        server = self._options.server
+        await eventually(self._serves, what=f"{server} answers through the service address")
+        self._screen.step(f"Filling {server} with {self._options.fill_mib} MiB of random values")
         fill = ("fill", "--bytes", str(self._options.fill_mib << 20))
         await self._client.run(self._probe(*fill), timeout_s=120.0)
         writer = await self._client.spawn(
@@ -253,13 +265,14 @@ class _Demo:
         writes: WriteSummary | None = None
         outage_ms: float | None = None
         seen = Sighting((), ("B does not say which epoch it restored",))
-        if restored is not None and self._is_redis:
+        if restored is not None and self._is_served:
             frozen_wall_s = self._stored(restored).frozen_wall_s
             acknowledged = read_log(self._log)
             held = await self._present(acknowledged[-1].number)
             writes = _account(acknowledged, held, cut_wall_s, frozen_wall_s)
             outage_ms = _outage_ms(acknowledged, cut_wall_s)
-            seen = _early_writes(acknowledged, held, frozen_wall_s)
+            self._screen.step(f"Asking {self._options.server} on B, and its files, whether they are whole")
+            seen = _early_writes(acknowledged, held, frozen_wall_s).and_also(await self._files_seen())
         elif restored is not None:
             self._screen.step("Watching what B restored")
             seen = await demo_witness.watch(self._second, WORKLOAD, restored, self._stored(restored).path)
@@ -284,8 +297,8 @@ class _Demo:
             reason="; ".join(seen.problems) or f"{WORKLOAD} runs on B from epoch {restored}",
             checked=seen.checked,
             not_checked=(
-                ("the random values that redis was filled with",)
-                if self._is_redis
+                (f"the random values that {self._options.server} was filled with",)
+                if self._is_served
                 else ("what it answers, and each byte of its memory: only a client of yours can tell",)
             ),
             writes=writes,
@@ -293,6 +306,13 @@ class _Demo:
             timeline=term.timeline,
             bytes=ByteSummary(sent=metrics.bytes_sent, full_equivalent=metrics.bytes_full),
         )
+
+    async def _files_seen(self) -> Sighting:
+        """Have the files on B checked by the program whose they are."""
+        directory = Path(self._second.config.node.state_dir) / "workloads" / WORKLOAD / "files" / "0"
+        if self._options.server == "sqlite":
+            return await demo_witness.check_sqlite(self._client, self._probe("check"), directory / "demo.db")
+        return await demo_witness.check_redis_log(self._client, directory / "appendonlydir")
 
     def _stored(self, epoch: EpochId) -> EpochRecord:
         records = StoreReader.inspect(self._second.config.store_dir, WORKLOAD).records()

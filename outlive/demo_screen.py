@@ -14,6 +14,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from outlive import demo_sqlite
 from outlive.demo_report import DemoReport
 
 PLAIN_PROGRESS_S = 5.0
@@ -138,7 +139,7 @@ def _figures(report: DemoReport) -> Table:
 def _verdict(report: DemoReport) -> Panel:
     if not report.survived:
         return Panel(Text(f"It did not survive: {report.reason}", style="bold red"), border_style="red")
-    name = report.workload[0]
+    name = "SQLite" if demo_sqlite.__name__ in report.workload else report.workload[0]
     text = Text(f"{name} outlived its machine.", style="bold green")
     text.append(f"\nHost A is gone. {name} runs on host B behind the same address.", style="default")
     for verdict, observations in (("Checked", report.checked), ("Not checked", report.not_checked)):

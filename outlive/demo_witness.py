@@ -7,10 +7,15 @@ says. Nothing here asks the workload anything, because nobody knows what a progr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import mmap
 import re
+import shutil
+import sqlite3
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +26,8 @@ from common.criu.images import VMA_FILE_PRIVATE, MemoryMap, read_memory_map
 from common.errors import LabError
 from common.model import EpochId
 from outlive.cluster import Node
+from outlive.demo_sqlite import problems
+from outlive.lab import Host
 from outlive.lab_state import started_ticks
 
 WATCH_S = 3.0
@@ -38,6 +45,10 @@ class Sighting:
 
     checked: tuple[str, ...]
     problems: tuple[str, ...]
+
+    def and_also(self, other: Sighting) -> Sighting:
+        """Return what was seen in both."""
+        return Sighting((*self.checked, *other.checked), (*self.problems, *other.problems))
 
 
 async def watch(node: Node, name: str, epoch: EpochId, images: Path) -> Sighting:
@@ -68,6 +79,41 @@ async def watch(node: Node, name: str, epoch: EpochId, images: Path) -> Sighting
         ),
         (),
     )
+
+
+async def check_sqlite(client: Host, ask: Sequence[str], database: Path) -> Sighting:
+    """Have the server check its database, and a fresh SQLite the files of it."""
+    answer = (await client.run(ask, check=False, timeout_s=60.0)).stdout.strip()
+    if answer != "ok":
+        return Sighting((), (f"the server finds its database damaged: {answer or 'it does not answer'}",))
+    found = await asyncio.to_thread(_check_copy, database)
+    if found != "ok":
+        return Sighting((), (f"the files of the database are damaged: {found}",))
+    return Sighting(("the server and, from its files alone, a fresh SQLite find the database whole",), ())
+
+
+def _check_copy(database: Path) -> str:
+    with tempfile.TemporaryDirectory(prefix="outlive-demo-") as directory:
+        for path in database.parent.glob(f"{database.name}*"):
+            if not path.name.endswith("-shm"):  # it is an index of the log, for those who have it open
+                shutil.copy(path, directory)
+        try:
+            with contextlib.closing(sqlite3.connect(Path(directory) / database.name)) as connection:
+                return problems(connection)
+        except sqlite3.Error as error:
+            return str(error)
+
+
+async def check_redis_log(client: Host, directory: Path) -> Sighting:
+    """Have redis's own tool check the files of its append-only log."""
+    manifest = next(directory.glob("*.manifest"), None)
+    if manifest is None:
+        return Sighting((), (f"{directory} has no append-only log",))
+    done = await client.run(["redis-check-aof", str(manifest)], check=False, timeout_s=60.0)
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        return Sighting((), (f"redis-check-aof finds the log damaged: {said[-1] if said else 'no reason'}",))
+    return Sighting(("redis-check-aof finds its append-only log whole",), ())
 
 
 def moved_code(epoch: MemoryMap, maps: str) -> list[int]:

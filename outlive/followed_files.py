@@ -2,7 +2,7 @@
 
 In: epochs as they are committed; the order to take over with one. Out: directories that are that epoch's, and
 what stands against it as a sentence. An epoch is acknowledged when its store has it; its directories follow,
-as fast as the disk allows, always to the newest one, and are brought to the one that is restored before it is.
+as fast as the disk allows, always to the newest one; and are brought to what is restored before that is done.
 
 Nothing is made while the workload may run here: whoever leads has called `bring_to` or `leave`, and `follow`
 is called by followers only.

@@ -8,6 +8,7 @@ in the client's host.
     python -m outlive.probe ADDRESS PORT write --rate 200 --log FILE
     python -m outlive.probe ADDRESS PORT fill --bytes 268435456
     python -m outlive.probe ADDRESS PORT present --newest 1000
+    python -m outlive.probe ADDRESS PORT check
 """
 
 from __future__ import annotations
@@ -150,6 +151,15 @@ async def present(address: str, port: int, newest: int) -> set[int]:
     return found
 
 
+async def check(address: str, port: int) -> str:
+    """Return what the workload says of its own data (CHECK is `outlive.demo_sqlite`'s)."""
+    redis = await Redis.connect(address, port)
+    try:
+        return (await redis.ask("CHECK", timeout_s=_BULK_TIMEOUT_S) or b"").decode(errors="replace")
+    finally:
+        redis.close()
+
+
 def read_log(path: Path) -> list[Acknowledged]:
     """Return the writes that a probe saw acknowledged; a torn last line is left out."""
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -169,8 +179,11 @@ def main() -> None:
     verbs.add_parser("present", help="say which numbers are there").add_argument(
         "--newest", type=int, required=True
     )
+    verbs.add_parser("check", help="have the workload check its data")
     options = parser.parse_args()
-    if options.verb == "write":
+    if options.verb == "check":
+        sys.stdout.write(asyncio.run(check(options.address, options.port)) + "\n")
+    elif options.verb == "write":
         with options.log.open("a", buffering=1) as log:
             asyncio.run(write_for_ever(options.address, options.port, options.rate, log))
     elif options.verb == "fill":

@@ -127,7 +127,7 @@ class ContentWriter:
         if portion.file == "empty":
             wanted = ~zero
         elif portion.file == "unknown":
-            wanted = _unlike(_read(descriptor, rows), pages)
+            wanted = zero | _unlike(_read(descriptor, rows), pages)  # zeros may be no hole yet
         for first, end in _stretches(rows, zero.astype(np.int8) + 2 * wanted.astype(np.int8)):
             row, past = int(rows[first]), int(rows[end - 1]) + 1
             if wanted[first] and zero[first]:

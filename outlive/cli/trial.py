@@ -42,12 +42,23 @@ class LabDownAnswer(Answer, frozen=True, kw_only=True):
     epilog=examples(
         "outlive demo",
         "outlive demo --output json | jq .outage_ms",
+        "outlive demo --workload sqlite",
         "outlive demo --workload 'python3 -m http.server' --keep",
     ),
 )
-@click.option("--workload", default="", metavar="CMD", help="Protect this command instead of redis.")
 @click.option(
-    "--size-mib", type=click.IntRange(1, 16384), default=256, show_default=True, help="How full redis is."
+    "--workload",
+    default="redis",
+    show_default=True,
+    metavar="CMD",
+    help="`redis`, `sqlite`, or a command of yours.",
+)
+@click.option(
+    "--size-mib",
+    type=click.IntRange(1, 16384),
+    default=256,
+    show_default=True,
+    help="How full redis or SQLite is.",
 )
 @click.option(
     "--epochs",
@@ -68,19 +79,20 @@ class LabDownAnswer(Answer, frozen=True, kw_only=True):
 def demo(
     context: click.Context, workload: str, size_mib: int, epochs: int, interval_ms: int, keep: bool
 ) -> None:
-    """See a redis outlive its host: two hosts, a client, and a power cut, all on this machine.
+    """See a server and its files outlive their host: two hosts, a client, a power cut, on this machine.
 
     Needs root. Nothing is left behind. Exits with 0 only if the workload survived.
     """
     from rich.console import Console
 
-    from outlive.demo import DemoOptions, run_demo
+    from outlive.demo import SERVERS, DemoOptions, run_demo
     from outlive.demo_screen import DemoScreen
 
     configure_logs("warning")
     call = context.ensure_object(Call)
     options = DemoOptions(
-        command=_words(workload),
+        command=() if workload in SERVERS else _words(workload),
+        server=workload if workload in SERVERS else "redis",
         fill_mib=size_mib,
         epochs=epochs,
         interval_ms=interval_ms,

@@ -91,7 +91,7 @@ async def test_what_the_other_node_cannot_restore_runs_on_here_from_the_same_ins
         assert back.term == 3
         told = await first.wait_for(
             NAME,
-            lambda w: any("a restore failed here" in each for each in w.replicas[0].reasons),
+            lambda w: any("a restore failed here" in each for it in w.replicas for each in it.reasons),
             what="told why b could not",
         )
         assert told.replicas[0].node == "b"
