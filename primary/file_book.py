@@ -36,6 +36,7 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.book import PageBook
 from primary.capture import SpacePages
+from primary.file_look import Status
 from primary.file_places import Places, RecordPages
 from primary.page_set import NO_PAGES, PageSet
 
@@ -52,7 +53,7 @@ without its times moving."""
 class Seen:
     """One inode as it was found."""
 
-    status: os.stat_result
+    status: os.stat_result | Status
     target: bytes = b""
     attributes: Attributes = ()
 
@@ -97,7 +98,7 @@ class Node:
         """Whether it has entries."""
         return stat.S_ISDIR(self.inode.mode)
 
-    def looks_same(self, status: os.stat_result) -> bool:
+    def looks_same(self, status: os.stat_result | Status) -> bool:
         """Tell whether its content is what was read, as far as its times can tell."""
         return self.times == _times(status)
 
@@ -299,7 +300,7 @@ class FileBook:
             return np.ones(len(pages), dtype=np.bool_)
         return self._contents.differs(pages + np.uint64(node.inode.place), identity)
 
-    def read(self, node: Node, status: os.stat_result, now_ns: int) -> None:
+    def read(self, node: Node, status: os.stat_result | Status, now_ns: int) -> None:
         """Take note that the content was read after `status` was taken, which was at `now_ns`."""
         doubtful = max(status.st_ctime_ns, status.st_mtime_ns) > now_ns - _DOUBTFUL_NS
         node.times = None if doubtful else _times(status)
@@ -478,5 +479,5 @@ def _pages_at(inode: Inode, place: int) -> int:
     return -(-inode.extra[1] // PAGE_BYTES) if inode.extra is not None else 0
 
 
-def _times(status: os.stat_result) -> tuple[int, int, int]:
+def _times(status: os.stat_result | Status) -> tuple[int, int, int]:
     return status.st_ctime_ns, status.st_mtime_ns, status.st_size

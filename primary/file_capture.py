@@ -19,9 +19,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -35,8 +40,10 @@ from common.file_records import CONTENTS, RECORDS, ROOTS, Record
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import SpacePages
-from primary.file_book import FileBook, FileId, Node
+from primary.file_book import FileBook, FileId, Node, Seen
+from primary.file_look import Place, QuickLook
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError, open_path
+from primary.file_watch import SYSTEM_BYTES
 from primary.layers import LayerChain, LayeredPages, LayerWriter
 
 log = structlog.get_logger(__name__)
@@ -45,6 +52,10 @@ _RAW_BYTES: Final = 8 << 20
 """Files up to that size are kept as they are while frozen, and identified later."""
 _MOST_FROZEN_BYTES: Final = 64 << 20
 """So much may be read while frozen without a second thought: about 20 ms."""
+_DIRECTORIES_AT_ONCE: Final = 256
+"""So many are open at a time."""
+_SHARED: Final = re.compile(rb"^(\S+) ...s \S+ \S+ [1-9]", re.MULTILINE)
+"""A line of /proc/PID/maps: a shared mapping of something with an inode."""
 _BATCH_PAGES: Final = 1 << 16
 
 
@@ -142,6 +153,8 @@ class FileCapture:
         self._left_objects: set[bytes] = set()
         """Keys of files, likewise."""
         self._taken: list[Found] = []
+        self._quick = QuickLook(handles=watch is not None)
+        self._looked: list[_Looked] = []
         self._mapped: frozenset[FileId] = frozenset()
         self._now_mapped: frozenset[FileId] = frozenset()
         self._frozen_bytes = 0
@@ -178,13 +191,18 @@ class FileCapture:
         always = self._open_files()
         how = How(raw_bytes=_RAW_BYTES, always=always, room=self._room, timeless=self._timeless)
         # What was found before an error is as good as what a whole round finds.
-        for found in self._look(how, frozen=True):
-            self._taken.append(found)
+        if self._scan_due or self._watch is None:
+            for found in self._look(how, frozen=True):
+                self._taken.append(found)
+        else:
+            self._take_hinted(how)
 
     def settle(self) -> None:
         """Take in what was found while frozen, whatever became of the freeze."""
         taken, self._taken = self._taken, []
-        self._take_in(taken)
+        looked, self._looked = self._looked, []
+        self._take_in(chain.from_iterable((taken, *(each.found(self._quick) for each in looked))))
+        self._quick.begin()
 
     def seal(self, epoch: EpochId) -> tuple[tuple[SpacePages, ...], EpochFiles]:
         """Make it part of an epoch. Raises CaptureError if something could not be read."""
@@ -260,6 +278,54 @@ class FileCapture:
             self._scan_due = self._scan_due or drained.overflowed
             self._left.update((hint.handle, hint.name) for hint in drained.changed if hint.handle)
             self._left_objects.update(hint.object for hint in drained.changed if hint.object)
+
+    def _take_hinted(self, how: How) -> None:
+        """Look at what was reported, and at what may have changed without a report: most of it at once."""
+        self._reader.begin()
+        names = self._suspects(how)
+        suspects = list(names)
+        for first in range(0, len(suspects), _DIRECTORIES_AT_ONCE):
+            part = suspects[first : first + _DIRECTORIES_AT_ONCE]
+            opened = [(node, fd) for node in part if (fd := self._reader.open_directory(node)) is not None]
+            try:
+                self._take_at_once(opened, names, how)
+            finally:
+                for _, fd in opened:
+                    os.close(fd)
+        self._left.clear()
+        self._left_objects.clear()
+
+    def _suspects(self, how: How) -> dict[Node, set[bytes]]:
+        """Return which names of which directories are to be looked at."""
+        names: defaultdict[Node, set[bytes]] = defaultdict(set)
+        for handle, name in self._left:
+            if (directory := self._book.by_key(handle)) is not None:
+                names[directory].add(name)
+        nodes = [self._book.by_key(key) for key in self._left_objects]
+        nodes += [self._book.find(file) for file in how.always]
+        for node in [*nodes, *self._book.linked_elsewhere]:
+            if node is not None and not node.is_directory and node.names:
+                parent, name = next(iter(node.names))
+                if (directory := self._book.node(parent)) is not None:
+                    names[directory].add(name)
+        return names
+
+    def _take_at_once(
+        self, opened: list[tuple[Node, int]], names: Mapping[Node, set[bytes]], how: How
+    ) -> None:
+        entries = [(node, Place(fd, name)) for node, fd in opened for name in names[node] if name != b"."]
+        at_ns = time.time_ns()
+        looks, left = self._quick.look([place for _, place in entries])
+        self._looked.append(_Looked(looks, entries, at_ns))
+        self._room(int(looks["st_size"].sum()))
+        for row in left:
+            directory, place = entries[row]
+            self._taken += self._reader.look(directory.id, place.directory, place.name, how)
+        for directory, fd in opened:
+            # Its times tell whether names came or went, which is reported of those alone.
+            moved = os.fstat(fd).st_mtime_ns != directory.inode.mtime_ns
+            if moved or b"." in names[directory]:
+                self._taken += self._itself(directory, how)
 
     def _root(self, path: bytes, directory: Path, how: How) -> Iterator[Found]:
         for found in self._reader.look(None, None, os.fsencode(directory), how):
@@ -401,6 +467,25 @@ class FileCapture:
         return self._writer
 
 
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What was found at once, while frozen."""
+
+    looks: NDArray[np.void]
+    entries: list[tuple[Node, Place]]
+    at_ns: int
+
+    def found(self, quick: QuickLook) -> Iterator[Found]:
+        for look in quick.found(self.looks):
+            directory, place = self.entries[look.at]
+            if look.status is None:
+                yield Found(directory.id, place.name, None)
+                continue
+            key = directory.key[:SYSTEM_BYTES] + look.handle if look.handle else b""
+            seen, content = Seen(look.status), Content(look.content)
+            yield Found(directory.id, place.name, seen, key, content, self.at_ns)
+
+
 class EpochFiles:
     """The contents of an epoch's files; a `PageReader` of its two spaces."""
 
@@ -448,16 +533,14 @@ def _mapped_by(pid: int) -> set[FileId]:
     """Return the files that a process has mapped shared."""
     found: set[FileId] = set()
     try:
-        with open(f"/proc/{pid}/maps", "rb") as maps:
-            lines = [line.split(None, 5) for line in maps]
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:
         return found  # it has ended
-    for fields in lines:
-        if fields[1][3:4] == b"s" and fields[4] != b"0":
-            with contextlib.suppress(OSError):
-                status = os.stat(f"/proc/{pid}/map_files/{fields[0].decode()}")
-                if stat.S_ISREG(status.st_mode):
-                    found.add((status.st_dev, status.st_ino))
+    for area in _SHARED.findall(maps):
+        with contextlib.suppress(OSError):
+            status = os.stat(f"/proc/{pid}/map_files/{area.decode()}")
+            if stat.S_ISREG(status.st_mode):
+                found.add((status.st_dev, status.st_ino))
     return found
 
 

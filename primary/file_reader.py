@@ -38,7 +38,7 @@ _PATH_BYTES: Final = 2048
 class Content:
     """What a regular file holds: as it is, or identified, with what differs from what is known."""
 
-    raw: bytearray | None
+    raw: bytearray | memoryview | None
     """All of it, filled up with zeros to whole pages; None: it was too long, and `identity` is there."""
     identity: NDArray[np.uint64] | None = None
     """Of each page; shape (n, 2)."""
@@ -129,10 +129,10 @@ class FileReader:
 
     def open_directory(self, node: Node) -> int | None:
         """Open a known directory, wherever it is by now; None if it is gone."""
-        path = self.path_of(node)
         if self._handles is not None:
             fd = self._handles.open(node.key, os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME)
         else:
+            path = self.path_of(node)
             fd = None if path is None else open_path(path, os.O_RDONLY | os.O_DIRECTORY)
         if fd is not None:
             status = os.fstat(fd)

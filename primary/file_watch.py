@@ -104,7 +104,7 @@ _HANDLE_BYTES: Final = 128
 _HANDLE: Final = struct.Struct("=I4x")
 """`struct file_handle` up to the handle: its bytes, its type."""
 
-_SYSTEM_BYTES: Final = 8
+SYSTEM_BYTES: Final = 8
 """What a key begins with: the file system's ID, as fanotify reports it. A `struct file_handle` follows."""
 
 _WHY: Final = {
@@ -184,7 +184,7 @@ class FileWatch:
             self._systems.add(os.fstatvfs(descriptor).f_fsid)
             if not self._reports(descriptor):
                 raise UnsupportedError(f"changes of files in {root} are reported by keys that are not theirs")
-            self._mounts.setdefault(self.key_of(descriptor)[:_SYSTEM_BYTES], os.dup(descriptor))
+            self._mounts.setdefault(self.key_of(descriptor)[:SYSTEM_BYTES], os.dup(descriptor))
         finally:
             os.close(descriptor)
 
@@ -246,10 +246,10 @@ class FileWatch:
 
         Takes CAP_DAC_READ_SEARCH (open_by_handle_at(2)).
         """
-        mount = self._mounts.get(key[:_SYSTEM_BYTES])
+        mount = self._mounts.get(key[:SYSTEM_BYTES])
         if mount is None:
             return None
-        descriptor: int = self._libc.open_by_handle_at(mount, key[_SYSTEM_BYTES:], flags | os.O_CLOEXEC)
+        descriptor: int = self._libc.open_by_handle_at(mount, key[SYSTEM_BYTES:], flags | os.O_CLOEXEC)
         if descriptor >= 0:
             return descriptor
         number = ctypes.get_errno()

@@ -1,7 +1,7 @@
 """Where the parts written in C are: built by setup into `native/build`, beside these packages.
 
-In: a name. Out: the path of a file that is there. Only criu's shim, the injector and the page reader are C;
-`native/README.md` says why.
+In: a name. Out: the path of a file that is there. Only criu's shim, the injector and the readers of pages and
+files are C; `native/README.md` says why.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Builds what is written in C into `native/build`, with the system's compiler.
 
-In: `native/`. Out: the shim, the page reader and the injector. They are built anew when a source or this file
+In: `native/`. Out: the shim, the readers of pages and of files, the injector. They are built anew when a source or this file
 changes. Without them Outlive works too, with the stock memory backend.
 """
 
@@ -21,6 +21,7 @@ _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pages.c", "scan.c", "copy.c", "soft_dirty.c"),
         (*_SHARED, "-fvisibility=hidden"),
     ),
+    "outlive-files.so": (("files.c",), (*_SHARED, "-fvisibility=hidden")),
     "outlive-inject": (("inject.c",), ()),
 }
 
