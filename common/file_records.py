@@ -6,7 +6,7 @@ resumed exactly as memory is. Two spaces of pages carry them in every epoch of a
 - `RECORDS`: which inodes and entries there are. Each page is a list of records, in no order, and means the
   same wherever it stands: what changes in one record changes one page.
 - `CONTENTS`: what regular files hold, from `Inode.place` on, one page after the other; the last page of a
-  file is filled up with zeros. Pages of zeros are holes, or as good as holes. What is too large for a record
+  file is filled up with zeros. A page that is not there is zeros: a hole, or as good as one. What is too large for a record
   (extended attributes, a long symbolic link) stands there too.
 
 A page of records: its length in two bytes (little-endian), that many bytes of msgpack (a list of records),

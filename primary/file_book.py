@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -274,23 +274,32 @@ class FileBook:
 
     def put_content(
         self,
-        parts: Iterable[tuple[Node, NDArray[np.uint64], NDArray[np.uint64]]],
+        parts: Sequence[tuple[Node, NDArray[np.uint64], NDArray[np.uint64]]],
     ) -> list[NDArray[np.bool_]]:
-        """Take note of what pages of files hold; return for each part which of its pages are new or changed.
+        """Take note of what files hold; return for each part which of its pages are new or changed.
 
-        A part is a file, pages of it (ascending, from 0), and their identities; no page comes twice.
+        A part is a file, its pages that are not zeros (ascending, from 0), and their identities; parts in the
+        order of their places, no file twice.
         """
-        parts = list(parts)
         if not parts:
             return []
+        self._dig([(node, pages) for node, pages, _ in parts])
         numbers = np.concatenate([pages + np.uint64(node.inode.place) for node, pages, _ in parts])
         identity = np.concatenate([each for _, _, each in parts])
-        order = np.argsort(numbers, kind="stable")
-        changed = np.empty(len(numbers), dtype=np.bool_)
-        changed[order] = self._contents.differs(numbers[order], identity[order])
-        self._contents.put(numbers[order], identity[order])
+        changed = self._contents.differs(numbers, identity)
+        self._contents.put(numbers, identity)
         ends = np.cumsum([len(pages) for _, pages, _ in parts])
         return np.split(changed, ends[:-1])
+
+    def _dig(self, parts: list[tuple[Node, NDArray[np.uint64]]]) -> None:
+        """Forget what was known of pages that are zeros now."""
+        starts = np.array([node.inode.place for node, _ in parts], dtype=np.uint64)
+        counts = np.array([node.inode.pages for node, _ in parts], dtype=np.uint64)
+        all_pages = PageSet.spanning(starts, starts + counts)
+        held = PageSet.union([PageSet.of(pages + np.uint64(node.inode.place)) for node, pages in parts])
+        holes = (self._contents.pages & all_pages) - held
+        if len(holes):
+            self._contents.restrict(self._contents.pages - holes)
 
     def differs(
         self, node: Node, pages: NDArray[np.uint64], identity: NDArray[np.uint64]

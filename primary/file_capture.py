@@ -438,25 +438,34 @@ class FileCapture:
                 continue  # it was seen again since, with another size
             if self._book.node(node.number) is not node:
                 continue  # it is gone since
-            identity = content.identity
-            if content.raw is not None:
-                identity = self._hasher.identify(memoryview(content.raw))
-            if pages and identity is not None:
-                parts.append((node, np.arange(pages, dtype=np.uint64), identity))
+            if pages:
+                parts.append((node, *self._identified(content)))
             self._book.read(node, seen.status, found.at_ns)
+        parts.sort(key=lambda part: part[0].inode.place)
         changed = self._book.put_content(parts)
-        for (node, _, identity), marks in zip(parts, changed, strict=True):
-            self._keep(node, batch[node].content, marks & identity.any(axis=1))
+        for (node, numbers, _), marks in zip(parts, changed, strict=True):
+            self._keep(node, batch[node].content, numbers[marks])
         batch.clear()
 
-    def _keep(self, node: Node, content: Content | None, marks: NDArray[np.bool_]) -> None:
+    def _identified(self, content: Content) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return the pages of a file that are not zeros, and their identities."""
+        if content.raw is not None:
+            identity = self._hasher.identify(memoryview(content.raw))
+            rows = np.flatnonzero(identity.any(axis=1))
+            return rows.astype(np.uint64), identity[rows]
+        parts = content.identified or []
+        pages = [np.empty(0, dtype=np.uint64), *(each for each, _ in parts)]
+        return np.concatenate(pages), np.concatenate(
+            [np.empty((0, 2), dtype=np.uint64), *(each for _, each in parts)]
+        )
+
+    def _keep(self, node: Node, content: Content | None, pages: NDArray[np.uint64]) -> None:
         """Write the content of changed pages to the layer, as far as it is here."""
         if content is None:
             return
         if content.raw is not None:
-            rows = np.flatnonzero(marks)
-            numbers = rows.astype(np.uint64) + np.uint64(node.inode.place)
-            self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), rows)
+            numbers = pages + np.uint64(node.inode.place)
+            self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), pages.astype(np.intp))
         for pages, data in content.kept or ():
             numbers = pages + np.uint64(node.inode.place)
             self._writer_of().add(CONTENTS, numbers, memoryview(data), np.arange(len(pages)))

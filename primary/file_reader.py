@@ -39,9 +39,9 @@ class Content:
     """What a regular file holds: as it is, or identified, with what differs from what is known."""
 
     raw: bytearray | memoryview | None
-    """All of it, filled up with zeros to whole pages; None: it was too long, and `identity` is there."""
-    identity: NDArray[np.uint64] | None = None
-    """Of each page; shape (n, 2)."""
+    """All of it, filled up with zeros to whole pages; None: it was too long, and `identified` is there."""
+    identified: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] | None = None
+    """Pages (from 0) and their identities; shapes (n,) and (n, 2). All others are zeros."""
     kept: list[tuple[NDArray[np.uint64], bytes]] | None = None
     """Pages (from 0) with their content: those that are not as they are known to be."""
 
@@ -255,17 +255,19 @@ class FileReader:
             raw = bytearray(pages * PAGE_BYTES)
             _fill(fd, memoryview(raw)[:size], 0)
             return Content(raw)
-        identity = np.zeros((pages, 2), dtype=np.uint64)
+        identified: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
         kept: list[tuple[NDArray[np.uint64], bytes]] = []
         for first, end in _data(fd, pages):
             for start in range(first, end, _BLOCK_BYTES // PAGE_BYTES):
                 stop = min(end, start + _BLOCK_BYTES // PAGE_BYTES)
                 block = self._buffer[: (stop - start) * PAGE_BYTES]
                 _fill(fd, block, start * PAGE_BYTES)
-                identity[start:stop] = self._hasher.identify(block)
+                identity = self._hasher.identify(block)
+                rows = np.flatnonzero(identity.any(axis=1))
+                identified.append((rows.astype(np.uint64) + np.uint64(start), identity[rows]))
                 if how.keep:
-                    self._keep(kept, node, start, identity[start:stop], block)
-        return Content(None, identity, kept)
+                    self._keep(kept, node, start, identity, block)
+        return Content(None, identified, kept)
 
     def _keep(
         self,

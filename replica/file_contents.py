@@ -250,10 +250,12 @@ def _gaps(numbers: Numbers, first: int, end: int) -> tuple[tuple[int, int], ...]
     return tuple((start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
 
 
-def _stretches(rows: NDArray[np.int64], kind: NDArray[np.int8]) -> Iterator[tuple[int, int]]:
-    """Yield first and end of each stretch of neighbouring rows of one kind."""
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(kind) != 0)) + 1
-    bounds = [0, *breaks.tolist(), len(rows)]
+def _stretches(rows: NDArray[np.int64], kind: NDArray[np.int8] | None = None) -> Iterator[tuple[int, int]]:
+    """Yield first and end of each stretch of neighbouring rows, of one kind."""
+    breaks = rows[1:] != rows[:-1] + 1
+    if kind is not None:
+        breaks |= kind[1:] != kind[:-1]
+    bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)]
     yield from pairwise(bounds)
 
 
@@ -270,7 +272,7 @@ def _as_pages(block: memoryview) -> Pages:
 def _read(descriptor: int, rows: NDArray[np.int64]) -> Pages:
     """Read pages of a file; what is behind its end is zeros."""
     room = memoryview(bytearray(len(rows) * PAGE_BYTES))
-    for first, end in _stretches(rows, np.zeros(len(rows), dtype=np.int8)):
+    for first, end in _stretches(rows):
         part, offset = room[first * PAGE_BYTES : end * PAGE_BYTES], int(rows[first]) * PAGE_BYTES
         while part and (count := os.preadv(descriptor, [part], offset)):
             part, offset = part[count:], offset + count

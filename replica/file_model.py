@@ -5,7 +5,8 @@ became different. Whatever a page says, what is kept makes sense: every inode ha
 and form trees below the declared ones, names are such as a directory can have, contents do not overlap. What
 does not is refused with a StoreError.
 
-It takes about 800 bytes for each file: two records, and four places in dictionaries; nothing of contents.
+It takes about 800 bytes for each file (two records, and four places in dictionaries), and 8 for each page of
+contents.
 """
 
 from __future__ import annotations
@@ -111,14 +112,6 @@ class FileModel:
         """Return the pages of contents between two page numbers (`end` exclusive) that are no holes."""
         low, high = np.searchsorted(self.contents, np.array([first, end], dtype=np.uint64))
         return self.contents[low:high]
-
-    def path(self, entry: Entry) -> str:
-        """Return the path of an entry below the declared directory, for people."""
-        parts = [entry.name]
-        while entry.parent in self.names:
-            entry = self.names[entry.parent][0]
-            parts.append(entry.name)
-        return readable(b"/".join(reversed(parts)))
 
     def _replace(self, before: Iterable[Record], after: Iterable[Record]) -> Difference:
         difference = Difference()

@@ -32,6 +32,17 @@ _ZEROS: Final = bytes(1 << 18)
 HOST_ATTRIBUTES: Final = frozenset({b"security.selinux"})
 """What a host gives to files by itself: not removed where an epoch has none."""
 
+_MOUNTED_HINT: Final = "is something mounted there? Unmount it: a tree is on one file system"
+_DISK_HINT: Final = "see what the kernel's log says about this disk"
+_HINTS: Final = {
+    errno.EXDEV: _MOUNTED_HINT,
+    errno.EBUSY: _MOUNTED_HINT,
+    errno.EIO: _DISK_HINT,
+    errno.EROFS: _DISK_HINT,
+    errno.EOPNOTSUPP: "keep the directory on a file system that can store it, as ext4 and XFS can",
+}
+_TAMPERED_HINT: Final = "nobody else may change these directories; the next attempt looks at all of them"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -93,9 +104,7 @@ def explained(what: str, path: Callable[[], str]) -> Iterator[None]:
             raise NoSpaceError(
                 f"{what}: no room for {path()}: {reason}", hint="free some space on this file system"
             ) from error
-        hint = "the next attempt looks at all files"
-        if error.errno in (errno.EXDEV, errno.EBUSY):
-            hint = "is something mounted there? Unmount it: only the files of one file system are kept"
+        hint = _HINTS.get(error.errno or 0, _TAMPERED_HINT)
         raise StoreError(f"{what}: {path()}: {reason}", hint=hint) from error
 
 

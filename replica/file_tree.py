@@ -167,7 +167,7 @@ class FileTree:
         model = self._model
         if model is None and files is not None:
             model = self._model = self._read(files)
-        if model is None or not (quick or files):
+        if model is None or (files is None and not quick):
             raise StoreError(f"what {epoch} has is not in memory", hint="pass its files from the store")
         with Site(model, self._roots) as site:
             return list(islice(differences(site, model, None if quick else files), _MOST_SENTENCES))

@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import random
 import re
@@ -51,8 +52,8 @@ from primary.file_capture import FileCapture
 from primary.file_watch import FileWatch
 from replica.file_tree import FileTree
 from tests.campaigns.twins import Replica, Subject, restored_elsewhere, running_subject
-from tests.oracle.build import ask
-from tests.oracle.files import build_files, judge
+from tests.oracle.build import ask, build_files
+from tests.oracle.files import Judge
 from tests.unit.file_trees import walk
 
 SEEN_AS = "/data"
@@ -207,8 +208,9 @@ async def run_seed(
                         compared += 1
                         after = await asyncio.to_thread(walk, copy)
                         wrong += [f"epoch {number}: {each}" for each in _differences(before, after)]
-                        if found := await asyncio.to_thread(judge, frozen_model, copy):
-                            wrong.append(f"epoch {number}: the program's model says: {found}")
+                        verdict = await asyncio.to_thread(_judged, subject, frozen_model, copy)
+                        if not verdict["ok"]:
+                            wrong.append(f"epoch {number}: by the program's model: {verdict['error']}")
                         wrong += [f"epoch {number}: {each}" for each in tree.check()]
                     if talk and number % 10 == 0:
                         print(f"{system}: {number}/{epochs}, {compared} compared", file=sys.stderr)
@@ -262,6 +264,11 @@ def _lay_out(replica: Replica, tree: FileTree, captured: CapturedEpoch, wrong: l
         return False
 
 
+def _judged(subject: Subject, model: Path, directory: Path) -> dict[str, Any]:
+    with Judge(build_files(subject.directory / "program"), model, directory, dead=True) as judge:
+        return judge.verdict()
+
+
 def _differences(before: dict[bytes, Any], after: dict[bytes, Any]) -> Iterator[str]:
     names = ("mode", "owner", "group", "time", "attributes", "content", "links")
     for path in sorted(before.keys() | after.keys()):
@@ -308,7 +315,7 @@ async def running(seed: int, source: Path) -> AsyncIterator[tuple[Subject, int, 
                 await asyncio.to_thread(ask, port, "counters")
                 break
             await asyncio.sleep(0.05)
-        _, _, descriptor = status.read_text().split()
+        descriptor = json.loads(status.read_text())["model"]
         yield subject, port, Path(f"/proc/{subject._init_pid}/fd/{descriptor}")
 
 
@@ -341,7 +348,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--every", type=int, default=4, help="one epoch of so many is compared")
     parser.add_argument("--on", default="ext4,xfs", help=f"file systems: {','.join(SYSTEMS)}")
-    parser.add_argument("--unwatched", action="store_true", help="without reports of changes: scan everything")
+    parser.add_argument(
+        "--unwatched", action="store_true", help="without reports of changes: scan everything"
+    )
     options = parser.parse_args()
     configure_logs("warning")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # what runs is cleaned up

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from common.criu.images import SpaceKey
 from common.file_records import CONTENTS, RECORDS, ROOTS, Entry, Inode, unpack_extra, unpack_page
@@ -19,6 +20,29 @@ from primary.capture import PageReader, SpacePages
 
 Tree = dict[bytes, tuple[Any, ...]]
 """What each path is: mode, owner, group, modification time, attributes, and what it holds or leads to."""
+
+
+_LARGE_BYTES = 16 << 20
+
+
+def _content(path: bytes) -> bytes:
+    """Return a digest of a large file, which may have large holes: of what is not zeros, and of its size."""
+    digest = blake3()
+    with open(path, "rb") as file:
+        size, at = os.fstat(file.fileno()).st_size, 0
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // PAGE_BYTES * PAGE_BYTES
+            except OSError:
+                break
+            end = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                page = os.pread(file.fileno(), PAGE_BYTES, at)
+                if any(page):
+                    digest.update(at.to_bytes(8, "little") + page)
+                at += PAGE_BYTES
+    digest.update(size.to_bytes(8, "little"))
+    return digest.digest()
 
 
 def walk(root: Path, name: bytes = b"/data") -> Tree:
@@ -34,7 +58,7 @@ def walk(root: Path, name: bytes = b"/data") -> Tree:
         )
         what: bytes | int = b""
         if stat.S_ISREG(status.st_mode):
-            what = Path(os.fsdecode(path)).read_bytes()
+            what = _content(path) if status.st_size > _LARGE_BYTES else Path(os.fsdecode(path)).read_bytes()
         elif stat.S_ISLNK(status.st_mode):
             what = os.readlink(path)
         elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
@@ -59,9 +83,12 @@ def rebuild(spaces: Iterable[SpacePages], reader: PageReader) -> Tree:
 
     def pages(key: SpaceKey, first: int, count: int) -> bytes:
         numbers = np.arange(first, first + count, dtype=np.uint64)
-        content = bytearray(count * PAGE_BYTES)
-        reader.read(key, by_key[key].pages.rank(numbers), memoryview(content))
-        return bytes(content)
+        here = np.flatnonzero(by_key[key].pages.has(numbers))
+        read = bytearray(len(here) * PAGE_BYTES)
+        reader.read(key, by_key[key].pages.rank(numbers[here]), memoryview(read))
+        content = np.zeros((count, PAGE_BYTES), dtype=np.uint8)
+        content[here] = np.frombuffer(read, dtype=np.uint8).reshape(-1, PAGE_BYTES)
+        return content.tobytes()
 
     inodes: dict[int, Inode] = {}
     entries: dict[int, list[Entry]] = {}
@@ -72,10 +99,9 @@ def rebuild(spaces: Iterable[SpacePages], reader: PageReader) -> Tree:
                 inodes[record.number] = record
             else:
                 entries.setdefault(record.parent, []).append(record)
-    used = sum(
-        each.pages + (-(-each.extra[1] // PAGE_BYTES) if each.extra else 0) for each in inodes.values()
-    )
-    assert used == len(by_key[CONTENTS].pages)
+    # A page that is not there is a hole.
+    extras = sum(-(-each.extra[1] // PAGE_BYTES) for each in inodes.values() if each.extra)
+    assert sum(each.pages for each in inodes.values()) + extras >= len(by_key[CONTENTS].pages)
     tree: Tree = {}
     names: dict[int, list[bytes]] = {}
 

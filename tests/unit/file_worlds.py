@@ -189,7 +189,9 @@ class World:
     def found(self) -> Found:
         """Return what `walk` finds once the tree is that."""
         paths: dict[int, list[tuple[bytes, ...]]] = {}
-        left = [((name,), number) for (parent, name), number in self.entries.items() if parent == ROOTS]
+        left: list[tuple[tuple[bytes, ...], int]] = [
+            ((name,), number) for (parent, name), number in self.entries.items() if parent == ROOTS
+        ]
         below: dict[int, list[tuple[bytes, int]]] = {}
         for (parent, name), number in self.entries.items():
             below.setdefault(parent, []).append((name, number))
@@ -240,7 +242,9 @@ def walk(roots: Mapping[bytes, os.PathLike[str]], *, holes: bool = True) -> Foun
         )  # fmt: skip
 
     for declared, root in roots.items():
-        look(os.open(os.path.dirname(root), os.O_PATH), os.fsencode(os.path.basename(root)), (declared,))
+        above = os.open(os.path.dirname(root), os.O_PATH)
+        look(above, os.fsencode(os.path.basename(root)), (declared,))
+        os.close(above)
     for names in same.values():
         for path in names:
             tree[path] = (*tree[path][:-1], sorted(names))

@@ -33,6 +33,7 @@ from common.file_records import CONTENTS, RECORDS, Entry, Inode, pack_page, pack
 from common.model import PAGE_BYTES, EpochId
 from replica.file_site import limbo_name
 from replica.file_tree import Applied, FileTree
+from replica.file_tree import _sync_file_system as sync_file_system
 
 ROOT = 1
 """Number of the declared directory."""
@@ -85,6 +86,12 @@ class Place:
 
     def walk(self, *, holes: bool = True) -> object:
         return walk({b"/data": self.root}, holes=holes)
+
+
+@pytest.fixture(autouse=True)
+def quick_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let syncs take no time: a real one waits for what other programs write."""
+    monkeypatch.setattr("replica.file_tree._sync_file_system", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -153,7 +160,7 @@ def test_what_changed_and_the_whole_make_the_same_tree(
         assert one.walk() == world.found()
         if step % 4 == 3:
             assert at_once.apply(files, full=True).full
-            assert two.walk(holes=False) == without_holes(world.found())
+            assert two.walk() == world.found()
             assert step_by_step.check(files, quick=False) == at_once.check(files, quick=False) == []
         assert sorted(path.name for path in one.root.parent.iterdir()) == ["data", "tree.json"]
 
@@ -169,7 +176,7 @@ def test_the_whole_is_made_of_a_tree_that_somebody_else_altered(
     Place(place.root.parent).open().apply(Epochs().tell(other))
     tree = place.open()
     tree.apply(files, full=True)
-    assert place.walk(holes=False) == without_holes(world.found())
+    assert place.walk() == world.found()
     place.steps.names.clear()
     again = tree.apply(files, full=True)
     assert (again.made, again.removed, again.written_bytes) == (0, 0, 0)
@@ -484,7 +491,6 @@ def test_an_apply_that_is_killed_anywhere_is_made_good(
         place = Place(tmp_path / f"{at}")
         tree = place.open()
         tree.apply(first)
-        tree.sync()
         place.steps.fail(at, KilledError())
         try:
             tree.apply(second, full=full)
@@ -497,7 +503,7 @@ def test_an_apply_that_is_killed_anywhere_is_made_good(
         assert tree.epoch == (first.epoch if at == 0 else None)
         wanted = (second, after) if at % 2 else (first, before)
         assert tree.apply(wanted[0]).full == (at > 0 or wanted[0] is second)
-        assert place.walk(holes=False) == without_holes(wanted[1].found())
+        assert place.walk() == wanted[1].found()
         assert sorted(path.name for path in place.root.parent.iterdir()) == ["data", "tree.json"]
         shutil.rmtree(place.root.parent)
     expected = {"chmod", "chown", "link", "make", "remove", "remove-directory", "resize"}
@@ -521,7 +527,7 @@ def test_an_operation_that_fails_says_so_and_is_made_good(
         assert tree.epoch is None
         assert tree.check() == ["it is not known which epoch the files are"]
         tree.apply(told[which])
-        assert place.walk(holes=False) == without_holes(worlds[which].found())
+        assert place.walk() == worlds[which].found()
 
 
 def test_an_epoch_that_cannot_be_read_leaves_no_doubt(place: Place) -> None:
@@ -572,7 +578,8 @@ def test_a_tree_that_was_not_synced_is_unknown_after_a_restart_of_the_machine(pl
     first = epochs.tell(world)
     tree = place.open()
     tree.apply(first)
-    assert (tree.epoch, tree.synced) == (first.epoch, None)
+    assert tree.epoch == first.epoch
+    assert tree.synced is None
     place.boot = "boot two"
     assert place.open().epoch is None
     place.boot = "boot one"
@@ -585,9 +592,21 @@ def test_a_tree_that_was_not_synced_is_unknown_after_a_restart_of_the_machine(pl
     world.things[ROOT].uid = 5
     second = epochs.tell(world)
     assert not tree.apply(second).full
-    assert (tree.epoch, tree.synced) == (second.epoch, None)
+    assert tree.epoch == second.epoch
+    assert tree.synced is None
     place.boot = "boot three"
     assert place.open().sync() is None
+
+
+def test_a_tree_that_the_workload_changes_is_no_epoch(place: Place) -> None:
+    files = Epochs().tell(small_world())
+    tree = place.open()
+    tree.apply(files)
+    tree.sync()
+    tree.forget()
+    assert tree.epoch is tree.synced is None
+    assert place.open().epoch is None
+    assert tree.apply(files).full
 
 
 def test_a_change_is_written_down_durably_if_the_state_before_it_was(
@@ -829,7 +848,7 @@ def test_a_look_finds_what_was_altered(place: Place, tamper: Callable[[Path], ob
     assert tree.check(files, quick=False)
     tree.apply(files, full=True)
     assert tree.check(files, quick=False) == []
-    assert place.walk(holes=False) == without_holes(world.found())
+    assert place.walk() == world.found()
 
 
 def test_a_thorough_look_finds_contents_and_attributes(place: Place, storable: tuple[bytes, ...]) -> None:
@@ -938,7 +957,7 @@ def test_a_declared_directory_may_be_a_mount_point(place: Place, mount: Callable
         place.steps.fail(-1, KilledError())
         left.add(any("limbo" in path.name for path in place.root.iterdir()))
         tree.apply(second)
-        assert place.walk(holes=False) == without_holes(world.found())
+        assert place.walk() == world.found()
     assert left == {False, True}
     assert [path.name for path in place.root.parent.iterdir() if "limbo" in path.name] == []
 
@@ -1005,6 +1024,19 @@ def test_names_are_not_lost_where_limbo_is_taken(place: Place) -> None:
     tree.apply(files)
     assert place.walk() == world.found()
     assert not limbo.exists()
+
+
+def test_a_sync_is_one_of_the_file_system(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replica.file_tree._sync_file_system", sync_file_system)
+    tree = place.open()
+    tree.apply(Epochs().tell(small_world()))
+    assert tree.sync() == tree.epoch
+    monkeypatch.setattr("replica.file_tree._sync_file_system", lambda descriptor: sync_file_system(-1))
+    tree.forget()
+    tree.apply(Epochs().tell(small_world()))
+    with pytest.raises(StoreError, match=r"sync: .*data: Bad file descriptor"):
+        tree.sync()
+    assert tree.synced is None
 
 
 def test_no_descriptor_stays_open(place: Place) -> None:
