@@ -85,6 +85,8 @@ class Node:
     """Directory (our number) and name of each entry."""
     children: dict[bytes, int] = field(default_factory=dict)
     """Of a directory: our number of what each name leads to."""
+    whole: bool = False
+    """Of a directory: all that it has was looked at once, and since then what was reported."""
     times: tuple[int, int, int] | None = None
     """Change time, modification time and size when its content was read; None: it has to be read again."""
 
@@ -190,6 +192,15 @@ class FileBook:
             parts.append(name)
         return parts[::-1]
 
+    def paths_of(self, node: Node) -> list[list[bytes]]:
+        """Return, for each name of a file, the names that lead to it."""
+        found = []
+        for parent, name in node.names:
+            above = [] if parent == ROOTS else self.path_of(parent)
+            if above is not None:
+                found.append([*above, name])
+        return found
+
     # --- taking note --------------------------------------------------------------------------------
 
     def adopt(self, records: Iterable[Record]) -> None:
@@ -238,7 +249,7 @@ class FileBook:
             self._orphans.add(node.number)
         if node.key != key:
             self._by_key.pop(node.key, None)
-            node.key = key
+            node.key, node.whole = key, False
         if key:
             self._by_key[key] = node.number
         self._become(node, self._inode_of(node, seen))

@@ -42,7 +42,7 @@ from common.model import PAGE_BYTES, EpochId
 from primary.capture import SpacePages
 from primary.file_book import FileBook, FileId, Node, Seen
 from primary.file_look import Place, QuickLook
-from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError, open_path
+from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
 from primary.file_watch import SYSTEM_BYTES
 from primary.layers import LayerChain, LayeredPages, LayerWriter
 
@@ -230,14 +230,8 @@ class FileCapture:
         """Return what a page of the contents is now, filled up with zeros; None: it is no file's any more."""
         with self._lock:
             held = self._book.holder(page)
-            path = self._reader.path_of(held[0]) if held is not None else None
-        if held is None or path is None:
-            return None
-        try:
-            fd = open_path(path, os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK)
-        except UnreadableError:
-            return None
-        if fd is None:
+            fd = self._reader.open_regular(held[0]) if held is not None else None
+        if held is None or fd is None:
             return None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -246,9 +240,9 @@ class FileCapture:
         finally:
             os.close(fd)
 
-    def is_same(self, content: bytes, identity: NDArray[np.uint64]) -> bool:
-        """Tell whether a page is what an identity says."""
-        return bool((self._hasher.identify(memoryview(content))[0] == identity).all())
+    def identify(self, content: memoryview) -> NDArray[np.uint64]:
+        """Identify whole pages; shape (pages, 2)."""
+        return self._hasher.identify(content)
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -333,13 +327,18 @@ class FileCapture:
 
     def _hinted(self, how: How) -> Iterator[Found]:
         """Look at what was reported, one directory after the other; what cannot be looked at stays due."""
-        by_directory: dict[bytes, list[bytes]] = {}
+        by_directory: defaultdict[bytes, set[bytes]] = defaultdict(set)
         for handle, name in self._left:
-            by_directory.setdefault(handle, []).append(name)
+            by_directory[handle].add(name)
         for handle, names in by_directory.items():
             directory = self._book.by_key(handle)
             if directory is not None:
-                yield from self._entries(directory, [*names, b"."], how)  # whose times moved too, perhaps
+                try:
+                    # With the directory itself: its times moved too, perhaps.
+                    yield from self._entries(directory, names | {b"."}, how)
+                except UnreadableError as error:
+                    log.info("capture.file_not_read", reason=error.message)
+                    continue  # the freeze tries again
             self._left.difference_update((handle, name) for name in names)
         for key in list(self._left_objects):  # perhaps by a name that it has no more
             node = self._book.by_key(key)
@@ -403,18 +402,20 @@ class FileCapture:
         """Have the book say what was found; the content of what is new is kept for the replicas."""
         batch: dict[Node, Found] = {}
         pages = 0
-        for found in all_found:
+        try:
+            for found in all_found:
+                with self._lock:
+                    node = self._take_entry(found)
+                    if node is None or found.content is None:
+                        continue
+                    batch[node] = found
+                    pages += node.inode.pages
+                    if pages >= _BATCH_PAGES:
+                        self._take_content(batch)
+                        pages = 0
+        finally:  # what was found before an error is not looked at again
             with self._lock:
-                node = self._take_entry(found)
-                if node is None or found.content is None:
-                    continue
-                batch[node] = found
-                pages += node.inode.pages
-                if pages >= _BATCH_PAGES:
-                    self._take_content(batch)
-                    pages = 0
-        with self._lock:
-            self._take_content(batch)
+                self._take_content(batch)
 
     def _take_entry(self, found: Found) -> Node | None:
         parent = ROOTS
@@ -423,6 +424,9 @@ class FileCapture:
             if directory is None:
                 return None  # it is gone, with all that was in it
             parent = directory.number
+            if found.whole:
+                directory.whole = True
+                return None
         if found.seen is None:
             self._book.unlink(parent, found.name)
             return None
@@ -517,17 +521,30 @@ class EpochFiles:
         """See `PageReader.read`. What a file does not hold any more cannot be read."""
         space = self._spaces[key]
         numbers = space.pages.at(rows)
-        left = np.arange(len(numbers), dtype=np.int64)
-        if key == CONTENTS:
-            left = self._layered.read_some(key, numbers, into)
+        expected = space.identities.get(numbers)
         held = self._in_memory[key]
-        identity = space.identities.get(numbers[left])
-        for slot, expected in zip(left.tolist(), identity, strict=True):
+        for slot in self._lacking(key, numbers, expected, into):
             number = int(numbers[slot])
             content = held.get(number) or self._capture.read_now(number)
-            if content is None or not self._capture.is_same(content, expected):
+            if content is None or not (self._capture.identify(memoryview(content)) == expected[slot]).all():
                 raise CaptureError("a file was changed before its content was sent; the next epoch has it")
             into[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = content
+
+    def _lacking(
+        self, key: SpaceKey, numbers: NDArray[np.uint64], expected: NDArray[np.uint64], into: memoryview
+    ) -> list[int]:
+        """Copy what the layers have; return which pages have to come from elsewhere.
+
+        What they have of a page may be of a file that had its place before.
+        """
+        if key != CONTENTS:
+            return list(range(len(numbers)))
+        left = self._layered.read_some(key, numbers, into)
+        content = into[: len(numbers) * PAGE_BYTES]
+        wrong = (self._capture.identify(content) != expected).any(axis=1)
+        wrong[left] = True
+        rows: list[int] = np.flatnonzero(wrong).tolist()
+        return rows
 
     def release(self) -> None:
         """Let go of the layers. Harmless when repeated."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from common.errors import CaptureError
@@ -27,9 +28,14 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.file_book import Attributes, FileBook, FileId, Node, Seen
 
+log = structlog.get_logger(__name__)
+
 _BLOCK_BYTES: Final = 1 << 20
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
+_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE)
+"""It is not there any more, or became something else since a moment ago: that is reported too."""
+_OTHERWISE_TOLD: Final = b"trusted.SGI_ACL_"
+"""XFS lists access control lists once more under these names."""
 _PATH_BYTES: Final = 2048
 """How much of a path is opened at once: paths may be longer than the kernel takes."""
 
@@ -60,6 +66,8 @@ class Found:
     """None: it is no regular file, or is known to hold what it held."""
     at_ns: int = 0
     """When it was looked at, by the clock of time stamps."""
+    whole: bool = False
+    """It is about no entry: all that `parent` has was looked at."""
 
 
 class Handles(Protocol):
@@ -141,6 +149,22 @@ class FileReader:
             os.close(fd)
         return None
 
+    def open_regular(self, node: Node) -> int | None:
+        """Open a known file for reading, wherever it is by now; None if it is gone, or cannot be opened."""
+        flags = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK
+        try:
+            if self._handles is not None:
+                return self._handles.open(node.key, flags)
+            for path in self._book.paths_of(node):
+                fd = open_path([os.fsencode(self._roots[path[0]]), *path[1:]], flags)
+                if fd is not None:
+                    if _id(os.fstat(fd)) == node.id:
+                        return fd
+                    os.close(fd)
+        except (OSError, UnreadableError) as error:
+            log.warning("capture.file_not_read", reason=str(error))
+        return None
+
     def look(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Iterator[Found]:
         """Look at an entry, and through it if it is a directory that is to be looked through.
 
@@ -214,6 +238,7 @@ class FileReader:
                 entry = next(left, None)
                 if entry is None:
                     os.close(levels.pop()[0])
+                    yield Found(here, b"", None, whole=True)
                     continue
                 below = self._subdirectory(fd, here, entry)
                 if below is None:
@@ -243,7 +268,7 @@ class FileReader:
         key = self._key(fd)
         found = Found(parent, name, Seen(status, attributes=attributes_of(fd)), key, at_ns=at_ns)
         node = self._book.find(_id(status))
-        if node is not None and node.key == key and not how.everything:
+        if node is not None and node.key == key and node.whole and not how.everything:
             return found, []
         names = [os.fsencode(each) for each in os.listdir(fd)]
         known = node.children.keys() if node is not None else ()
@@ -321,6 +346,8 @@ def attributes_of(file: int | bytes) -> Attributes:
         raise
     found = []
     for name in sorted(map(os.fsencode, names)):
+        if name.startswith(_OTHERWISE_TOLD):
+            continue
         try:
             value = (
                 os.getxattr(file, name)

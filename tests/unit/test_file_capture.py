@@ -17,6 +17,7 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary.file_capture import EpochFiles, FileCapture, TooMuchWrittenError
 from primary.file_places import Places, RecordPages
+from primary.file_reader import FileReader, UnreadableError
 from primary.file_watch import FileWatch
 from tests.unit.file_trees import Changes, Tree, rebuild, walk
 
@@ -281,3 +282,63 @@ def test_a_record_that_changes_changes_one_page() -> None:
     records.remove(7)
     records.put(5000, b"z")
     assert len(records.changes()) == 1
+
+
+def test_a_place_that_another_file_had_lends_nothing_of_that(root: Path, make: Make) -> None:
+    """Nothing of the new file is kept; of the old one, its last content is in a layer."""
+    files = make(watched=True)
+    (root / "old").write_bytes(b"o" * 4096)
+    epoch(files, 1)
+    (root / "old").write_bytes(b"p" * 4096)
+    epoch(files, 2)
+    (root / "old").unlink()
+    epoch(files, 3)
+    (root / "new").touch()
+    os.setxattr(root / "new", b"user.large", bytes(range(256)) * 8)
+    assert told(epoch(files, 4)) == walk(root)
+
+
+def test_a_directory_that_could_not_be_looked_through_is_looked_through_again(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(watched=True)
+    epoch(files, 1)
+    (root / "new").mkdir()
+    for number in range(20):
+        (root / "new" / f"f{number}").write_bytes(b"%d" % number * 3000)
+    look = FileReader.look
+
+    def fails(self: FileReader, parent, directory, name, how):
+        if name == b"f7":
+            raise UnreadableError("f7: Input/output error")
+        yield from look(self, parent, directory, name, how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileReader, "look", fails)
+        files.ahead(None)
+    files.take(patient=False)
+    files.settle()
+    spaces, reader = files.seal(EpochId(1, 2))
+    assert rebuild(spaces, reader) == walk(root)
+
+
+def test_what_cannot_be_read_while_frozen_is_no_epoch(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(watched=True)
+    epoch(files, 1)
+    files.ahead(None)
+    (root / "new").mkdir()
+    (root / "new" / "f").write_bytes(b"x" * 5000)
+    with monkeypatch.context() as patched:
+        patched.setattr("primary.file_reader.FileReader._regular", _cannot)
+        with pytest.raises(UnreadableError):
+            files.take(patient=False)
+    files.settle()
+    with pytest.raises(CaptureError):
+        files.seal(EpochId(1, 2))
+    assert told(epoch(files, 2)) == walk(root)
+
+
+def _cannot(*_: object) -> None:
+    raise OSError(5, "Input/output error")
