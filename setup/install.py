@@ -42,6 +42,7 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "rsync": "rsync",
     "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
     "sshd": "openssh-server",
     "etcd": "etcd-server",
     "cc": "gcc",
