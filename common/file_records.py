@@ -6,8 +6,8 @@ resumed exactly as memory is. Two spaces of pages carry them in every epoch of a
 - `RECORDS`: which inodes and entries there are. Each page is a list of records, in no order, and means the
   same wherever it stands: what changes in one record changes one page.
 - `CONTENTS`: what regular files hold, from `Inode.place` on, one page after the other; the last page of a
-  file is filled up with zeros. A page that is not there is zeros: a hole, or as good as one. What is too large for a record
-  (extended attributes, a long symbolic link) stands there too.
+  file is filled up with zeros. A page that is not there is zeros: a hole, or as good as one. What is too
+  large for a record (extended attributes, a long symbolic link) stands there too.
 
 A page of records: its length in two bytes (little-endian), that many bytes of msgpack (a list of records),
 zeros. A page of zeros has no records. A record is a list that begins with 0 (`Inode`) or 1 (`Entry`).
@@ -38,6 +38,9 @@ NOWHERE: Final = -1
 
 MOST_RECORD_BYTES: Final = 1024
 """A record that would be longer says by `Inode.extra` where the rest of it stands."""
+
+OTHERWISE_TOLD: Final = b"trusted.SGI_ACL_"
+"""What the names of attributes begin with that repeat others: XFS lists access control lists twice."""
 
 _LENGTH_BYTES: Final = 2
 MOST_LIST_BYTES: Final = PAGE_BYTES - _LENGTH_BYTES - 3

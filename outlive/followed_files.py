@@ -42,6 +42,7 @@ class FollowedFiles:
         self._tree: FileTree | None = None
         self._thread = ThreadPoolExecutor(1, f"files-{workload}")
         """One thing at a time."""
+        self._closed = False
         self._wanted: EpochId | None = None
         self._following: asyncio.Task[None] | None = None
         self._synced_s = time.monotonic()
@@ -88,9 +89,11 @@ class FollowedFiles:
         self.laid_out = None
 
     async def close(self) -> None:
-        """Let go of it, when what is under way is done."""
-        await self.leave()
-        self._thread.shutdown(wait=False)
+        """Let go of it, when what is under way is done. Idempotent; nothing else may be called afterwards."""
+        if not self._closed:
+            await self.leave()
+            self._closed = True
+            self._thread.shutdown(wait=False)
 
     async def _follow(self) -> None:
         while (wanted := self._wanted) is not None:

@@ -152,9 +152,9 @@ class FileCapture:
         """Directories (their keys) and names that were not looked at yet since something was told of them."""
         self._left_objects: set[bytes] = set()
         """Keys of files, likewise."""
-        self._taken: list[Found] = []
+        self._taken: list[Found | _Looked] = []
+        """In the order in which it was found: a freeze may take several attempts."""
         self._quick = QuickLook(handles=watch is not None)
-        self._looked: list[_Looked] = []
         self._mapped: frozenset[FileId] = frozenset()
         self._now_mapped: frozenset[FileId] = frozenset()
         self._frozen_bytes = 0
@@ -189,7 +189,7 @@ class FileCapture:
         if self._scan_due and self._watch is not None and not patient:
             raise TooMuchWrittenError("reports of changes were lost: everything is looked at while it runs")
         always = self._open_files()
-        how = How(raw_bytes=_RAW_BYTES, always=always, room=self._room, timeless=self._timeless)
+        how = How(raw_bytes=_RAW_BYTES, still=True, always=always, room=self._room, timeless=self._timeless)
         # What was found before an error is as good as what a whole round finds.
         if self._scan_due or self._watch is None:
             for found in self._look(how, frozen=True):
@@ -200,8 +200,11 @@ class FileCapture:
     def settle(self) -> None:
         """Take in what was found while frozen, whatever became of the freeze."""
         taken, self._taken = self._taken, []
-        looked, self._looked = self._looked, []
-        self._take_in(chain.from_iterable((taken, *(each.found(self._quick) for each in looked))))
+        self._take_in(
+            chain.from_iterable(
+                (each,) if isinstance(each, Found) else each.found(self._quick) for each in taken
+            )
+        )
         self._quick.begin()
 
     def seal(self, epoch: EpochId) -> tuple[tuple[SpacePages, ...], EpochFiles]:
@@ -263,7 +266,8 @@ class FileCapture:
             yield from self._candidates(how)
         else:
             for node in self._book.take_unsettled():
-                yield from self._itself(node, how)
+                with contextlib.suppress(UnreadableError):  # then a freeze reads it once more, if it is open
+                    yield from self._itself(node, how)
 
     def _hear(self) -> None:
         """Take note of what was reported."""
@@ -310,7 +314,7 @@ class FileCapture:
         entries = [(node, Place(fd, name)) for node, fd in opened for name in names[node] if name != b"."]
         at_ns = time.time_ns()
         looks, left = self._quick.look([place for _, place in entries])
-        self._looked.append(_Looked(looks, entries, at_ns))
+        self._taken.append(_Looked(looks, entries, at_ns))
         self._room(int(looks["st_size"].sum()))
         for row in left:
             directory, place = entries[row]
@@ -319,7 +323,7 @@ class FileCapture:
             # Its times tell whether names came or went, which is reported of those alone.
             moved = os.fstat(fd).st_mtime_ns != directory.inode.mtime_ns
             if moved or b"." in names[directory]:
-                self._taken += self._itself(directory, how)
+                self._taken.append(self._reader.itself(fd))
 
     def _root(self, path: bytes, directory: Path, how: How) -> Iterator[Found]:
         for found in self._reader.look(None, None, os.fsencode(directory), how):
@@ -343,17 +347,23 @@ class FileCapture:
         for key in list(self._left_objects):  # perhaps by a name that it has no more
             node = self._book.by_key(key)
             if node is not None and not node.is_directory:
-                yield from self._itself(node, how)
+                try:
+                    yield from self._itself(node, how)
+                except UnreadableError as error:
+                    log.info("capture.file_not_read", reason=error.message)
+                    continue
             self._left_objects.discard(key)
 
     def _entries(self, directory: Node, names: Iterable[bytes], how: How) -> Iterator[Found]:
         fd = self._reader.open_directory(directory)
-        if fd is None:
+        if fd is None and how.still:
             return  # it was moved or removed, which was reported as well
+        if fd is None:  # ... or something above it is being moved just now
+            raise UnreadableError(f"directory {directory.number} cannot be opened")
         try:
             for name in names:
                 if name == b".":
-                    yield from self._itself(directory, how)
+                    yield self._reader.itself(fd)
                 else:
                     yield from self._reader.look(directory.id, fd, name, how)
         finally:
@@ -419,6 +429,11 @@ class FileCapture:
 
     def _take_entry(self, found: Found) -> Node | None:
         parent = ROOTS
+        if found.itself and found.seen is not None:
+            known = self._book.find(found.seen.id)
+            if known is not None:
+                self._book.see(found.seen, found.key, (ROOTS, b""))
+            return None
         if found.parent is not None:
             directory = self._book.find(found.parent)
             if directory is None:

@@ -24,6 +24,7 @@ import structlog
 from numpy.typing import NDArray
 
 from common.errors import CaptureError
+from common.file_records import OTHERWISE_TOLD
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.file_book import Attributes, FileBook, FileId, Node, Seen
@@ -34,8 +35,6 @@ _BLOCK_BYTES: Final = 1 << 20
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE)
 """It is not there any more, or became something else since a moment ago: that is reported too."""
-_OTHERWISE_TOLD: Final = b"trusted.SGI_ACL_"
-"""XFS lists access control lists once more under these names."""
 _PATH_BYTES: Final = 2048
 """How much of a path is opened at once: paths may be longer than the kernel takes."""
 
@@ -68,6 +67,8 @@ class Found:
     """When it was looked at, by the clock of time stamps."""
     whole: bool = False
     """It is about no entry: all that `parent` has was looked at."""
+    itself: bool = False
+    """It is about no entry, but about a directory that is known, wherever it is by now."""
 
 
 class Handles(Protocol):
@@ -98,6 +99,8 @@ class How:
     """Files up to that size are kept as they are and identified later; 0: none are."""
     keep: bool = True
     """Whether content that is not known is kept."""
+    still: bool = False
+    """All stands still: what cannot be opened by what is known of it is gone, and not only moved."""
     everything: bool = False
     """Look through directories that are known as well."""
     always: frozenset[FileId] = frozenset()
@@ -137,11 +140,10 @@ class FileReader:
 
     def open_directory(self, node: Node) -> int | None:
         """Open a known directory, wherever it is by now; None if it is gone."""
-        if self._handles is not None:
-            fd = self._handles.open(node.key, os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME)
-        else:
-            path = self.path_of(node)
-            fd = None if path is None else open_path(path, os.O_RDONLY | os.O_DIRECTORY)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
+        fd = None if self._handles is None else self._handles.open(node.key, flags)
+        if fd is None and (path := self.path_of(node)) is not None:
+            fd = open_path(path, flags)
         if fd is not None:
             status = os.fstat(fd)
             if (status.st_dev, status.st_ino) == node.id:
@@ -164,6 +166,11 @@ class FileReader:
         except (OSError, UnreadableError) as error:
             log.warning("capture.file_not_read", reason=str(error))
         return None
+
+    def itself(self, fd: int) -> Found:
+        """Tell of an open directory alone."""
+        seen = Seen(os.fstat(fd), attributes=attributes_of(fd))
+        return Found(None, b"", seen, self._key(fd), at_ns=time.time_ns(), itself=True)
 
     def look(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Iterator[Found]:
         """Look at an entry, and through it if it is a directory that is to be looked through.
@@ -203,7 +210,7 @@ class FileReader:
             same = not doubtful and node is not None and node.looks_same(status)
             if not same and seen.id not in self._read:
                 self._read.add(seen.id)
-                how.room(status.st_size)
+                how.room(min(status.st_size, status.st_blocks * 512))
                 content = self._content(fd, status.st_size, node, how)
             return Found(parent, name, seen, self._key(fd), content, at_ns)
         finally:
@@ -346,7 +353,7 @@ def attributes_of(file: int | bytes) -> Attributes:
         raise
     found = []
     for name in sorted(map(os.fsencode, names)):
-        if name.startswith(_OTHERWISE_TOLD):
+        if name.startswith(OTHERWISE_TOLD):
             continue
         try:
             value = (

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from common.errors import NoSpaceError, StoreError
-from common.file_records import Inode
+from common.file_records import OTHERWISE_TOLD, Inode
 from common.model import PAGE_BYTES
 from replica.file_model import Attributes, readable
 
@@ -84,7 +84,9 @@ def attributes_of(descriptor: int) -> dict[bytes, bytes]:
         if error.errno in _NO_SUCH:
             return {}
         raise
-    return {os.fsencode(name): os.getxattr(path, name) for name in names}
+    # XFS lists access control lists once more, under names of its own.
+    own = [name for name in map(os.fsencode, names) if not name.startswith(OTHERWISE_TOLD)]
+    return {name: os.getxattr(path, name) for name in own}
 
 
 def check_kind(status: os.stat_result, inode: Inode) -> None:

@@ -1,7 +1,7 @@
 """Builds what is written in C into `native/build`, with the system's compiler.
 
-In: `native/`. Out: the shim, the readers of pages and of files, the injector. They are built anew when a source or this file
-changes. Without them Outlive works too, with the stock memory backend.
+In: `native/`. Out: the shim, the readers of pages and of files, the injector. They are built anew when a
+source or this file changes. Without them Outlive works too, with the stock memory backend.
 """
 
 from __future__ import annotations

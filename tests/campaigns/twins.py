@@ -71,14 +71,15 @@ class Freezer:
         else:
             (self.directory / "cgroup.freeze").write_text("1")
         until_s = time.monotonic() + _FROZEN_WITHIN_S
-        while not self._frozen:
+        while not self.frozen:
             if time.monotonic() > until_s:
                 self.thaw()
                 raise CaptureError("the cgroup does not freeze")
             await asyncio.sleep(0.001)
 
     @property
-    def _frozen(self) -> bool:
+    def frozen(self) -> bool:
+        """Whether all of it is."""
         if self._v1:
             return (self._v1 / "freezer.state").read_text().strip() == "FROZEN"
         return "frozen 1" in (self.directory / "cgroup.events").read_text()

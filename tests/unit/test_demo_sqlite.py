@@ -1,4 +1,4 @@
-"""The demonstration's database: what it answers, whole commands or parts of them, and damage that it tells."""
+"""The demonstration's database: what it answers, to whole commands or parts, and damage that it tells."""
 
 from __future__ import annotations
 
