@@ -227,7 +227,7 @@ async def run_seed(
                     if compares and not wrong:
                         after = await asyncio.to_thread(walk, copy)
                         found_wrong = dict(_differences(before, after))
-                        if moved:
+                        if moved - _linked_by_criu(after):
                             ran_on += 1
                             continue
                         compared += 1
@@ -315,17 +315,27 @@ def _verdict(subject: Subject, model: Path, directory: Path) -> dict[str, Any]:
         return judge.verdict()
 
 
-def _moved_since(source: Path, frozen_wall_s: float) -> bool:
-    """Tell whether the workload did not stand still: something was changed after it was frozen.
+def _moved_since(source: Path, frozen_wall_s: float) -> set[bytes]:
+    """Return what was changed after the workload was frozen: it did not stand still.
 
     Directories do not count: CRIU makes names in them, and removes them.
     """
+    moved = set()
     for here, _, names in os.walk(os.fsencode(source)):
+        below = here.removeprefix(os.fsencode(source))
         for name in names:
-            status = os.lstat(os.path.join(here, name))
-            if status.st_nlink == 1 and status.st_ctime_ns > frozen_wall_s * 1e9:
-                return True
-    return False
+            if os.lstat(os.path.join(here, name)).st_ctime_ns > frozen_wall_s * 1e9:
+                moved.add(SEEN_AS.encode() + below + b"/" + name)
+    return moved
+
+
+def _linked_by_criu(tree: dict[bytes, Any]) -> set[bytes]:
+    """Return the names of files that CRIU gave one more, and took it away."""
+    linked = set()
+    for path, told in tree.items():
+        if _REMAP.fullmatch(path.rpartition(b"/")[2]):
+            linked |= set(told[6])
+    return linked
 
 
 def _differences(before: dict[bytes, Any], after: dict[bytes, Any]) -> Iterator[tuple[bytes, str]]:
