@@ -45,6 +45,7 @@ from primary.file_look import Place, QuickLook
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
 from primary.file_watch import SYSTEM_BYTES
 from primary.layers import LayerChain, LayeredPages, LayerWriter
+from primary.page_set import PageSet
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,11 @@ _DIRECTORIES_AT_ONCE: Final = 256
 """So many are open at a time."""
 _SHARED: Final = re.compile(rb"^(\S+) ...s \S+ \S+ [1-9]", re.MULTILINE)
 """A line of /proc/PID/maps: a shared mapping of something with an inode."""
+_KEPT_AT_ONCE: Final = 256
+_MOST_KEPT: Final = 16
+"""So many times that is kept for an epoch, after one that could not be sent: 16 MiB."""
+_BEYOND: Final = 1 << 52
+"""Behind the last page number."""
 _BATCH_PAGES: Final = 1 << 16
 
 
@@ -152,6 +158,8 @@ class FileCapture:
         """Directories (their keys) and names that were not looked at yet since something was told of them."""
         self._left_objects: set[bytes] = set()
         """Keys of files, likewise."""
+        self._wanted: int | None = None
+        """From which page on content could not be sent, because it had changed since."""
         self._taken: list[Found | _Looked] = []
         """In the order in which it was found: a freeze may take several attempts."""
         self._quick = QuickLook(handles=watch is not None)
@@ -181,6 +189,29 @@ class FileCapture:
         self._take_in(self._look(how, frozen=False))
         with self._lock:
             self._book.adopted()
+        self._keep_wanted()
+
+    def want(self, page: int) -> None:
+        """Keep content from that page on for the next epoch: it changes before it can be sent."""
+        self._wanted = page
+
+    def _keep_wanted(self) -> None:
+        """Keep content that is in its file alone. What changes after this is found, and kept as it is then.
+
+        So an epoch can be sent to who has nothing, however fast files change: each one brings some more.
+        """
+        wanted, self._wanted = self._wanted, None
+        if wanted is None:
+            return
+        behind = PageSet(np.array([wanted, _BEYOND], dtype=np.uint64))
+        alone = (self._book.contents & behind) - self._chain.of(CONTENTS)
+        for kept, numbers in enumerate(alone.pieces(_KEPT_AT_ONCE)):
+            pages = [self.read_now(number) for number in numbers.tolist()]
+            rows = np.flatnonzero([page is not None for page in pages])
+            block = b"".join(page or bytes(PAGE_BYTES) for page in pages)
+            self._writer_of().add(CONTENTS, numbers[rows], memoryview(block), rows)
+            if kept == _MOST_KEPT:
+                break
 
     def take(self, *, patient: bool) -> None:
         """Look at the rest, while all stands still. Raises TooMuchWrittenError, unless `patient`."""
@@ -542,6 +573,7 @@ class EpochFiles:
             number = int(numbers[slot])
             content = held.get(number) or self._capture.read_now(number)
             if content is None or not (self._capture.identify(memoryview(content)) == expected[slot]).all():
+                self._capture.want(number)
                 raise CaptureError("a file was changed before its content was sent; the next epoch has it")
             into[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = content
 

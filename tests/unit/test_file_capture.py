@@ -342,3 +342,23 @@ def test_what_cannot_be_read_while_frozen_is_no_epoch(
 
 def _cannot(*_: object) -> None:
     raise OSError(5, "Input/output error")
+
+
+def test_what_changes_before_it_is_sent_is_kept_for_the_next_epoch(root: Path, make: Make) -> None:
+    path = root / "hot"
+    path.write_bytes(os.urandom(40 * PAGE_BYTES))
+    files = make(watched=True)
+    reader = epoch(files, 1)
+    for number in range(2, 4):
+        with path.open("r+b") as file:  # always the same pages: all others are in the file alone
+            file.write(os.urandom(PAGE_BYTES))
+        before = path.read_bytes()
+        if number == 2:
+            content = bytearray(40 * PAGE_BYTES)
+            with pytest.raises(CaptureError, match="changed before"):
+                reader.read(CONTENTS, np.arange(40), memoryview(content))
+        reader = epoch(files, number)
+    path.write_bytes(os.urandom(40 * PAGE_BYTES))  # nothing of it is in the file any more
+    content = bytearray(40 * PAGE_BYTES)
+    reader.read(CONTENTS, np.arange(40), memoryview(content))
+    assert bytes(content) == before
