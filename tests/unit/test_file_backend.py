@@ -33,6 +33,7 @@ class Memory:
         self.before_freeze: Callable[[], None] = lambda: None
         self.last: CapturedEpoch | None = None
         self.closed = False
+        self.all: list[CapturedEpoch] = []
 
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         self.epochs += 1
@@ -41,6 +42,7 @@ class Memory:
         if self.fails is not None:
             raise self.fails
         self.last = captured(epoch.epoch, {TASK: {16: page(1)}})
+        self.all.append(self.last)
         return self.last
 
     async def close(self) -> None:
@@ -63,6 +65,8 @@ def both(root: Path, tmp_path: Path) -> Iterator[tuple[WithFiles, Memory, FileCa
         {b"/data": root}, hasher=PageHasher(), layers=tmp_path, pids=lambda: [os.getpid()], watch=None
     )
     yield WithFiles(memory, files, hook), memory, files
+    for epoch in memory.all:
+        epoch.release()
     files.close()
 
 

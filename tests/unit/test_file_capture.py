@@ -59,13 +59,29 @@ def make(root: Path, tmp_path: Path) -> Iterator[Make]:
         files.close()
 
 
+_READERS: list[EpochFiles] = []
+
+
+@pytest.fixture(autouse=True)
+def _released() -> Iterator[None]:
+    """Give the layers of all epochs back: they are open files."""
+    yield
+    while _READERS:
+        _READERS.pop().release()
+
+
+def sealed(files: FileCapture, number: int) -> EpochFiles:
+    _READERS.append(files.seal(EpochId(1, number))[1])
+    return _READERS[-1]
+
+
 def epoch(files: FileCapture, number: int, changes: Callable[[], None] = lambda: None) -> EpochFiles:
     """Take an epoch; `changes` happen just before the freeze."""
     files.ahead(EpochId(1, number - 2) if number > 2 else None)
     changes()
     files.take(patient=False)
     files.settle()
-    return files.seal(EpochId(1, number))[1]
+    return sealed(files, number)
 
 
 def told(reader: EpochFiles) -> Tree:
@@ -177,8 +193,7 @@ def test_too_much_to_read_while_frozen_is_read_while_running(root: Path, make: M
     (root / "large").write_bytes(os.urandom(400_000))
     files.take(patient=True)
     files.settle()
-    spaces, reader = files.seal(EpochId(1, 3))
-    assert rebuild(spaces, reader) == walk(root)
+    assert told(sealed(files, 3)) == walk(root)
 
 
 def test_content_that_is_not_there_any_more_is_never_made_up(root: Path, make: Make) -> None:
@@ -318,8 +333,7 @@ def test_a_directory_that_could_not_be_looked_through_is_looked_through_again(
         files.ahead(None)
     files.take(patient=False)
     files.settle()
-    spaces, reader = files.seal(EpochId(1, 2))
-    assert rebuild(spaces, reader) == walk(root)
+    assert told(sealed(files, 2)) == walk(root)
 
 
 def test_what_cannot_be_read_while_frozen_is_no_epoch(
