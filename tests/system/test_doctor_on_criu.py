@@ -237,7 +237,13 @@ async def test_a_taken_port_and_an_address_of_the_old_node_are_found(workload: W
 
 
 async def test_local_files_are_named_alike_by_the_doctor_and_at_every_epoch(workload: Workload) -> None:
-    await workload.start("f = open('/srv/local/f', 'w')")
+    elsewhere = workload.local / "f"  # the same directory, but not as it is declared
+    await workload.start(f"f = open('{elsewhere}', 'w')")
     assert await workload.failures() == {"local files"}
     verdict = await workload.judge(await workload.dump())
-    assert any(reason.startswith("/srv/local/f is open for writing") for reason in verdict.reasons)
+    assert any(reason.startswith(f"{elsewhere} is open for writing") for reason in verdict.reasons)
+
+
+async def test_files_in_declared_directories_are_no_trouble(workload: Workload) -> None:
+    await workload.start("f = open('/srv/local/f', 'w')")
+    assert await workload.failures() == set()
