@@ -74,6 +74,8 @@ def request_for_dump(options: DumpOptions) -> Iterator[rpc_pb2.criu_req]:
         leave_running=options.leave_running,
         tcp_close=options.tcp_close,
         tcp_established=options.tcp_established,
+        # What waits to be accepted comes back closed, as all connections do; CRIU would refuse to dump it.
+        tcp_skip_in_flight=options.tcp_close,
         ext_unix_sk=options.ext_unix_sk,
         file_locks=options.file_locks,
         link_remap=options.link_remap,

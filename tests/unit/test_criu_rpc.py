@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.criu.locate import locate_criu
+from common.criu.options import DumpOptions, request_for_dump
 from common.criu.rpc import DumpOptions, spawn
 from common.errors import CaptureError, UnsupportedError
 
@@ -182,3 +183,11 @@ class TestLocate:
         (tmp_path / "checkout" / ".criu" / "bin").mkdir(parents=True)
         beside = fake_criu(tmp_path / "checkout" / ".criu" / "bin", "")
         assert locate_criu(None) == beside
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_connections_that_wait_to_be_accepted_are_no_obstacle_where_all_are_closed(
+    tmp_path: Path, closes: bool
+) -> None:
+    with request_for_dump(DumpOptions(pid=1, images_dir=tmp_path, tcp_close=closes)) as request:
+        assert request.opts.tcp_skip_in_flight is closes
