@@ -17,7 +17,9 @@ from typing import Literal
 import msgspec
 
 from common.criu.images import (
+    LOCKS_NAME,
     PE_PARENT,
+    VMA_FILE_PRIVATE,
     VMA_FILE_SHARED,
     InetSocket,
     MemoryMap,
@@ -26,8 +28,10 @@ from common.criu.images import (
     Remap,
     UnixSocket,
     page_images,
+    read_descriptors,
     read_memory_map,
     read_open_files,
+    read_posix_locks,
     read_remaps,
     read_runs,
 )
@@ -105,7 +109,7 @@ def read_needs(images: Path) -> Needs:
             if vma.prot & mmap.PROT_WRITE and vma.flags & mmap.MAP_PRIVATE and not vma.flags & _MAP_NORESERVE
         ),
         hugetlb_bytes=sum(memory_map.hugetlb_bytes for memory_map in maps),
-        problems=tuple(_problems(files, remaps, maps)),
+        problems=(*_problems(files, remaps, maps), *_lost_locks(images, files)),
     )
 
 
@@ -148,13 +152,49 @@ def _problems(files: OpenFiles, remaps: tuple[Remap, ...], maps: list[MemoryMap]
         )
 
 
+def _lost_locks(images: Path, files: OpenFiles) -> Iterator[str]:
+    """Say which locks between processes a restore would lose.
+
+    CRIU 4.2 sets fcntl locks before it maps files, and then closes what it opened for that: which gives up
+    all such locks that the process has on the same file. Who has the file for himself does not miss them.
+    """
+    locks = read_posix_locks(images)
+    if not locks:
+        return
+    paths = {file.id: file.path for file in files.regular}
+    opened = read_descriptors(images)
+    mapped = {
+        int(path.stem.removeprefix("mm-")): {
+            paths[vma.shmid]
+            for vma in read_memory_map(path).vmas
+            if vma.status & (VMA_FILE_SHARED | VMA_FILE_PRIVATE) and vma.shmid in paths
+        }
+        for path in images.glob("mm-*.img")
+    }
+    users = {
+        pid: mapped.get(pid, set()) | {paths[each] for each in opened.get(pid, {}).values() if each in paths}
+        for pid in mapped.keys() | opened.keys()
+    }
+    held = {(pid, paths.get(opened.get(pid, {}).get(descriptor, 0), "")) for pid, descriptor in locks}
+    lost = {path for pid, path in held if path in mapped.get(pid, ())}
+    for path in sorted(lost):
+        if sum(path in using for using in users.values()) > 1:
+            yield (
+                f"{path} is used by several processes, and one has it locked (fcntl) and mapped: criu loses "
+                "such locks at a restore, and two would write at once: let one process use it (SQLite: or do "
+                "without WAL and mmap_size)"
+            )
+
+
 def _sources(images: Path) -> list[Path]:
-    optional = images / "remap-fpath.img"
+    optional = [images / "remap-fpath.img", images / LOCKS_NAME]
+    if optional[1].exists():
+        optional += [path for kind in ("ids", "fdinfo") for path in sorted(images.glob(f"{kind}-*.img"))]
     return [
         images / "files.img",
         images / ORIGIN_FILE,
         *sorted(images.glob("mm-*.img")),
-        *([optional] if optional.exists() else []),
+        *(path for path in optional if path.exists()),
     ]
 
 

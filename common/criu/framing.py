@@ -26,6 +26,7 @@ from common.criu.proto import (
     core_pb2,
     cpuinfo_pb2,
     fdinfo_pb2,
+    file_lock_pb2,
     ghost_file_pb2,
     inventory_pb2,
     mm_pb2,
@@ -59,6 +60,8 @@ class ImageKind(Enum):
     CORE = (0x55053847, _IMAGE_MAGIC, core_pb2.core_entry, True, False)
     FILES = (0x56303138, _IMAGE_MAGIC, fdinfo_pb2.file_entry, False, False)
     FDINFO = (0x56213732, _IMAGE_MAGIC, fdinfo_pb2.fdinfo_entry, False, False)
+    IDS = (0x54432030, _IMAGE_MAGIC, core_pb2.task_kobj_ids_entry, True, False)
+    FILE_LOCKS = (0x54323616, _IMAGE_MAGIC, file_lock_pb2.file_lock_entry, False, False)
     REMAP_PATHS = (0x59133954, _IMAGE_MAGIC, remap_file_path_pb2.remap_file_path_entry, False, False)
     GHOST_FILE = (0x52583605, _IMAGE_MAGIC, ghost_file_pb2.ghost_file_entry, True, True)
     CPUINFO = (0x61404013, _IMAGE_MAGIC, cpuinfo_pb2.cpuinfo_entry, True, False)

@@ -46,7 +46,15 @@ from common.criu.pagemap import (
     serialize_pages,
     write_pagemap,
 )
-from common.criu.proto import fdinfo_pb2, mm_pb2, remap_file_path_pb2, sk_inet_pb2, stats_pb2
+from common.criu.proto import (
+    core_pb2,
+    fdinfo_pb2,
+    file_lock_pb2,
+    mm_pb2,
+    remap_file_path_pb2,
+    sk_inet_pb2,
+    stats_pb2,
+)
 from common.errors import StoreError
 from common.model import SpaceKind
 
@@ -98,6 +106,10 @@ VMA_ANON_SHARED = 1 << 8
 VMA_ANON_PRIVATE = 1 << 9
 VMA_AREA_SYSVIPC = 1 << 10
 """Bits of `Vma.status` (CRIU 4.2, `criu/include/image.h`): what kind of mapping it is."""
+
+LOCKS_NAME = "filelocks.img"
+_FL_POSIX = 1
+"""A bit of `file_lock_entry.flag` (CRIU 4.2, `criu/include/file-lock.h`)."""
 
 MAP_HUGETLB = 0x40000
 """Bit of `Vma.flags`: a mapping of huge pages (not of transparent ones); as in <linux/mman.h>."""
@@ -339,6 +351,31 @@ def read_remaps(directory: Path) -> tuple[Remap, ...]:
         Remap(e.orig_id, e.remap_id, remap_file_path_pb2.remap_type.Name(e.remap_type).lower())
         for e in entries
     )
+
+
+def read_descriptors(directory: Path) -> dict[int, dict[int, int]]:
+    """Read what each process has open: by PID (in its namespace) and descriptor, the id of the file.
+
+    Raises `StoreError`.
+    """
+    found: dict[int, dict[int, int]] = {}
+    for path in directory.glob("ids-*.img"):
+        (ids,) = cast("tuple[core_pb2.task_kobj_ids_entry]", read_image(path, ImageKind.IDS).messages)
+        table = directory / f"fdinfo-{ids.files_id}.img"
+        if table.exists():
+            image = read_image(table, ImageKind.FDINFO)
+            entries = cast("tuple[fdinfo_pb2.fdinfo_entry, ...]", image.messages)
+            found[int(path.stem.removeprefix("ids-"))] = {entry.fd: entry.id for entry in entries}
+    return found
+
+
+def read_posix_locks(directory: Path) -> set[tuple[int, int]]:
+    """Read who holds fcntl (POSIX) locks: PID and descriptor of each. Raises `StoreError`."""
+    path = directory / LOCKS_NAME
+    if not path.exists():
+        return set()
+    locks = cast("tuple[file_lock_pb2.file_lock_entry, ...]", read_image(path, ImageKind.FILE_LOCKS).messages)
+    return {(lock.pid, lock.fd) for lock in locks if lock.flag & _FL_POSIX}
 
 
 def read_dump_stats(directory: Path) -> DumpStats:

@@ -132,11 +132,13 @@ def _judge_each_descriptor(spec: WorkloadSpec, tree: TreeUse) -> Iterable[Check]
         yield _fail(
             "devices", f"a device's state cannot be carried to another node: {using}", "do without it"
         )
-    if using := every(lambda d: bool(d.locks)):
+    # Where files are replicated their locks are dumped; which of them a restore would lose, each epoch tells.
+    locks_travel = any(not item.shared for item in spec.files)
+    if not locks_travel and (using := every(lambda d: bool(d.locks))):
         yield _fail(
             "file locks",
             f"CRIU refuses to dump a process that holds a file lock: {using}",
-            "let the program lock by other means; many have an option for it",
+            "declare the directory of its files in `files` of the workload, or let it lock by other means",
         )
     if using := every(lambda d: d.kind == "regular" and d.deleted and _is_lost(d)):
         yield _fail(

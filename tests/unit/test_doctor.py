@@ -74,6 +74,13 @@ def test_a_descriptor_that_stands_in_the_way(used: OpenDescriptor, name: str, st
     assert problems(process(used)) == {name: status}
 
 
+def test_locks_are_no_trouble_where_files_are_replicated() -> None:
+    used = descriptor(locks=("1: FLOCK  ADVISORY  WRITE 1 fe:00:1 0 EOF",))
+    spec = msgspec.structs.replace(SPEC, files=(FilePath(path="/data"),))
+    tree = TreeUse(processes=(process(used),), outside_peers=frozenset())
+    assert "file locks" not in {check.name for check in judge_tree(spec, tree)}
+
+
 @pytest.mark.parametrize(
     "used",
     [

@@ -29,7 +29,15 @@ from common.criu.images import (
     write_image,
     write_pagemap,
 )
-from common.criu.proto import fdinfo_pb2, fown_pb2, mm_pb2, remap_file_path_pb2, sk_opts_pb2
+from common.criu.proto import (
+    core_pb2,
+    fdinfo_pb2,
+    file_lock_pb2,
+    fown_pb2,
+    mm_pb2,
+    remap_file_path_pb2,
+    sk_opts_pb2,
+)
 from common.model import FilePath, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from replica import readiness
@@ -40,6 +48,7 @@ from replica.rootview import RootView
 ANY = "0.0.0.0"  # noqa: S104
 FOWN = fown_pb2.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
 DIRECTORY, LISTEN, CLOSED, ESTABLISHED = stat.S_IFDIR | 0o755, 10, 7, 1
+POSIX, FLOCK = 1, 2
 SHARED_FILE, MAP_SHARED, PROT_RW = 1 << 7, 1, 3
 
 
@@ -469,6 +478,34 @@ class TestNode:
         origin = msgspec.structs.replace(read_origin("4.2.1"), cpu_flags=("amx_of_the_future",))
         (epoch.directory / ORIGIN_FILE).write_bytes(encode_origin(origin))
         assert "amx_of_the_future" in (await epoch.judged()).reasons[0]
+
+    @pytest.mark.parametrize(
+        ("kind", "mapped", "others", "restorable"),
+        [
+            (POSIX, True, True, False),
+            (POSIX, True, False, True),  # nobody is there whom the lock would keep out
+            (POSIX, False, True, True),
+            (FLOCK, True, True, True),
+        ],
+    )
+    async def test_locks_that_criu_would_lose_are_a_reason(
+        self, epoch: Epoch, kind: int, mapped: bool, others: bool, restorable: bool
+    ) -> None:
+        epoch.opens("/", mode=DIRECTORY)
+        epoch.make("/db-shm")
+        ident = epoch.opens("/db-shm", flags=os.O_RDONLY)
+        if mapped:
+            epoch.maps_shared(ident, prot=1, open_flags=os.O_RDONLY)
+        for pid in (1, 2) if others else (1,):
+            ids = core_pb2.task_kobj_ids_entry(vm_id=pid, files_id=pid, fs_id=1, sighand_id=1)
+            entry = fdinfo_pb2.fdinfo_entry(id=ident, flags=0, type=fdinfo_pb2.REG, fd=7)
+            write_image(epoch.directory / f"ids-{pid}.img", Image(ImageKind.IDS, (ids,)))
+            write_image(epoch.directory / f"fdinfo-{pid}.img", Image(ImageKind.FDINFO, (entry,)))
+        lock = file_lock_pb2.file_lock_entry(flag=kind, type=0, pid=1, fd=7, start=128, len=1)
+        write_image(epoch.directory / "filelocks.img", Image(ImageKind.FILE_LOCKS, (lock,)))
+        verdict = await epoch.judged()
+        assert verdict.restorable == restorable, verdict
+        assert restorable or "/db-shm is used by several processes" in verdict.reasons[0]
 
     async def test_kernel_aio_is_a_reason(self, epoch: Epoch) -> None:
         epoch.opens("/", mode=DIRECTORY)
