@@ -3,7 +3,7 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test coverage bench sim kill-series switchovers scenarios injection-kills torture file-oracle oracle test-kernels clean
+.PHONY: help setup demo check test coverage bench sim kill-series switchovers scenarios injection-kills torture file-oracle databases oracle test-kernels clean
 
 SEEDS := 5000
 ROUNDS := 120
@@ -61,6 +61,9 @@ injection-kills: setup  ## signals at random moments of an injection, ROUNDS of 
 
 torture: setup  ## crashes, power loss and errors of a store, restores, hostile wires, planted bugs; SCALE=short for seconds
 	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
+
+databases: setup  ## SQLite and PostgreSQL lose their hosts under load, every way that they are tried
+	DATABASES=all $(BIN)/pytest tests/system/test_files_databases.py
 
 file-oracle: setup  ## files captured, laid out and restored, against the files themselves; on each file system
 	@$(BIN)/python -m tests.campaigns.file_oracle --epochs 1000 --on ext4,xfs
