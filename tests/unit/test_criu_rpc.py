@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.criu.locate import locate_criu
-from common.criu.options import DumpOptions, request_for_dump
+from common.criu.options import request_for_dump
 from common.criu.rpc import DumpOptions, spawn
 from common.errors import CaptureError, UnsupportedError
 

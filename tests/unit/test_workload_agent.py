@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from common.control import CaptureStatus, Order
 from common.errors import ConfigError, ProtocolError, RestoreError, StaleTermError, WorkloadError
 from common.events import Event, EventLog, read_events
 from common.messages import PROTOCOL, Doubt, Hello, Nack
-from common.model import EpochId, WorkloadSpec
+from common.model import EpochId, FilePath, WorkloadSpec
 from common.scheduling import CpuShare
 from outlive import unacknowledged, workload_agent
 from outlive.aside import Aside, kept_aside
@@ -889,3 +890,92 @@ async def test_an_operator_gets_what_is_in_doubt_if_there_is_nothing_else(scene:
 
 async def test_only_who_leads_verifies(scene: Scene) -> None:
     assert scene.agent.verify() is None
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+class FilesInMemory:
+    """Takes the place of `FollowedFiles`, and writes down among what was done what it was told."""
+
+    def __init__(self, done: list[str]) -> None:
+        self.done = done
+        self.laid_out: EpochId | None = None
+        self.problem = ""
+        self.unmakeable: set[EpochId] = set()
+        self.followed: list[EpochId] = []
+
+    def follow(self, epoch: EpochId) -> None:
+        self.followed.append(epoch)
+
+    async def bring_to(self, epoch: EpochId) -> None:
+        self.done.append(f"files of {epoch}")
+        if epoch in self.unmakeable:
+            raise RestoreError(f"the files of {epoch} could not be laid out")
+
+    async def begin(self) -> None:
+        self.done.append("files begin")
+
+    async def leave(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def files(scene: Scene) -> FilesInMemory:
+    made = FilesInMemory(scene.containers.done)
+    scene.agent._files = made  # type: ignore[assignment]
+    scene.agent.spec = msgspec.structs.replace(SPEC, files=(FilePath(path="/data"),))
+    return made
+
+
+def with_files(number: int, incarnation: str = "old") -> EpochRecord:
+    return dataclasses.replace(record(number), file_pages=3, incarnation=incarnation)
+
+
+async def test_files_are_laid_out_before_a_restore_and_those_of_the_epoch_that_is_restored(
+    scene: Scene, files: FilesInMemory
+) -> None:
+    scene.store.held = [with_files(7), with_files(8)]
+    scene.containers.unrestorable = {EpochId(1, 8)}
+    await scene.obeyed(order(1, "lead", "restore", term=2))
+    told = [each.partition(" of /")[0] for each in scene.containers.done]
+    assert told == ["files of t1-e8", "restore t1-e8", "files of t1-e7", "restore t1-e7"]
+
+
+async def test_what_has_no_files_that_could_be_laid_out_is_not_restored(
+    scene: Scene, files: FilesInMemory
+) -> None:
+    scene.store.held = [with_files(8)]
+    files.unmakeable = {EpochId(1, 8)}
+    await scene.obeyed(order(1, "lead", "restore", term=2))
+    assert scene.containers.done == ["files of t1-e8"]
+    assert "could not be laid out" in scene.agent.report().order_detail
+
+
+async def test_a_start_makes_its_files_no_epoch_s_first(scene: Scene, files: FilesInMemory) -> None:
+    await scene.obeyed(order(1, "lead", "start", spec=scene.agent.spec))
+    assert scene.containers.done == ["files begin", "start"]
+
+
+async def test_only_epochs_of_the_present_leader_s_run_are_laid_out(
+    scene: Scene, files: FilesInMemory
+) -> None:
+    """What is stored when a leader comes back is older than its files: it would undo the last of them."""
+    await scene.obeyed(order(1, "follow"))
+    await scene.agent.judge(with_files(8))
+    assert files.followed == []
+    greeting = hello(spec=scene.agent.spec)
+    scene.agent.accept(msgspec.structs.replace(greeting, incarnation="new"))
+    await scene.agent.judge(with_files(8))
+    assert files.followed == []
+    restorable, reasons = await scene.agent.judge(with_files(9, "new"))
+    assert files.followed == [EpochId(1, 9)]
+    assert not restorable
+    assert "being laid out" in reasons[0]
+    files.laid_out = EpochId(1, 9)
+    assert (await scene.agent.judge(with_files(9, "new")))[0]
+    files.problem = "no space left"
+    restorable, reasons = await scene.agent.judge(with_files(9, "new"))
+    assert not restorable
+    assert "no space left" in reasons[0]
