@@ -89,6 +89,8 @@ class Node:
     """Of a directory: all that it has was looked at once, and since then what was reported."""
     times: tuple[int, int, int] | None = None
     """Change time, modification time and size when its content was read; None: it has to be read again."""
+    followed: bool = False
+    """Whether all of it is known but for what `primary.file_writes` holds for doubtful."""
 
     @property
     def number(self) -> int:
@@ -285,29 +287,35 @@ class FileBook:
 
     def put_content(
         self,
-        parts: Sequence[tuple[Node, NDArray[np.uint64], NDArray[np.uint64]]],
+        parts: Sequence[tuple[Node, NDArray[np.uint64], NDArray[np.uint64], PageSet | None]],
     ) -> list[NDArray[np.bool_]]:
         """Take note of what files hold; return for each part which of its pages are new or changed.
 
-        A part is a file, its pages that are not zeros (ascending, from 0), and their identities; parts in the
-        order of their places, no file twice.
+        A part is a file, its pages that are not zeros (ascending, from 0), their identities, and of which
+        pages that is said (None: of all); parts in the order of their places, no file twice.
         """
         if not parts:
             return []
-        self._dig([(node, pages) for node, pages, _ in parts])
-        numbers = np.concatenate([pages + np.uint64(node.inode.place) for node, pages, _ in parts])
-        identity = np.concatenate([each for _, _, each in parts])
+        self._dig([(node, pages, within) for node, pages, _, within in parts])
+        numbers = np.concatenate([pages + np.uint64(node.inode.place) for node, pages, _, _ in parts])
+        identity = np.concatenate([each for _, _, each, _ in parts])
         changed = self._contents.differs(numbers, identity)
         self._contents.put(numbers, identity)
-        ends = np.cumsum([len(pages) for _, pages, _ in parts])
+        ends = np.cumsum([len(pages) for _, pages, _, _ in parts])
         return np.split(changed, ends[:-1])
 
-    def _dig(self, parts: list[tuple[Node, NDArray[np.uint64]]]) -> None:
+    def _dig(self, parts: list[tuple[Node, NDArray[np.uint64], PageSet | None]]) -> None:
         """Forget what was known of pages that are zeros now."""
-        starts = np.array([node.inode.place for node, _ in parts], dtype=np.uint64)
-        counts = np.array([node.inode.pages for node, _ in parts], dtype=np.uint64)
-        all_pages = PageSet.spanning(starts, starts + counts)
-        held = PageSet.union([PageSet.of(pages + np.uint64(node.inode.place)) for node, pages in parts])
+        whole = [node.inode for node, _, within in parts if within is None]
+        starts = np.array([inode.place for inode in whole], dtype=np.uint64)
+        counts = np.array([inode.pages for inode in whole], dtype=np.uint64)
+        some = [
+            PageSet(within.bounds + np.uint64(node.inode.place))
+            for node, _, within in parts
+            if within is not None
+        ]
+        all_pages = PageSet.union([PageSet.spanning(starts, starts + counts), *some])
+        held = PageSet.union([PageSet.of(pages + np.uint64(node.inode.place)) for node, pages, _ in parts])
         holes = (self._contents.pages & all_pages) - held
         if len(holes):
             self._contents.restrict(self._contents.pages - holes)
@@ -327,6 +335,12 @@ class FileBook:
         if doubtful:
             self._unsettled.add(node.number)
         self._unread.discard(node.number)
+
+    def doubt(self, node: Node) -> None:
+        """Take note that its content has to be read again before there is an epoch."""
+        node.times, node.followed = None, False
+        if node.inode.pages:
+            self._unread.add(node.number)
 
     # --- an epoch -----------------------------------------------------------------------------------
 

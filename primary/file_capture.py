@@ -44,6 +44,7 @@ from primary.file_book import FileBook, FileId, Node, Seen
 from primary.file_look import Place, QuickLook
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
 from primary.file_watch import SYSTEM_BYTES
+from primary.file_writes import FileWrites
 from primary.layers import LayerChain, LayeredPages, LayerWriter
 from primary.page_set import PageSet
 
@@ -60,6 +61,8 @@ _SHARED: Final = re.compile(rb"^(\S+) ...s \S+ \S+ [1-9]", re.MULTILINE)
 _KEPT_AT_ONCE: Final = 256
 _MOST_KEPT: Final = 16
 """So many times that is kept for an epoch, after one that could not be sent: 16 MiB."""
+_LEFT_TO_FREEZE: Final = 1024
+"""So many pages of a large file that were written may be left for the freeze to read: a millisecond."""
 _BEYOND: Final = 1 << 52
 """Behind the last page number."""
 _BATCH_PAGES: Final = 1 << 16
@@ -133,13 +136,15 @@ class FileCapture:
         layers: Path,
         pids: Callable[[], Iterable[int]],
         watch: Watch | None,
+        writes: FileWrites | None = None,
         adopt: Callable[[], Iterable[Record]] = tuple,
     ) -> None:
         """`roots`: declared paths, and where these directories are on this node.
 
         `adopt` returns the records of an epoch that this is about to go on from; see `FileBook.adopt`.
 
-        `layers` is where contents are kept for a while; `pids` tells whose files may be open.
+        `layers` is where contents are kept for a while; `pids` tells whose files may be open. `writes`
+        follows large files; it is closed with this.
         """
         self._roots = roots
         self._layers = layers
@@ -147,7 +152,8 @@ class FileCapture:
         self._pids = pids
         self._watch = watch
         self._book = FileBook(hasher)
-        self._reader = FileReader(self._book, roots, hasher, watch)
+        self._writes = writes or FileWrites()
+        self._reader = FileReader(self._book, roots, hasher, watch, self._writes)
         self._chain = LayerChain(layers)
         self._writer: LayerWriter | None = None
         self._lock = threading.Lock()
@@ -189,6 +195,9 @@ class FileCapture:
         self._take_in(self._look(how, frozen=False))
         with self._lock:
             self._book.adopted()
+        for file in self._writes.followed:
+            if self._book.find(file) is None:
+                self._writes.forget(file)
         self._keep_wanted()
 
     def want(self, page: int) -> None:
@@ -255,6 +264,7 @@ class FileCapture:
         """Let go of everything. Idempotent."""
         if self._watch is not None:
             self._watch.close()
+        self._writes.close()
         if self._writer is not None:
             self._writer.drop()
             self._writer = None
@@ -296,7 +306,8 @@ class FileCapture:
         if frozen:
             yield from self._candidates(how)
         else:
-            for node in self._book.take_unsettled():
+            written = [self._book.find(file) for file in self._writes.in_doubt(_LEFT_TO_FREEZE)]
+            for node in {*self._book.take_unsettled(), *filter(None, written)}:
                 with contextlib.suppress(UnreadableError):  # then a freeze reads it once more, if it is open
                     yield from self._itself(node, how)
 
@@ -331,7 +342,7 @@ class FileCapture:
             if (directory := self._book.by_key(handle)) is not None:
                 names[directory].add(name)
         nodes = [self._book.by_key(key) for key in self._left_objects]
-        nodes += [self._book.find(file) for file in how.always]
+        nodes += [self._book.find(file) for file in (*how.always, *self._writes.in_doubt())]
         for node in [*nodes, *self._book.linked_elsewhere]:
             if node is not None and not node.is_directory and node.names:
                 parent, name = next(iter(node.names))
@@ -410,7 +421,7 @@ class FileCapture:
 
     def _candidates(self, how: How) -> Iterator[Found]:
         """Look at what may have changed without a report: what is open or mapped, or has a name elsewhere."""
-        nodes = [self._book.find(file) for file in how.always]
+        nodes = [self._book.find(file) for file in (*how.always, *self._writes.in_doubt())]
         for node in [*nodes, *self._book.linked_elsewhere]:
             if node is not None:
                 yield from self._itself(node, how)
@@ -446,6 +457,9 @@ class FileCapture:
         try:
             for found in all_found:
                 with self._lock:
+                    if found.seen is not None and self._book.find(found.seen.id) in batch:
+                        self._take_content(batch)  # before what was found of it later
+                        pages = 0
                     node = self._take_entry(found)
                     if node is None or found.content is None:
                         continue
@@ -484,16 +498,20 @@ class FileCapture:
         parts = []
         for node, found in batch.items():
             content, seen, pages = found.content, found.seen, node.inode.pages
-            if content is None or seen is None or seen.status.st_size != node.inode.size:
-                continue  # it was seen again since, with another size
-            if self._book.node(node.number) is not node:
+            if content is None or seen is None or self._book.node(node.number) is not node:
                 continue  # it is gone since
+            moved = content.within is not None and content.place != node.inode.place
+            if moved or seen.status.st_size != node.inode.size:
+                self._writes.doubt(node.id)
+                self._book.doubt(node)
+                continue  # it was seen again since, with another size
             if pages:
-                parts.append((node, *self._identified(content)))
+                parts.append((node, *self._identified(content), content.within))
             self._book.read(node, seen.status, found.at_ns)
+            node.followed = content.followed
         parts.sort(key=lambda part: part[0].inode.place)
         changed = self._book.put_content(parts)
-        for (node, numbers, _), marks in zip(parts, changed, strict=True):
+        for (node, numbers, _, _), marks in zip(parts, changed, strict=True):
             self._keep(node, batch[node].content, numbers[marks])
         batch.clear()
 
@@ -502,7 +520,9 @@ class FileCapture:
         if content.raw is not None:
             identity = self._hasher.identify(memoryview(content.raw))
             rows = np.flatnonzero(identity.any(axis=1))
-            return rows.astype(np.uint64), identity[rows]
+            return rows.astype(np.uint64) if content.within is None else content.within.at(rows), identity[
+                rows
+            ]
         parts = content.identified or []
         pages = [np.empty(0, dtype=np.uint64), *(each for each, _ in parts)]
         return np.concatenate(pages), np.concatenate(
@@ -515,7 +535,8 @@ class FileCapture:
             return
         if content.raw is not None:
             numbers = pages + np.uint64(node.inode.place)
-            self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), pages.astype(np.intp))
+            rows = pages.astype(np.intp) if content.within is None else content.within.rank(pages)
+            self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), rows)
         for pages, data in content.kept or ():
             numbers = pages + np.uint64(node.inode.place)
             self._writer_of().add(CONTENTS, numbers, memoryview(data), np.arange(len(pages)))

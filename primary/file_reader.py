@@ -16,6 +16,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -24,10 +25,13 @@ import structlog
 from numpy.typing import NDArray
 
 from common.errors import CaptureError
-from common.file_records import OTHERWISE_TOLD
+from common.file_records import NOWHERE, OTHERWISE_TOLD
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.file_book import Attributes, FileBook, FileId, Node, Seen
+from primary.file_places import Places
+from primary.file_writes import LARGE_BYTES, FileWrites
+from primary.page_set import PageSet
 
 log = structlog.get_logger(__name__)
 
@@ -44,11 +48,17 @@ class Content:
     """What a regular file holds: as it is, or identified, with what differs from what is known."""
 
     raw: bytearray | memoryview | None
-    """All of it, filled up with zeros to whole pages; None: it was too long, and `identified` is there."""
+    """All of it (of `within`), filled up with zeros to whole pages; None: `identified` is there instead."""
     identified: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] | None = None
     """Pages (from 0) and their identities; shapes (n,) and (n, 2). All others are zeros."""
     kept: list[tuple[NDArray[np.uint64], bytes]] | None = None
     """Pages (from 0) with their content: those that are not as they are known to be."""
+    within: PageSet | None = None
+    """Only these pages (from 0) were read, the others are as they were known; None: all were."""
+    place: int = NOWHERE
+    """Where they were known, if only some were read."""
+    followed: bool = False
+    """Whether what is written to it is followed from this reading on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +130,17 @@ class FileReader:
         roots: Mapping[bytes, Path],
         hasher: PageHasher,
         handles: Handles | None = None,
+        writes: FileWrites | None = None,
     ) -> None:
-        """`roots`: where the declared directories are. `handles`: None if nothing is watched."""
+        """`roots`: where the declared directories are. `handles`: None if nothing is watched.
+
+        `writes` follows large files; without it they are read as a whole.
+        """
         self._book = book
         self._roots = roots
         self._hasher = hasher
         self._handles = handles
+        self._writes = writes or FileWrites()
         self._buffer = memoryview(bytearray(_BLOCK_BYTES))
         self._read: set[FileId] = set()
 
@@ -208,10 +223,13 @@ class FileReader:
             content = None
             doubtful = seen.id in how.always or status.st_dev in how.timeless
             same = not doubtful and node is not None and node.looks_same(status)
-            if not same and seen.id not in self._read:
-                self._read.add(seen.id)
-                how.room(min(status.st_size, status.st_blocks * 512))
-                content = self._content(fd, status.st_size, node, how)
+            if seen.id not in self._read:
+                if node is not None and node.followed and seen.id in self._writes:
+                    self._read.add(seen.id)
+                    content = self._written(fd, status, node, how)
+                elif not same:
+                    self._read.add(seen.id)
+                    content = self._whole(fd, status, node, how)
             return Found(parent, name, seen, self._key(fd), content, at_ns)
         finally:
             os.close(fd)
@@ -281,40 +299,91 @@ class FileReader:
         known = node.children.keys() if node is not None else ()
         return found, [*names, *(known - set(names) if known else ())]
 
+    def _whole(self, fd: int, status: os.stat_result, node: Node | None, how: How) -> Content:
+        """Read all of a file; have what is written to a large one followed, if that is read while it runs."""
+        if not how.still and status.st_size > LARGE_BYTES and self._writes.follow(fd):
+            pages = -(-status.st_size // PAGE_BYTES)
+            doubtful = self._writes.doubtful(_id(status), fd, pages, touched=True)
+            if doubtful is not None:
+                content = self._pieces(fd, status, doubtful, node, how)
+                content.followed = True
+                return content
+        how.room(min(status.st_size, status.st_blocks * 512))
+        return self._content(fd, status.st_size, node, how)
+
+    def _written(self, fd: int, status: os.stat_result, node: Node, how: How) -> Content | None:
+        """Read what may have changed of a file that is followed; None: nothing has."""
+        file, place = _id(status), node.inode.place
+        pages = -(-status.st_size // PAGE_BYTES)
+        stays = place != NOWHERE and Places.fits(place, pages)
+        if not stays:
+            self._writes.doubt(file)
+        elif status.st_size != node.inode.size:
+            self._writes.doubt(file, min(status.st_size, node.inode.size) // PAGE_BYTES)
+        doubtful = self._writes.doubtful(file, fd, pages, touched=not node.looks_same(status))
+        if doubtful is None:
+            how.room(min(status.st_size, status.st_blocks * 512))
+            return self._content(fd, status.st_size, node, how)
+        if not len(doubtful) and node.looks_same(status):
+            return None
+        how.room(len(doubtful) * PAGE_BYTES)
+        if how.raw_bytes and len(doubtful) * PAGE_BYTES <= how.raw_bytes:
+            raw = self._writes.read(file, fd, doubtful.numbers).data
+            self._writes.all_read(file, pages)
+            content = Content(raw)
+        else:
+            if not how.still:
+                self._writes.flush(file, fd)
+            content = self._pieces(fd, status, doubtful, node, how)
+        content.followed = True
+        if stays:
+            content.within, content.place = doubtful, place
+        return content
+
+    def _pieces(
+        self, fd: int, status: os.stat_result, doubtful: PageSet, node: Node | None, how: How
+    ) -> Content:
+        """Read those pages of a file that is followed, some at a time."""
+        file, pages = _id(status), -(-status.st_size // PAGE_BYTES)
+        bounds = np.array([*chain.from_iterable(_data(fd, pages))], dtype=np.uint64)
+        data = PageSet.spanning(bounds[0::2], bounds[1::2])
+        self._writes.pass_over(file, doubtful - data)
+        found = Content(None, [], [])
+        for numbers in (doubtful & data).pieces(_BLOCK_BYTES // PAGE_BYTES):
+            block = self._writes.read(file, fd, numbers)
+            self._take_block(found, node, numbers, block.data, how)
+        self._writes.all_read(file, pages)
+        return found
+
     def _content(self, fd: int, size: int, node: Node | None, how: How) -> Content:
         pages = -(-size // PAGE_BYTES)
         if size <= how.raw_bytes:
             raw = bytearray(pages * PAGE_BYTES)
             _fill(fd, memoryview(raw)[:size], 0)
             return Content(raw)
-        identified: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
-        kept: list[tuple[NDArray[np.uint64], bytes]] = []
+        found = Content(None, [], [])
         for first, end in _data(fd, pages):
             for start in range(first, end, _BLOCK_BYTES // PAGE_BYTES):
                 stop = min(end, start + _BLOCK_BYTES // PAGE_BYTES)
                 block = self._buffer[: (stop - start) * PAGE_BYTES]
                 _fill(fd, block, start * PAGE_BYTES)
-                identity = self._hasher.identify(block)
-                rows = np.flatnonzero(identity.any(axis=1))
-                identified.append((rows.astype(np.uint64) + np.uint64(start), identity[rows]))
-                if how.keep:
-                    self._keep(kept, node, start, identity, block)
-        return Content(None, identified, kept)
+                self._take_block(found, node, np.arange(start, stop, dtype=np.uint64), block, how)
+        return found
 
-    def _keep(
-        self,
-        kept: list[tuple[NDArray[np.uint64], bytes]],
-        node: Node | None,
-        start: int,
-        identity: NDArray[np.uint64],
-        block: memoryview,
+    def _take_block(
+        self, found: Content, node: Node | None, pages: NDArray[np.uint64], block: memoryview, how: How
     ) -> None:
-        pages = np.arange(start, start + len(identity), dtype=np.uint64)
+        """Identify pages (ascending), and keep those of which other content is known."""
+        identity = self._hasher.identify(block)
         marks = identity.any(axis=1)
+        if found.identified is not None:
+            found.identified.append((pages[marks], identity[marks]))
+        if not how.keep or found.kept is None:
+            return
         if node is not None:
             marks &= self._book.differs(node, pages, identity)
         for run in _runs(np.flatnonzero(marks)):
-            kept.append((pages[run], bytes(block[run[0] * PAGE_BYTES : (run[-1] + 1) * PAGE_BYTES])))
+            found.kept.append((pages[run], bytes(block[run[0] * PAGE_BYTES : (run[-1] + 1) * PAGE_BYTES])))
 
 
 def open_path(path: list[bytes], flags: int) -> int | None:

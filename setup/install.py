@@ -46,6 +46,7 @@ PROGRAMS = {
     "sshd": "openssh-server",
     "etcd": "etcd-server",
     "cc": "gcc",
+    "clang": "clang",
 }
 
 # To see that the parts in C are fit for the other machine too.
@@ -57,7 +58,7 @@ if platform.machine() == "x86_64":
     PROGRAMS |= CROSS
 
 # Files that no program shows, and the package that brings them.
-FILES = {"/usr/include/stdio.h": "libc6-dev"}
+FILES = {"/usr/include/stdio.h": "libc6-dev", "/usr/include/bpf/bpf_tracing.h": "libbpf-dev"}
 if platform.machine() == "x86_64":
     FILES |= {"/usr/aarch64-linux-gnu/include/stdio.h": "libc6-dev-arm64-cross"}
 
@@ -163,6 +164,10 @@ def build_native() -> None:
         say(step, "native parts: built")
     except native.BuildError as error:
         say(step, f"native parts: not built, so only the stock memory backend works: {error}")
+    try:
+        native.build_for_kernel()
+    except native.BuildError as error:
+        say(step, f"native parts: large files are read as a whole: {error}")
 
 
 def find_criu() -> None:

@@ -19,10 +19,11 @@ from common.config import NodeConfig
 from common.container import workload_pids
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
-from common.errors import OutliveError
+from common.errors import OutliveError, UnsupportedError
 from outlive.doctor.at_rest import kept_at_rest
 from outlive.doctor.report import Check, node_check
 from primary.backend import choose_backend
+from primary.file_writes import check_support
 
 _OLDEST_CRIU = (4, 2, 0)
 _PROGRAM_DEADLINE_S = 5.0
@@ -48,6 +49,8 @@ async def check_machine(config: NodeConfig) -> list[Check]:
     found += [await _check_program(name, needed) for name, needed in _programs(config)]
     found += _check_directories(config)
     found.append(_check_memory())
+    if any(not files.shared for spec in config.workloads for files in spec.files):
+        found.append(await asyncio.to_thread(_check_large_files))
     found.append(node_check("clocks", "ok", "not measured: deadlines use each node's own monotonic clock"))
     return found
 
@@ -55,6 +58,17 @@ async def check_machine(config: NodeConfig) -> list[Check]:
 def _check_kernel() -> Check:
     release = os.uname().release
     return node_check("kernel", "ok", f"{os.uname().sysname} {release} on {os.uname().machine}")
+
+
+def _check_large_files() -> Check:
+    """Tell whether a large file that changes has to be read as a whole."""
+    try:
+        check_support()
+    except UnsupportedError as error:
+        return node_check(
+            "large files", "warn", f"read as a whole when they change: {error.message}", error.hint
+        )
+    return node_check("large files", "ok", "the kernel tells which parts change (on ext4, XFS, btrfs)")
 
 
 def _check_capabilities() -> Check:

@@ -40,6 +40,8 @@ class Workload:
 
     def __init__(self, config: NodeConfig, directory: Path) -> None:
         self.directory = directory
+        self.replicated = True
+        """Whether the local directory is one of its files; else it counts as shared, too."""
         self._base = config
         self.shared, self.local = directory / "shared", directory / "local"
         for storage in (self.shared, self.local):
@@ -53,7 +55,7 @@ class Workload:
             command=("/usr/bin/python3", "-c", PREAMBLE + code + "\n" + READY),
             files=(
                 FilePath(path="/srv/shared", source=str(self.shared), shared=True),
-                FilePath(path="/srv/local", source=str(self.local)),
+                FilePath(path="/srv/local", source=str(self.local), shared=not self.replicated),
             ),
         )
 
@@ -147,7 +149,6 @@ async def test_a_workload_of_many_harmless_things_is_fit_and_restorable(workload
     [
         ("b = ctypes.create_string_buffer(248); assert libc.syscall(425, 4, b) > 0", "io_uring"),
         ("assert libc.syscall(323, 1) > 0", "userfaultfd"),
-        ("f = open('/srv/shared/f', 'w'); fcntl.flock(f, fcntl.LOCK_EX)", "file locks"),
         ("s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)", "sockets"),
         (
             "f = open('/srv/local/f', 'wb'); f.write(bytes(2 << 20)); f.flush(); os.unlink(f.name)",
@@ -161,6 +162,19 @@ async def test_a_workload_of_many_harmless_things_is_fit_and_restorable(workload
     ],
 )
 async def test_what_the_doctor_refuses_criu_cannot_dump(workload: Workload, code: str, name: str) -> None:
+    await _is_refused(workload, code, name)
+
+
+async def test_locks_are_dumped_only_where_files_are_replicated(workload: Workload) -> None:
+    code = "f = open('/srv/shared/f', 'w'); fcntl.flock(f, fcntl.LOCK_EX)"
+    await workload.start(code)
+    assert await workload.failures() == set()
+    await workload.stop()
+    workload.replicated = False
+    await _is_refused(workload, code, "file locks")
+
+
+async def _is_refused(workload: Workload, code: str, name: str) -> None:
     try:
         await workload.start(code)
     except AssertionError as error:

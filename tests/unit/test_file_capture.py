@@ -444,6 +444,6 @@ def test_a_file_whose_content_was_not_read_is_in_no_epoch(tmp_path: Path) -> Non
     book.link(directory.number, b"file", node)
     with pytest.raises(CaptureError, match="file could not be read"):
         book.seal()
-    book.put_content([(node, np.arange(2, dtype=np.uint64), np.ones((2, 2), dtype=np.uint64))])
+    book.put_content([(node, np.arange(2, dtype=np.uint64), np.ones((2, 2), dtype=np.uint64), None)])
     book.read(node, path.stat(), 0)
     assert len(book.seal()[0][1].pages) == 2

@@ -1,0 +1,236 @@
+"""Large files: what is not held for doubtful is what it was, however the file is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UnsupportedError
+from common.identity import PageHasher
+from common.model import PAGE_BYTES, EpochId
+from primary import file_writes
+from primary.file_capture import FileCapture
+from primary.file_watch import FileWatch
+from primary.file_writes import FileWrites, check_support
+from primary.page_set import PageSet
+from tests.unit.file_trees import rebuild, walk
+from tests.unit.file_writers import Writer
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root traces the kernel")
+
+
+@pytest.fixture(autouse=True)
+def _supported() -> None:
+    try:
+        check_support()
+    except UnsupportedError as error:
+        pytest.skip(error.message)
+
+
+class Known:
+    """What a reader knows of a file who reads only what it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        self.writes = FileWrites()
+        self.fd = os.open(path, os.O_RDONLY)
+        status = os.fstat(self.fd)
+        self.file = status.st_dev, status.st_ino
+        self.content = bytearray()
+        self.read_pages = 0
+        self._times: tuple[int, int] | None = None
+
+    def close(self) -> None:
+        self.writes.close()
+        os.close(self.fd)
+
+    def look(self) -> PageSet:
+        """Read what is in doubt."""
+        status = os.fstat(self.fd)
+        pages = -(-status.st_size // PAGE_BYTES)
+        changed = len(self.content) != status.st_size
+        if changed:
+            self.writes.doubt(self.file, min(len(self.content), status.st_size) // PAGE_BYTES)
+        # Times move by ticks: what is younger than two may change again unseen.
+        doubtful = self.writes.doubtful(self.file, self.fd, pages, touched=True)
+        assert doubtful is not None
+        self.content = self.content[: status.st_size].ljust(status.st_size, b"\0")
+        for numbers in doubtful.pieces(100):
+            read = self.writes.read(self.file, self.fd, numbers).reshape(-1, PAGE_BYTES)
+            for number, page in zip(numbers.tolist(), read, strict=True):
+                at = number * PAGE_BYTES
+                self.content[at : at + PAGE_BYTES] = page.tobytes()
+        del self.content[status.st_size :]
+        self.writes.all_read(self.file, pages)
+        self.read_pages += len(doubtful)
+        return doubtful
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Writer]:
+    made = Writer(tmp_path / "large", seed=5)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def known(writer: Writer) -> Iterator[Known]:
+    made = Known(writer.path)
+    if not made.writes.follow(made.fd):
+        pytest.skip("this file system is not followed")
+    yield made
+    made.close()
+
+
+def test_what_is_not_in_doubt_is_what_it_was(writer: Writer, known: Known) -> None:
+    looked_at = 0
+    for _ in range(400):
+        writer.some(6)
+        known.look()
+        looked_at += -(-writer.size // PAGE_BYTES)
+        actual = writer.path.read_bytes()
+        if known.content != actual:
+            wrong = [
+                at // PAGE_BYTES
+                for at in range(0, len(actual), PAGE_BYTES)
+                if known.content[at : at + PAGE_BYTES] != actual[at : at + PAGE_BYTES]
+            ]
+            pytest.fail(f"pages {wrong[:9]} of {len(wrong)} changed unnoticed: {writer.done}")
+    assert sum(count > 0 for count in writer.done.values()) > len(writer.ways) - 4, writer.done
+    assert known.read_pages < looked_at // 2
+
+
+def test_of_a_large_file_that_does_not_change_nothing_is_read(writer: Writer, known: Known) -> None:
+    os.sync()
+    known.look()
+    assert not known.look()
+    assert known.writes.in_doubt() == []
+
+
+def test_what_is_dirty_when_it_is_read_is_read_again_until_it_is_clean(writer: Writer, known: Known) -> None:
+    os.sync()
+    known.look()
+    fd = os.open(writer.path, os.O_RDWR)
+    os.pwrite(fd, b"new", 40960)
+    assert 10 in known.look().numbers
+    assert known.writes.in_doubt() == [known.file]
+    os.pwrite(fd, b"and again", 40960)  # the page is dirty already: that is not told
+    assert 10 in known.look().numbers
+    os.fsync(fd)
+    known.look()
+    assert not known.look()
+    os.close(fd)
+
+
+def test_many_pages_in_doubt_are_written_back_ahead(
+    writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_writes, "_FLUSHED_PAGES", 10)
+    os.sync()
+    known.look()
+    fd = os.open(writer.path, os.O_RDWR)
+    os.pwrite(fd, b"x" * (11 * PAGE_BYTES), 0)
+    known.writes.hear()
+    known.writes.flush(known.file, known.fd)
+    known.look()
+    assert known.writes.in_doubt() == []
+    os.close(fd)
+
+
+def test_when_reports_are_lost_everything_is_in_doubt(
+    writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.sync()
+    known.look()
+    tracing = known.writes._tracing
+    assert tracing is not None
+    none = np.empty(0, dtype=file_writes._WRITTEN)
+    monkeypatch.setattr(tracing, "drain", lambda: (none, False))
+    assert len(known.look()) == -(-writer.size // PAGE_BYTES)
+
+
+def test_more_reports_than_fit_are_noticed(writer: Writer, known: Known) -> None:
+    os.sync()
+    known.look()
+    fd = os.open(writer.path, os.O_RDWR | os.O_DIRECT)
+    buffer = np.zeros(3 * PAGE_BYTES, dtype=np.uint8)
+    aligned = buffer[-buffer.ctypes.data % PAGE_BYTES :][:PAGE_BYTES]
+    # Each direct read is told as well: the ring has room for 262,144 reports.
+    tracing = known.writes._tracing
+    assert tracing is not None
+    tracing._lost -= 1  # as if one had not fitted
+    os.preadv(fd, [aligned.data], 0)
+    assert len(known.look()) == -(-writer.size // PAGE_BYTES)
+    os.close(fd)
+
+
+def test_a_file_with_journalled_data_is_not_followed(
+    writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_writes, "_is_fit", lambda fd: False)
+    assert known.writes.doubtful(known.file, known.fd, 1, touched=True) is None
+    assert known.file not in known.writes
+    assert not known.writes.follow(known.fd)
+
+
+def test_without_support_nothing_is_followed(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Path:
+        raise UnsupportedError(f"{name} was not built", hint="run `make setup`")
+
+    monkeypatch.setattr(file_writes, "built", missing)
+    writes = FileWrites()
+    fd = os.open(writer.path, os.O_RDONLY)
+    assert not writes.follow(fd)
+    assert writes.followed == []
+    writes.hear()
+    writes.close()
+    os.close(fd)
+
+
+def test_a_folio_of_unknown_size_is_as_large_as_it_can_be(
+    known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.sync()
+    known.look()
+    tracing = known.writes._tracing
+    assert tracing is not None
+    written = np.array([(known.file[1], 8, 0), (known.file[1], 64, 65)], dtype=file_writes._WRITTEN)
+    monkeypatch.setattr(tracing, "drain", lambda: (written, True))
+    doubtful = known.writes.doubtful(known.file, known.fd, 1 << 20, touched=False)
+    assert doubtful is not None
+    assert doubtful.numbers.tolist() == [*range(8, 16), 64]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_epochs_have_large_files_as_they_were_at_their_freezes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    monkeypatch.setattr("primary.file_reader.LARGE_BYTES", 1 << 16)
+    monkeypatch.setattr("primary.file_look._MOST_BYTES", 1 << 16)
+    root = tmp_path / "data"
+    root.mkdir()
+    writer = Writer(root / "large", seed=11 + watched)
+    try:
+        watch = FileWatch([root]) if watched else None
+    except UnsupportedError as error:
+        pytest.skip(error.message)
+    files = FileCapture(
+        {b"/data": root}, hasher=PageHasher(), layers=tmp_path, pids=lambda: [os.getpid()], watch=watch
+    )
+    partial = 0
+    for number in range(1, 60):
+        writer.some(5)
+        files.ahead(EpochId(1, number - 2) if number > 2 else None)
+        writer.some(5)
+        files.take(patient=True)
+        files.settle()
+        reader = files.seal(EpochId(1, number))[1]
+        assert rebuild(reader.spaces, reader) == walk(root), writer.done
+        reader.release()
+        partial += sum(node.followed for node in files._book.nodes)
+    assert partial > 50
+    files.close()
+    writer.close()
