@@ -47,7 +47,7 @@ from common.model import EpochId
 from common.threads import in_thread
 from outlive.cli.running import configure_logs
 from outlive.lab_state import run
-from primary.dumping import Dumped, Dumper
+from primary.dumping import Dumped, Dumper, FrozenWork
 from primary.fast import FastBackend
 from primary.file_backend import FrozenHook, WithFiles
 from primary.file_capture import FileCapture
@@ -85,9 +85,7 @@ class _Unwatched:
 class _ChangingDumper(Dumper):
     """Has the process change files before each dump."""
 
-    def __init__(
-        self, site: Site, at_frozen: Callable[[], None], on_abandoned: Callable[[float], None]
-    ) -> None:
+    def __init__(self, site: Site, at_frozen: FrozenWork, on_abandoned: Callable[[float], None]) -> None:
         super().__init__(
             site.config,
             site.spec,
@@ -115,7 +113,7 @@ class _ChangingDumper(Dumper):
 
 
 class _TimedHook:
-    """The hook within freezes, with what it takes."""
+    """The work within freezes, with what it takes: beside criu, and at the end."""
 
     def __init__(self, hook: FrozenHook) -> None:
         self._hook = hook
@@ -123,14 +121,22 @@ class _TimedHook:
         """The last time."""
         self.ended_s = 0.0
 
-    def __call__(self) -> None:
-        """See `FrozenHook`."""
+    def begin(self) -> None:
+        """See `FrozenWork.begin`."""
+        self.took_ms = 0.0
+        self._timed(self._hook.begin)
+
+    def end(self) -> None:
+        """See `FrozenWork.end`."""
+        self._timed(self._hook.end)
+
+    def _timed(self, work: Callable[[], None]) -> None:
         begun_s = time.monotonic()
         try:
-            self._hook()
+            work()
         finally:
             self.ended_s = time.monotonic()
-            self.took_ms = (self.ended_s - begun_s) * 1000
+            self.took_ms += (self.ended_s - begun_s) * 1000
 
 
 class _Epochs:

@@ -57,6 +57,26 @@ class FreezeGuard(Protocol):
         ...
 
 
+class FrozenWork(Protocol):
+    """What is done in each freeze beside criu's work. What it raises abandons the dump."""
+
+    def begin(self) -> None:
+        """Called in a thread when everything stands still, while criu is at work; perhaps not at all."""
+        ...
+
+    def end(self) -> None:
+        """Called in the event loop when criu has done its work, after `begin` has returned."""
+        ...
+
+
+class _NoWork:
+    def begin(self) -> None:
+        """See `FrozenWork.begin`."""
+
+    def end(self) -> None:
+        """See `FrozenWork.end`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dumped:
     """What a dump was like."""
@@ -103,14 +123,13 @@ class Dumper:
         with_shim: bool = False,
         freezer: Freezer | None = None,
         on_abandoned: Callable[[float], None] = lambda frozen_ms: None,
-        at_frozen: Callable[[], None] = lambda: None,
+        at_frozen: FrozenWork | None = None,
     ) -> None:
         """Say what to dump. `attachments` are files that go with every epoch's metadata.
 
         `on_abandoned` is told, of each freeze that came to nothing, for how many ms at most it lasted.
 
-        `at_frozen` is called in each dump when everything stands still, in the event loop; what it raises
-        abandons the dump.
+        `at_frozen` is done in each dump when everything stands still.
 
         `share` comes first on the processors while anything stands still.
 
@@ -129,7 +148,8 @@ class Dumper:
         self._ahead: _Ahead | None = None
         self._beside: ThreadPoolExecutor | None = None
         self._on_abandoned = on_abandoned
-        self._at_frozen = at_frozen
+        self._at_frozen = at_frozen or _NoWork()
+        self._working: ThreadPoolExecutor | None = None
         self._freezer = freezer or Freezer(self._paths.cgroup)
         self.freeze_cgroup: Path | None = None
         """The workload's cgroup, if somebody else has frozen it already: CRIU must be told."""
@@ -173,6 +193,8 @@ class Dumper:
             self._ahead = _Ahead(criu, channel)
             if self._with_shim and self._beside is None:
                 self._beside = _thread()
+            if self._with_files and self._working is None:
+                self._working = _thread()
         return self._ahead.channel
 
     async def dump(
@@ -195,22 +217,28 @@ class Dumper:
         frozen_wall_s, hook_ms = time.time(), 0.0
         frozen_s: float | None = None
         beside: Future[None] | None = None
+        begun: Future[None] | None = None
 
         async def on_notify(script: str, pid: int | None) -> bool:
-            nonlocal frozen_wall_s, frozen_s, hook_ms, beside
+            nonlocal frozen_wall_s, frozen_s, hook_ms, beside, begun
             if script == "pre-dump":
                 frozen_wall_s, frozen_s = time.time(), time.monotonic()
                 first.enter_context(self._share.claimed())
                 favour(ahead.criu.pid)
-            elif script == "query-ext-files" and meanwhile is not None:
-                beside = self._beside.submit(meanwhile) if self._beside is not None else None
+            elif script == "query-ext-files":
+                if self._working is not None:
+                    begun = self._working.submit(self._at_frozen.begin)
+                if meanwhile is not None and self._beside is not None:
+                    beside = self._beside.submit(meanwhile)
             elif script == "post-dump":
                 begun_s = time.monotonic()
                 if beside is not None:
                     await _ended(beside)
                 if at_post_dump is not None:
                     at_post_dump(ahead.channel)
-                self._at_frozen()
+                if begun is not None:
+                    await asyncio.wrap_future(begun)
+                self._at_frozen.end()
                 hook_ms = (time.monotonic() - begun_s) * 1000
             return True
 
@@ -243,8 +271,8 @@ class Dumper:
         finally:
             wall_ms = (time.monotonic() - started_s) * 1000
             try:
-                if beside is not None and not beside.done():
-                    await in_thread(wait, [beside])
+                if running := [each for each in (beside, begun) if each is not None and not each.done()]:
+                    await in_thread(wait, running)
             finally:
                 await self._guard.end(ahead.criu.pid)
                 if ahead.channel:
@@ -282,9 +310,10 @@ class Dumper:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             await _abandon(ahead)
-        beside, self._beside = self._beside, None
-        if beside is not None:
-            beside.shutdown(wait=False)
+        for executor in (self._beside, self._working):
+            if executor is not None:
+                executor.shutdown(wait=False)
+        self._beside = self._working = None
 
 
 def metadata_in(directory: Path) -> tuple[MetadataFile, ...]:

@@ -7,7 +7,6 @@ of them the freeze is accepted: slower, never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -26,19 +25,25 @@ _ATTEMPTS: Final = 3
 
 
 class FrozenHook:
-    """What is done in a freeze beside memory, when all stands still; the dumpers of a workload call it."""
+    """What is done in a freeze beside memory, when all stands still: a `FrozenWork` for all dumpers."""
 
     def __init__(self) -> None:
-        self._work: Callable[[], None] | None = None
+        self._files: FileCapture | None = None
+        self._patient = False
 
-    def __call__(self) -> None:
-        """Do it; what it raises abandons the freeze."""
-        if self._work is not None:
-            self._work()
+    def begin(self) -> None:
+        """See `FrozenWork.begin`."""
+        if self._files is not None:
+            self._files.begin(patient=self._patient)
 
-    def set(self, work: Callable[[], None] | None) -> None:
-        """Say what is to be done at the next freezes."""
-        self._work = work
+    def end(self) -> None:
+        """See `FrozenWork.end`."""
+        if self._files is not None:
+            self._files.take(patient=self._patient)
+
+    def set(self, files: FileCapture | None, *, patient: bool = False) -> None:
+        """Say whose files are to be taken at the next freezes; None: nobody's."""
+        self._files, self._patient = files, patient
 
 
 class WithFiles:
@@ -60,7 +65,7 @@ class WithFiles:
         for attempt in range(1, _ATTEMPTS + 1):
             await in_thread(self._files.ahead, since)
             patient = attempt == _ATTEMPTS
-            self._hook.set(lambda patient=patient: self._files.take(patient=patient))  # type: ignore[misc]
+            self._hook.set(self._files, patient=patient)
             try:
                 captured = await self._memory.capture(epoch, since)
             except TooMuchWrittenError as error:

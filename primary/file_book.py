@@ -158,6 +158,25 @@ class FileBook:
         number = self._by_key.get(key)
         return None if number is None else self._nodes[number]
 
+    def knows_file(self, key: bytes) -> bool:
+        """Tell whether the watch's key is that of a file (no directory) with a name."""
+        number = self._by_key.get(key)
+        if number is None:
+            return False
+        node = self._nodes[number]
+        return bool(node.names) and not node.is_directory
+
+    def leads_only_to(self, directory: bytes, name: bytes, file: bytes) -> bool:
+        """Tell whether a name leads to that file, which has no other one; by the watch's keys.
+
+        Then whatever happened to the file, it is found by looking at what was reported of names.
+        """
+        number = self._by_key.get(file)
+        if number is None:
+            return False
+        names, parent = self._nodes[number].names, self._by_key.get(directory)
+        return len(names) == 1 and (parent, name) in names
+
     def holder(self, page: int) -> tuple[Node, int] | None:
         """Return whose content a page is, and which page of it; None: of no file's at present."""
         place = Places.start_of(page)

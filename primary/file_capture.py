@@ -4,7 +4,7 @@ In: the declared directories, and who may have files open there. Out: the spaces
 them, and their content for as long as a replica may need it.
 
     running   what was reported as changed is looked at and identified, so that little is left    ahead
-    frozen    what was reported since, and what is open or mapped, is looked at once more          take
+    frozen    what was reported since, and what is open or mapped, is looked at once more    begin, take
     running   all that was found goes into the book; an epoch has it from there                   settle, seal
 
 What is reported comes from `primary.file_watch`; without it everything is scanned, also while frozen. Stores
@@ -41,7 +41,7 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import SpacePages
 from primary.file_book import FileBook, FileId, Node, Seen
-from primary.file_look import Place, QuickLook
+from primary.file_look import Directory, Place, QuickLook, opened
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
 from primary.file_watch import SYSTEM_BYTES
 from primary.file_writes import FileWrites
@@ -54,6 +54,7 @@ _RAW_BYTES: Final = 8 << 20
 """Files up to that size are kept as they are while frozen, and identified later."""
 _MOST_FROZEN_BYTES: Final = 64 << 20
 """So much may be read while frozen without a second thought: about 20 ms."""
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
 _DIRECTORIES_AT_ONCE: Final = 256
 """So many are open at a time."""
 _SHARED: Final = re.compile(rb"^(\S+) ...s \S+ \S+ [1-9]", re.MULTILINE)
@@ -90,6 +91,11 @@ class Hint(Protocol):
         """What the entry led to; empty: that is not told."""
         ...
 
+    @property
+    def content(self) -> bool:
+        """Only what the object holds, or its attributes, may have changed."""
+        ...
+
 
 class Hints(Protocol):
     """What was reported."""
@@ -118,6 +124,10 @@ class Watch(Protocol):
 
     def open(self, key: bytes, flags: int) -> int | None:
         """Open what is called so, wherever it is; None: it is gone."""
+        ...
+
+    def handle_of(self, key: bytes) -> tuple[int, bytes]:
+        """Return what a key is made of: something open on its file system, and a `struct file_handle`."""
         ...
 
     def close(self) -> None:
@@ -160,17 +170,20 @@ class FileCapture:
         """Held while the book is changed, and where senders look something up in it."""
         self._scan_due = True
         self._sealed = False
-        self._left: set[tuple[bytes, bytes]] = set()
-        """Directories (their keys) and names that were not looked at yet since something was told of them."""
+        self._left: defaultdict[bytes, set[bytes]] = defaultdict(set)
+        """By directory (its key), names that were not looked at yet since something was told of them."""
         self._left_objects: set[bytes] = set()
         """Keys of files, likewise."""
+        self._again: set[bytes] = set()
+        """Keys that the book may have when that freeze is over."""
         self._wanted: int | None = None
         """From which page on content could not be sent, because it had changed since."""
-        self._taken: list[Found | _Looked] = []
+        self._taken: list[Found | _Files | _Names] = []
         """In the order in which it was found: a freeze may take several attempts."""
         self._quick = QuickLook(handles=watch is not None)
         self._mapped: frozenset[FileId] = frozenset()
         self._now_mapped: frozenset[FileId] = frozenset()
+        self._begun = False
         self._frozen_bytes = 0
         self._patient = False
         self._timeless = _timeless(roots.values())
@@ -222,23 +235,38 @@ class FileCapture:
             if kept == _MOST_KEPT:
                 break
 
+    def begin(self, *, patient: bool) -> None:
+        """Begin with `take`, in any thread, as soon as all stands still; `take` has the rest then.
+
+        Criu is at work meanwhile, and may still make names of its own. Raises as `take` does.
+        """
+        if self._watch is not None and not self._scan_due:
+            self.take(patient=patient)
+            self._begun = True
+
     def take(self, *, patient: bool) -> None:
         """Look at the rest, while all stands still. Raises TooMuchWrittenError, unless `patient`."""
-        self._frozen_bytes, self._patient = 0, patient
+        always: frozenset[FileId] = frozenset()
+        first, self._begun = not self._begun, False
+        if first:
+            self._frozen_bytes, self._patient = 0, patient
+            always = self._open_files().union(self._writes.in_doubt())
         self._hear()
         if self._scan_due and self._watch is not None and not patient:
             raise TooMuchWrittenError("reports of changes were lost: everything is looked at while it runs")
-        always = self._open_files()
         how = How(raw_bytes=_RAW_BYTES, still=True, always=always, room=self._room, timeless=self._timeless)
         # What was found before an error is as good as what a whole round finds.
         if self._scan_due or self._watch is None:
             for found in self._look(how, frozen=True):
                 self._taken.append(found)
         else:
-            self._take_hinted(how)
+            if not first:
+                self._take_new(self._watch, how)
+            self._take_hinted(self._watch, how)
 
     def settle(self) -> None:
         """Take in what was found while frozen, whatever became of the freeze."""
+        self._begun = False
         taken, self._taken = self._taken, []
         self._take_in(
             chain.from_iterable(
@@ -314,58 +342,90 @@ class FileCapture:
     def _hear(self) -> None:
         """Take note of what was reported."""
         if self._watch is not None:
+            self._left_objects |= self._again
+            self._again = set()
             drained = self._watch.drain()
             self._scan_due = self._scan_due or drained.overflowed
-            self._left.update((hint.handle, hint.name) for hint in drained.changed if hint.handle)
-            self._left_objects.update(hint.object for hint in drained.changed if hint.object)
+            knows_file, leads_only_to = self._book.knows_file, self._book.leads_only_to
+            for hint in drained.changed:
+                if hint.content and knows_file(hint.object):
+                    self._left_objects.add(hint.object)
+                    continue
+                if hint.handle:
+                    self._left[hint.handle].add(hint.name)
+                if hint.object and not leads_only_to(hint.handle, hint.name, hint.object):
+                    self._left_objects.add(hint.object)
 
-    def _take_hinted(self, how: How) -> None:
+    def _take_hinted(self, watch: Watch, how: How) -> None:
         """Look at what was reported, and at what may have changed without a report: most of it at once."""
         self._reader.begin()
-        names = self._suspects(how)
-        suspects = list(names)
-        for first in range(0, len(suspects), _DIRECTORIES_AT_ONCE):
-            part = suspects[first : first + _DIRECTORIES_AT_ONCE]
-            opened = [(node, fd) for node in part if (fd := self._reader.open_directory(node)) is not None]
-            try:
-                self._take_at_once(opened, names, how)
-            finally:
-                for _, fd in opened:
-                    os.close(fd)
+        self._take_files(watch, how)
+        names = {
+            directory: told
+            for handle, told in self._left.items()
+            if (directory := self._book.by_key(handle)) is not None
+        }
+        directories = list(names)
+        for first in range(0, len(directories), _DIRECTORIES_AT_ONCE):
+            part = directories[first : first + _DIRECTORIES_AT_ONCE]
+            with opened([watch.handle_of(node.key) for node in part]) as found:
+                there = [each for each in zip(part, found, strict=True) if each[0].id == each[1].id]
+                self._take_names(there, names, how)
         self._left.clear()
         self._left_objects.clear()
 
-    def _suspects(self, how: How) -> dict[Node, set[bytes]]:
-        """Return which names of which directories are to be looked at."""
-        names: defaultdict[Node, set[bytes]] = defaultdict(set)
-        for handle, name in self._left:
-            if (directory := self._book.by_key(handle)) is not None:
-                names[directory].add(name)
-        nodes = [self._book.by_key(key) for key in self._left_objects]
-        nodes += [self._book.find(file) for file in (*how.always, *self._writes.in_doubt())]
-        for node in [*nodes, *self._book.linked_elsewhere]:
-            if node is not None and not node.is_directory and node.names:
-                parent, name = next(iter(node.names))
-                if (directory := self._book.node(parent)) is not None:
-                    names[directory].add(name)
-        return names
+    def _take_new(self, watch: Watch, how: How) -> None:
+        """Look at what was reported of directories that were found in this freeze: the book has them not."""
+        unknown = {handle for handle in self._left if self._book.by_key(handle) is None}
+        self._again = {key for key in self._left_objects if self._book.by_key(key) is None}
+        found = [each for each in self._taken if isinstance(each, Found) and each.key in unknown]
+        for each in found if unknown else ():
+            if each.seen is None or (fd := watch.open(each.key, _DIRECTORY)) is None:
+                continue
+            try:
+                for name in self._left.pop(each.key, ()):
+                    if name != b".":
+                        self._taken += self._reader.look(each.seen.id, fd, name, how)
+                self._taken.append(self._reader.itself(fd))
+            finally:
+                os.close(fd)
 
-    def _take_at_once(
-        self, opened: list[tuple[Node, int]], names: Mapping[Node, set[bytes]], how: How
+    def _take_files(self, watch: Watch, how: How) -> None:
+        """Look at files that are known, whatever their names are by now."""
+        told = [self._book.by_key(key) for key in self._left_objects]
+        told += [self._book.find(file) for file in how.always]
+        nodes: list[Node] = []
+        others: list[Node] = []
+        for node in dict.fromkeys([*told, *self._book.linked_elsewhere]):
+            if node is not None and node.names and not node.is_directory:
+                (nodes if stat.S_ISREG(node.inode.mode) else others).append(node)
+        at_ns = time.time_ns()
+        looks, left = self._quick.look_by_handle([watch.handle_of(node.key) for node in nodes])
+        self._taken.append(_Files(looks, nodes, at_ns))
+        self._room(int(looks["st_size"].sum()))
+        for node in [*others, *(nodes[row] for row in left)]:
+            self._taken += self._itself(node, how)
+
+    def _take_names(
+        self, there: list[tuple[Node, Directory]], names: Mapping[Node, set[bytes]], how: How
     ) -> None:
-        entries = [(node, Place(fd, name)) for node, fd in opened for name in names[node] if name != b"."]
+        entries = [
+            (node, Place(directory.fd, name))
+            for node, directory in there
+            for name in names[node]
+            if name != b"."
+        ]
         at_ns = time.time_ns()
         looks, left = self._quick.look([place for _, place in entries])
-        self._taken.append(_Looked(looks, entries, at_ns))
+        self._taken.append(_Names(looks, entries, at_ns))
         self._room(int(looks["st_size"].sum()))
         for row in left:
-            directory, place = entries[row]
-            self._taken += self._reader.look(directory.id, place.directory, place.name, how)
-        for directory, fd in opened:
+            node, place = entries[row]
+            self._taken += self._reader.look(node.id, place.directory, place.name, how)
+        for node, directory in there:
             # Its times tell whether names came or went, which is reported of those alone.
-            moved = os.fstat(fd).st_mtime_ns != directory.inode.mtime_ns
-            if moved or b"." in names[directory]:
-                self._taken.append(self._reader.itself(fd))
+            if directory.mtime_ns != node.inode.mtime_ns or b"." in names[node]:
+                self._taken.append(self._reader.itself(directory.fd))
 
     def _root(self, path: bytes, directory: Path, how: How) -> Iterator[Found]:
         for found in self._reader.look(None, None, os.fsencode(directory), how):
@@ -373,10 +433,7 @@ class FileCapture:
 
     def _hinted(self, how: How) -> Iterator[Found]:
         """Look at what was reported, one directory after the other; what cannot be looked at stays due."""
-        by_directory: defaultdict[bytes, set[bytes]] = defaultdict(set)
-        for handle, name in self._left:
-            by_directory[handle].add(name)
-        for handle, names in by_directory.items():
+        for handle, names in list(self._left.items()):
             directory = self._book.by_key(handle)
             if directory is not None:
                 try:
@@ -385,7 +442,7 @@ class FileCapture:
                 except UnreadableError as error:
                     log.info("capture.file_not_read", reason=error.message)
                     continue  # the freeze tries again
-            self._left.difference_update((handle, name) for name in names)
+            del self._left[handle]
         for key in list(self._left_objects):  # perhaps by a name that it has no more
             node = self._book.by_key(key)
             if node is not None and not node.is_directory:
@@ -421,7 +478,7 @@ class FileCapture:
 
     def _candidates(self, how: How) -> Iterator[Found]:
         """Look at what may have changed without a report: what is open or mapped, or has a name elsewhere."""
-        nodes = [self._book.find(file) for file in (*how.always, *self._writes.in_doubt())]
+        nodes = [self._book.find(file) for file in how.always]
         for node in [*nodes, *self._book.linked_elsewhere]:
             if node is not None:
                 yield from self._itself(node, how)
@@ -476,8 +533,8 @@ class FileCapture:
         parent = ROOTS
         if found.itself and found.seen is not None:
             known = self._book.find(found.seen.id)
-            if known is not None:
-                self._book.see(found.seen, found.key, (ROOTS, b""))
+            if known is not None and known.key == found.key:
+                return self._book.see(found.seen, found.key, (ROOTS, b""))
             return None
         if found.parent is not None:
             directory = self._book.find(found.parent)
@@ -548,8 +605,23 @@ class FileCapture:
 
 
 @dataclass(frozen=True, slots=True)
-class _Looked:
-    """What was found at once, while frozen."""
+class _Files:
+    """What was found at once, while frozen, of files that were known."""
+
+    looks: NDArray[np.void]
+    nodes: list[Node]
+    at_ns: int
+
+    def found(self, quick: QuickLook) -> Iterator[Found]:
+        for look in quick.found(self.looks):
+            if look.status is not None:
+                key, content = self.nodes[look.at].key, Content(look.content)
+                yield Found(None, b"", Seen(look.status), key, content, self.at_ns, itself=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What was found at once, while frozen, under names."""
 
     looks: NDArray[np.void]
     entries: list[tuple[Node, Place]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Final, NamedTuple
 
@@ -48,6 +49,19 @@ LOOK: Final = np.dtype(
 """`struct look` of native/files.c."""
 
 
+DIRECTORY: Final = np.dtype(
+    [
+        ("mount", np.int32),
+        ("fd", np.int32),
+        ("st_dev", np.uint64),
+        ("st_ino", np.uint64),
+        ("st_mtime_ns", np.int64),
+        ("handle", np.uint8, 8 + 128),
+    ]
+)
+"""`struct directory` of native/files.c."""
+
+
 class Status(NamedTuple):
     """What is taken of a file's `stat`, under its names."""
 
@@ -71,6 +85,16 @@ class Place(NamedTuple):
     name: bytes
 
 
+class Directory(NamedTuple):
+    """A directory that is open."""
+
+    fd: int
+    """-1: it could not be opened."""
+    id: tuple[int, int]
+    """Device and inode number."""
+    mtime_ns: int
+
+
 class Look(NamedTuple):
     """What an entry led to."""
 
@@ -89,7 +113,24 @@ def _library() -> ctypes.CDLL:
     u64, pointer = ctypes.c_uint64, ctypes.c_void_p
     library.outlive_files_look.argtypes = [pointer, u64, ctypes.c_char_p, pointer, u64, u64, ctypes.c_int]
     library.outlive_files_look.restype = u64
+    library.outlive_files_open.argtypes = library.outlive_files_close.argtypes = [pointer, u64]
+    library.outlive_files_open.restype = library.outlive_files_close.restype = None
     return library
+
+
+@contextmanager
+def opened(handles: Sequence[tuple[int, bytes]]) -> Iterator[list[Directory]]:
+    """Open directories by their handles, each with anything open on its file system; in the same order."""
+    directories = np.zeros(len(handles), dtype=DIRECTORY)
+    directories["fd"] = -1
+    directories["mount"] = [mount for mount, _ in handles]
+    directories["handle"] = _padded([handle for _, handle in handles])
+    _library().outlive_files_open(directories.ctypes.data, len(directories))
+    try:
+        fields = directories[["fd", "st_dev", "st_ino", "st_mtime_ns"]].tolist()
+        yield [Directory(fd, (device, inode), mtime_ns) for fd, device, inode, mtime_ns in fields]
+    finally:
+        _library().outlive_files_close(directories.ctypes.data, len(directories))
 
 
 class QuickLook:
@@ -118,15 +159,25 @@ class QuickLook:
             names += place.name + b"\0"
         looks["directory"] = [place.directory for place in places]
         looks["name"] = at
+        return self._look(looks, bytes(names))
+
+    def look_by_handle(self, handles: Sequence[tuple[int, bytes]]) -> tuple[NDArray[np.void], list[int]]:
+        """Look at files wherever they are, each by its handle and anything open on its file system."""
+        looks = np.zeros(len(handles), dtype=LOOK)
+        looks["directory"] = [mount for mount, _ in handles]
+        looks["handle"] = _padded([handle for _, handle in handles])
+        return self._look(looks, None)
+
+    def _look(self, looks: NDArray[np.void], names: bytes | None) -> tuple[NDArray[np.void], list[int]]:
         room = len(self._buffer) // PAGE_BYTES - self._used
         into = self._buffer.ctypes.data + self._used * PAGE_BYTES
         used = _library().outlive_files_look(
-            looks.ctypes.data, len(looks), bytes(names), into, room, _MOST_BYTES, self._handles
+            looks.ctypes.data, len(looks), names, into, room, _MOST_BYTES, self._handles
         )
         looks["content"] += np.uint64(self._used)
         self._used += used
         left = np.flatnonzero(looks["outcome"] == _LEFT).tolist()
-        self._wanted = self._used + len(left)
+        self._wanted += int((-(-looks["st_size"].astype(np.int64) // PAGE_BYTES)).sum()) + len(left)
         return looks, left
 
     def found(self, looks: NDArray[np.void]) -> Iterator[Look]:
@@ -141,6 +192,12 @@ class QuickLook:
                 pages = -(-seen.st_size // PAGE_BYTES)
                 part = content[first * PAGE_BYTES : (first + pages) * PAGE_BYTES]
                 yield Look(row, seen, looks["handle"][row, :size].tobytes(), part)
+
+
+def _padded(handles: Sequence[bytes]) -> NDArray[np.uint8]:
+    room = LOOK["handle"].itemsize
+    joined = b"".join([handle.ljust(room, b"\0") for handle in handles])
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, room)
 
 
 def _touched(pages: int) -> NDArray[np.uint8]:

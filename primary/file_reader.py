@@ -78,7 +78,7 @@ class Found:
     whole: bool = False
     """It is about no entry: all that `parent` has was looked at."""
     itself: bool = False
-    """It is about no entry, but about a directory that is known, wherever it is by now."""
+    """It is about no entry, but about a directory or file that is known, wherever it is by now."""
 
 
 class Handles(Protocol):

@@ -77,6 +77,8 @@ _CHANGES: Final = 0x400003CE
 
 Not DELETE_SELF: it comes when the last who had a file open closes it, long after its name went.
 """
+_CONTENT: Final = 0xE
+"""Of those, the ones that say nothing of names: MODIFY, ATTRIB, CLOSE_WRITE."""
 _OPENED_DIRECTORY: Final = 0x40000020
 """OPEN, ONDIR."""
 _QUEUE_OVERFLOW: Final = 0x4000
@@ -129,12 +131,15 @@ class Hint(msgspec.Struct, frozen=True, gc=False):
     """Of the entry in it, "." for the directory itself; empty where the object alone is told."""
     object: bytes
     """Key of what changed. Empty for "."; before Linux 5.17 also where a name comes or goes."""
+    content: bool = False
+    """What changed is content or attributes; that a name comes or goes is told apart."""
 
 
 class Hints(msgspec.Struct, frozen=True):
     """What a `FileWatch` has heard of since it was last asked."""
 
-    changed: set[Hint]
+    changed: list[Hint]
+    """Each once."""
     overflowed: bool
     """Something was lost: anything may have changed."""
 
@@ -193,7 +198,8 @@ class FileWatch:
         self._mark(_MARK_ADD, _OPENED_DIRECTORY, directory)
         os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory))
         self._mark(_MARK_REMOVE, _OPENED_DIRECTORY, directory)
-        return Hint(self.key_of(directory), b".", b"") in self.drain().changed
+        key = self.key_of(directory)
+        return any((hint.handle, hint.name) == (key, b".") for hint in self.drain().changed)
 
     def _mark(self, flags: int, mask: int, directory: int) -> bool:
         done: int = self._libc.fanotify_mark(self._descriptor, flags, mask, directory, None)
@@ -205,7 +211,7 @@ class FileWatch:
         Takes 2 µs if nothing was, else 2 µs for each event; what others did on the file system counts. So
         whoever freezes something drains right before that, too, and adds what both have told.
         """
-        infos: set[bytes] = set()
+        infos: dict[bytes, int] = {}
         overflowed = False
         taken_bytes = 0
         while taken_bytes < _MOST_BYTES and (events := self._read()):
@@ -257,6 +263,13 @@ class FileWatch:
             return None
         raise OSError(number, os.strerror(number))
 
+    def handle_of(self, key: bytes) -> tuple[int, bytes]:
+        """Return what a key is made of, as open_by_handle_at(2) takes it: a mount, and the handle.
+
+        The mount is -1 if that file system is not watched.
+        """
+        return self._mounts.get(key[:SYSTEM_BYTES], -1), key[SYSTEM_BYTES:]
+
     def close(self) -> None:
         """Hear of nothing any more. Harmless when repeated."""
         if self._descriptor >= 0:
@@ -271,8 +284,8 @@ def _why() -> str:
     return _WHY.get(number, os.strerror(number))
 
 
-def _collect(events: bytes, infos: set[bytes]) -> bool:
-    """Add what is said about each event, but for which kind of change it was. False if some are lost."""
+def _collect(events: bytes, infos: dict[bytes, int]) -> bool:
+    """Add what is said about each event, and of which kinds it was. False if some are lost."""
     complete = True
     at, end = 0, len(events)
     while at + _EVENT.size <= end:
@@ -282,24 +295,25 @@ def _collect(events: bytes, infos: set[bytes]) -> bool:
         if mask & _QUEUE_OVERFLOW:
             complete = False
         else:
-            infos.add(events[at + head_bytes : at + event_bytes])
+            info = events[at + head_bytes : at + event_bytes]
+            infos[info] = infos.get(info, 0) | mask
         at += event_bytes
     return complete and at == end
 
 
-def _understand(infos: set[bytes]) -> tuple[set[Hint], bool]:
+def _understand(infos: dict[bytes, int]) -> tuple[list[Hint], bool]:
     """Return the hints, and whether there were some that make no sense here."""
-    changed: set[Hint] = set()
+    changed: list[Hint] = []
     unclear = False
-    for info in infos:
+    for info, mask in infos.items():
         try:
-            changed.add(_hint(info))
+            changed.append(_hint(info, content=not mask & ~_CONTENT))
         except (ValueError, struct.error):
             unclear = True
     return changed, unclear
 
 
-def _hint(info: bytes) -> Hint:
+def _hint(info: bytes, *, content: bool) -> Hint:
     """Return what the records of one event say; ValueError or struct.error if that is not understood.
 
     Nor is it if the kernel had no memory for a handle: then that is empty (fanotify(7)).
@@ -321,4 +335,4 @@ def _hint(info: bytes) -> Hint:
         at = record_end
     if not directory and not changed:
         raise ValueError("an event about nothing")
-    return Hint(directory, name, changed)
+    return Hint(directory, name, changed, content)

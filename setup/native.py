@@ -23,7 +23,7 @@ _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pages.c", "scan.c", "copy.c", "soft_dirty.c"),
         (*_SHARED, "-fvisibility=hidden"),
     ),
-    "outlive-files.so": (("files.c", "writes.c"), (*_SHARED, "-fvisibility=hidden")),
+    "outlive-files.so": (("files.c", "writes.c"), (*_SHARED, "-fvisibility=hidden", "-pthread")),
     "outlive-inject": (("inject.c",), ()),
 }
 

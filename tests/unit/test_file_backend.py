@@ -38,7 +38,8 @@ class Memory:
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         self.epochs += 1
         self.before_freeze()
-        self.hook()
+        self.hook.begin()
+        self.hook.end()
         if self.fails is not None:
             raise self.fails
         self.last = captured(epoch.epoch, {TASK: {16: page(1)}})

@@ -101,6 +101,19 @@ def test_epochs_are_what_the_tree_was_at_their_freezes(root: Path, make: Make, w
 
 
 @pytest.mark.parametrize("watched", [False, True])
+def test_what_criu_names_after_most_was_taken_is_in_the_epoch(root: Path, make: Make, watched: bool) -> None:
+    files, changes = make(watched=watched), Changes(root, seed=9 + watched)
+    for number in range(1, 30):
+        files.ahead(EpochId(1, number - 2) if number > 2 else None)
+        changes.some(6)
+        files.begin(patient=False)
+        changes.some(3)
+        files.take(patient=False)
+        files.settle()
+        assert told(sealed(files, number)) == walk(root)
+
+
+@pytest.mark.parametrize("watched", [False, True])
 def test_a_freeze_that_came_to_nothing_costs_nothing(root: Path, make: Make, watched: bool) -> None:
     files, changes = make(watched=watched), Changes(root, seed=8)
     for number in range(1, 20):

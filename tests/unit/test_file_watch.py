@@ -75,7 +75,7 @@ class Place:
         hints = self.watch.drain()
         assert not hints.overflowed
         return {
-            each
+            Hint(each.handle, each.name, each.object)
             for each in hints.changed
             if each.handle in self.directories or (not each.handle and each.object in self._files)
         }
@@ -281,6 +281,16 @@ def test_stores_are_told_as_late_as_the_file_is_closed_and_unmapped(place: Place
     assert Hint(place.key(""), b"a", place.key("a")) in place.heard()
 
 
+def test_what_leaves_names_as_they_were_is_told_from_what_does_not(place: Place) -> None:
+    os.pwrite(place.a, b"new", 0)
+    os.fchmod(place.b, 0o640)
+    assert {each.content for each in place.watch.drain().changed if each.object == place.key("b")} == {True}
+    os.pwrite(place.a, b"newer", 0)
+    os.rename(place.root / "a", place.root / "one" / "a")
+    told = [each for each in place.watch.drain().changed if each.object == place.key("one/a")]
+    assert {each.handle for each in told if not each.content} == {place.key(""), place.key("one")}
+
+
 def test_each_change_is_told_once(place: Place) -> None:
     for _ in range(100):
         os.write(place.a, b"new")
@@ -357,7 +367,7 @@ def test_more_than_one_drain_takes_is_told_and_the_rest_comes_next(
         monkeypatch.undo()
         rest = place.watch.drain()
         assert not rest.overflowed
-        assert len(hints.changed | rest.changed) >= 5000
+        assert len({*hints.changed, *rest.changed}) >= 5000
 
 
 _FID = struct.pack("=BxHQIi", 1, 28, 7, 8, 1) + b"12345678"
