@@ -450,6 +450,8 @@ class FileBook:
         stays = place != NOWHERE and pages > 0 and Places.fits(place, pages)
         if pages < before or not stays:
             self._leave(place, before, stays=stays)
+        if not stays:
+            node.followed = False
         if not pages:
             self._unread.discard(node.number)
             return NOWHERE

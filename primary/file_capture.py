@@ -469,12 +469,17 @@ class FileCapture:
             os.close(fd)
 
     def _itself(self, node: Node, how: How) -> Iterator[Found]:
-        """Look at a file by one of its names."""
-        parent, name = next(iter(node.names), (None, b""))
-        if parent == ROOTS:
-            yield from self._root(name, self._roots[name], how)
-        elif parent is not None and (directory := self._book.node(parent)) is not None:
-            yield from self._entries(directory, (name,), how)
+        """Look at a file, whatever its names are by now: it may have lost some of those that are known."""
+        if stat.S_ISREG(node.inode.mode):
+            if (found := self._reader.file(node, how)) is not None:
+                yield found
+            return
+        for parent, name in list(node.names):
+            directory = self._book.node(parent)
+            for found in self._entries(directory, (name,), how) if directory is not None else ():
+                yield found
+                if found.seen is not None and found.seen.id == node.id:
+                    return
 
     def _candidates(self, how: How) -> Iterator[Found]:
         """Look at what may have changed without a report: what is open or mapped, or has a name elsewhere."""

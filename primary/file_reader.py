@@ -213,8 +213,19 @@ class FileReader:
                 raise UnreadableError(f"{os.fsdecode(name)}: {error.strerror}") from error
             yield Found(parent, name, None)
 
+    def file(self, node: Node, how: How) -> Found | None:
+        """Look at a regular file that is known, whatever its names are by now; None: it is gone."""
+        fd = self.open_regular(node)
+        return None if fd is None else self._opened(fd, None, b"", how, itself=True)
+
     def _regular(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Found:
         fd = os.open(name, _OPEN | os.O_NOATIME, dir_fd=directory)
+        return self._opened(fd, parent, name, how)
+
+    def _opened(
+        self, fd: int, parent: FileId | None, name: bytes, how: How, *, itself: bool = False
+    ) -> Found:
+        """Tell of a regular file that is open, and close it."""
         try:
             at_ns = time.time_ns()
             status = os.fstat(fd)
@@ -230,7 +241,7 @@ class FileReader:
                 elif not same:
                     self._read.add(seen.id)
                     content = self._whole(fd, status, node, how)
-            return Found(parent, name, seen, self._key(fd), content, at_ns)
+            return Found(parent, name, seen, self._key(fd), content, at_ns, itself=itself)
         finally:
             os.close(fd)
 
@@ -302,8 +313,7 @@ class FileReader:
     def _whole(self, fd: int, status: os.stat_result, node: Node | None, how: How) -> Content:
         """Read all of a file; have what is written to a large one followed, if that is read while it runs."""
         if not how.still and status.st_size > LARGE_BYTES and self._writes.follow(fd):
-            pages = -(-status.st_size // PAGE_BYTES)
-            doubtful = self._writes.doubtful(_id(status), fd, pages, touched=True)
+            doubtful = self._writes.doubtful(_id(status), fd, status.st_size, touched=True)
             if doubtful is not None:
                 content = self._pieces(fd, status, doubtful, node, how)
                 content.followed = True
@@ -318,9 +328,7 @@ class FileReader:
         stays = place != NOWHERE and Places.fits(place, pages)
         if not stays:
             self._writes.doubt(file)
-        elif status.st_size != node.inode.size:
-            self._writes.doubt(file, min(status.st_size, node.inode.size) // PAGE_BYTES)
-        doubtful = self._writes.doubtful(file, fd, pages, touched=not node.looks_same(status))
+        doubtful = self._writes.doubtful(file, fd, status.st_size, touched=not node.looks_same(status))
         if doubtful is None:
             how.room(min(status.st_size, status.st_blocks * 512))
             return self._content(fd, status.st_size, node, how)
@@ -329,7 +337,7 @@ class FileReader:
         how.room(len(doubtful) * PAGE_BYTES)
         if how.raw_bytes and len(doubtful) * PAGE_BYTES <= how.raw_bytes:
             raw = self._writes.read(file, fd, doubtful.numbers).data
-            self._writes.all_read(file, pages)
+            self._writes.all_read(file, status.st_size)
             content = Content(raw)
         else:
             if not how.still:
@@ -352,7 +360,7 @@ class FileReader:
         for numbers in (doubtful & data).pieces(_BLOCK_BYTES // PAGE_BYTES):
             block = self._writes.read(file, fd, numbers)
             self._take_block(found, node, numbers, block.data, how)
-        self._writes.all_read(file, pages)
+        self._writes.all_read(file, status.st_size)
         return found
 
     def _content(self, fd: int, size: int, node: Node | None, how: How) -> Content:

@@ -66,8 +66,8 @@ _FLUSHED_PAGES: Final = 1024
 class _Followed:
     doubtful: PageSet
     extents: NDArray[np.void] = field(default_factory=lambda: np.empty(0, dtype=_EXTENT))
-    read: bool = False
-    """Whether all of it was read since it is followed."""
+    size: int | None = None
+    """How many bytes it had when all that was in doubt was read; None: it never was."""
 
 
 class FileWrites:
@@ -93,7 +93,9 @@ class FileWrites:
     def in_doubt(self, most: int = 0) -> list[FileId]:
         """Return the followed files that were read of which more pages than `most` have to be read again."""
         self.hear()
-        return [file for file, each in self._files.items() if each.read and len(each.doubtful) > most]
+        return [
+            file for file, each in self._files.items() if each.size is not None and len(each.doubtful) > most
+        ]
 
     @property
     def followed(self) -> list[FileId]:
@@ -160,14 +162,15 @@ class FileWrites:
             for file in self._by_inode.get(inode, ()):
                 self._files[file].doubtful |= pages
 
-    def doubtful(self, file: FileId, fd: int, pages: int, *, touched: bool) -> PageSet | None:
-        """Return which of a followed file's first pages have to be read. `fd`: that file, open.
+    def doubtful(self, file: FileId, fd: int, size: int, *, touched: bool) -> PageSet | None:
+        """Return which pages of a followed file of `size` bytes have to be read. `fd`: that file, open.
 
-        `touched`: its times or size are not what they were when it was read. None: it cannot be followed any
-        more.
+        `touched`: its times are not what they were when it was read. None: it cannot be followed any more.
         """
         followed = self._files[file]
-        if touched or not followed.read:
+        if followed.size not in (size, None):  # what came or went in between is not told
+            self.doubt(file, min(size, followed.size or 0) // PAGE_BYTES)
+        if touched or followed.size != size:
             if not _is_fit(fd):  # chattr(1)
                 self.forget(file)
                 return None
@@ -178,7 +181,7 @@ class FileWrites:
                 followed.doubtful |= _moved(followed.extents, extents)
                 followed.extents = extents
         self.hear()
-        return followed.doubtful & _first_pages(pages)
+        return followed.doubtful & _first_pages(-(-size // PAGE_BYTES))
 
     def flush(self, file: FileId, fd: int) -> None:
         """Have pages in doubt written back, if they are many; that is begun, and not waited for."""
@@ -210,11 +213,14 @@ class FileWrites:
         followed = self._files[file]
         followed.doubtful -= pages
 
-    def all_read(self, file: FileId, pages: int) -> None:
-        """Take note that all that `doubtful` told of the first pages was read; behind them is nothing."""
+    def all_read(self, file: FileId, size: int) -> None:
+        """Take note that all that `doubtful` told of that many bytes was read.
+
+        What is behind them is not in doubt: when the size is another one, it is.
+        """
         followed = self._files[file]
-        followed.read = True
-        followed.doubtful &= _first_pages(pages)
+        followed.size = size
+        followed.doubtful &= _first_pages(-(-size // PAGE_BYTES))
 
 
 class _Tracing:

@@ -114,6 +114,28 @@ def test_what_criu_names_after_most_was_taken_is_in_the_epoch(root: Path, make: 
 
 
 @pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("lost", [b"one", b"two"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_file_that_changes_and_loses_a_name_is_found_by_the_other_one(
+    root: Path, make: Make, watched: bool, lost: bytes, frozen: bool
+) -> None:
+    (root / "one").write_bytes(b"x" * 5000)
+    os.setxattr(root / "one", "trusted.mark", b"so that it is no ordinary case")
+    os.link(root / "one", root / "two")
+    files = make(watched=watched)
+    epoch(files, 1)
+
+    def change() -> None:
+        with open(root / "one", "r+b") as file:
+            file.write(b"new")
+        os.unlink(os.fsencode(root) + b"/" + lost)
+
+    if not frozen:
+        change()
+    assert told(epoch(files, 2, change if frozen else lambda: None)) == walk(root)
+
+
+@pytest.mark.parametrize("watched", [False, True])
 def test_a_freeze_that_came_to_nothing_costs_nothing(root: Path, make: Make, watched: bool) -> None:
     files, changes = make(watched=watched), Changes(root, seed=8)
     for number in range(1, 20):

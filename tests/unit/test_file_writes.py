@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary import file_writes
 from primary.file_capture import FileCapture
+from primary.file_reader import Content, FileReader
 from primary.file_watch import FileWatch
 from primary.file_writes import FileWrites, check_support
 from primary.page_set import PageSet
@@ -41,7 +43,6 @@ class Known:
         self.file = status.st_dev, status.st_ino
         self.content = bytearray()
         self.read_pages = 0
-        self._times: tuple[int, int] | None = None
 
     def close(self) -> None:
         self.writes.close()
@@ -50,12 +51,7 @@ class Known:
     def look(self) -> PageSet:
         """Read what is in doubt."""
         status = os.fstat(self.fd)
-        pages = -(-status.st_size // PAGE_BYTES)
-        changed = len(self.content) != status.st_size
-        if changed:
-            self.writes.doubt(self.file, min(len(self.content), status.st_size) // PAGE_BYTES)
-        # Times move by ticks: what is younger than two may change again unseen.
-        doubtful = self.writes.doubtful(self.file, self.fd, pages, touched=True)
+        doubtful = self.writes.doubtful(self.file, self.fd, status.st_size, touched=True)
         assert doubtful is not None
         self.content = self.content[: status.st_size].ljust(status.st_size, b"\0")
         for numbers in doubtful.pieces(100):
@@ -64,7 +60,7 @@ class Known:
                 at = number * PAGE_BYTES
                 self.content[at : at + PAGE_BYTES] = page.tobytes()
         del self.content[status.st_size :]
-        self.writes.all_read(self.file, pages)
+        self.writes.all_read(self.file, status.st_size)
         self.read_pages += len(doubtful)
         return doubtful
 
@@ -125,6 +121,18 @@ def test_what_is_dirty_when_it_is_read_is_read_again_until_it_is_clean(writer: W
     os.close(fd)
 
 
+def test_what_is_appended_while_it_is_looked_at_is_read_the_next_time(writer: Writer, known: Known) -> None:
+    os.sync()
+    known.look()
+    size = writer.size
+    with open(writer.path, "ab") as file:
+        file.write(b"more" * 5000)
+    assert known.writes.doubtful(known.file, known.fd, size, touched=True) is not None  # as if it came later
+    known.writes.all_read(known.file, size)
+    known.look()
+    assert bytes(known.content) == writer.path.read_bytes()
+
+
 def test_many_pages_in_doubt_are_written_back_ahead(
     writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +179,7 @@ def test_a_file_with_journalled_data_is_not_followed(
     writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_writes, "_is_fit", lambda fd: False)
-    assert known.writes.doubtful(known.file, known.fd, 1, touched=True) is None
+    assert known.writes.doubtful(known.file, known.fd, 5000, touched=True) is None
     assert known.file not in known.writes
     assert not known.writes.follow(known.fd)
 
@@ -199,9 +207,43 @@ def test_a_folio_of_unknown_size_is_as_large_as_it_can_be(
     assert tracing is not None
     written = np.array([(known.file[1], 8, 0), (known.file[1], 64, 65)], dtype=file_writes._WRITTEN)
     monkeypatch.setattr(tracing, "drain", lambda: (written, True))
-    doubtful = known.writes.doubtful(known.file, known.fd, 1 << 20, touched=False)
+    doubtful = known.writes.doubtful(known.file, known.fd, len(known.content), touched=False)
     assert doubtful is not None
     assert doubtful.numbers.tolist() == [*range(8, 16), 64]
+
+
+def test_a_file_that_moves_to_another_place_while_it_is_looked_at_is_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "large").write_bytes(os.urandom(17 << 20))
+    os.link(root / "large", root / "other")
+    files = FileCapture(
+        {b"/data": root},
+        hasher=PageHasher(),
+        layers=tmp_path,
+        pids=lambda: [os.getpid()],
+        watch=FileWatch([root]),
+    )
+    files.ahead(None)
+    os.truncate(root / "large", (17 << 20) - 5)
+    written = FileReader._written
+
+    def shortened(self: FileReader, *looked_at: Any) -> Content | None:
+        content = written(self, *looked_at)
+        if (root / "large").stat().st_size > 3 << 20:
+            os.truncate(root / "large", 3 << 20)
+        return content
+
+    monkeypatch.setattr(FileReader, "_written", shortened)
+    files.ahead(None)
+    files.take(patient=True)
+    files.settle()
+    reader = files.seal(EpochId(1, 1))[1]
+    assert rebuild(reader.spaces, reader) == walk(root)
+    reader.release()
+    files.close()
 
 
 @pytest.mark.parametrize("watched", [True, False])
