@@ -227,7 +227,9 @@ def test_a_file_that_moves_to_another_place_while_it_is_looked_at_is_read_as_a_w
         watch=FileWatch([root]),
     )
     files.ahead(None)
+    os.sync()
     os.truncate(root / "large", (17 << 20) - 5)
+    os.link(root / "large", root / "third")  # it is looked at by that name, and once more by itself
     written = FileReader._written
 
     def shortened(self: FileReader, *looked_at: Any) -> Content | None:
