@@ -35,7 +35,7 @@ import structlog
 from numpy.typing import NDArray
 
 from common.criu.images import SpaceKey
-from common.errors import CaptureError
+from common.errors import CaptureError, NoSpaceError
 from common.file_records import CONTENTS, RECORDS, ROOTS, Record
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
@@ -293,9 +293,7 @@ class FileCapture:
         if self._watch is not None:
             self._watch.close()
         self._writes.close()
-        if self._writer is not None:
-            self._writer.drop()
-            self._writer = None
+        self._drop_writer()
         self._chain.close()
 
     def read_now(self, page: int) -> bytes | None:
@@ -369,8 +367,11 @@ class FileCapture:
         for first in range(0, len(directories), _DIRECTORIES_AT_ONCE):
             part = directories[first : first + _DIRECTORIES_AT_ONCE]
             with opened([watch.handle_of(node.key) for node in part]) as found:
-                there = [each for each in zip(part, found, strict=True) if each[0].id == each[1].id]
-                self._take_names(there, names, how)
+                all_opened = list(zip(part, found, strict=True))
+                self._take_names([each for each in all_opened if each[0].id == each[1].id], names, how)
+            for node, opened_one in all_opened:
+                if node.id != opened_one.id:
+                    self._taken += self._entries(node, names[node] | {b"."}, how)
         self._left.clear()
         self._left_objects.clear()
 
@@ -573,9 +574,14 @@ class FileCapture:
             node.followed = content.followed
         parts.sort(key=lambda part: part[0].inode.place)
         changed = self._book.put_content(parts)
-        for (node, numbers, _, _), marks in zip(parts, changed, strict=True):
-            self._keep(node, batch[node].content, numbers[marks])
+        contents = [batch[node].content for node, _, _, _ in parts]
         batch.clear()
+        try:
+            for (node, numbers, _, _), content, marks in zip(parts, contents, changed, strict=True):
+                self._keep(node, content, numbers[marks])
+        except NoSpaceError:  # what was kept so far is in the files as well
+            self._drop_writer()
+            raise
 
     def _identified(self, content: Content) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Return the pages of a file that are not zeros, and their identities."""
@@ -602,6 +608,11 @@ class FileCapture:
         for pages, data in content.kept or ():
             numbers = pages + np.uint64(node.inode.place)
             self._writer_of().add(CONTENTS, numbers, memoryview(data), np.arange(len(pages)))
+
+    def _drop_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.drop()
+            self._writer = None
 
     def _writer_of(self) -> LayerWriter:
         if self._writer is None:

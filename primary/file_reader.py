@@ -154,9 +154,15 @@ class FileReader:
         return None if path is None else [os.fsencode(self._roots[path[0]]), *path[1:]]
 
     def open_directory(self, node: Node) -> int | None:
-        """Open a known directory, wherever it is by now; None if it is gone."""
+        """Open a known directory, wherever it is by now; None if it is gone. Raises UnreadableError.
+
+        While it is being moved or removed, Linux may say that there is no memory.
+        """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
-        fd = None if self._handles is None else self._handles.open(node.key, flags)
+        try:
+            fd = None if self._handles is None else self._handles.open(node.key, flags)
+        except OSError as error:
+            raise UnreadableError(f"a directory cannot be opened: {error.strerror}") from error
         if fd is None and (path := self.path_of(node)) is not None:
             fd = open_path(path, flags)
         if fd is not None:
@@ -168,18 +174,24 @@ class FileReader:
 
     def open_regular(self, node: Node) -> int | None:
         """Open a known file for reading, wherever it is by now; None if it is gone, or cannot be opened."""
-        flags = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK
+        if not stat.S_ISREG(node.inode.mode):  # to open a device or a FIFO would be noticed
+            return None
         try:
-            if self._handles is not None:
-                return self._handles.open(node.key, flags)
-            for path in self._book.paths_of(node):
-                fd = open_path([os.fsencode(self._roots[path[0]]), *path[1:]], flags)
-                if fd is not None:
-                    if _id(os.fstat(fd)) == node.id:
-                        return fd
-                    os.close(fd)
+            return self._open(node)
         except (OSError, UnreadableError) as error:
             log.warning("capture.file_not_read", reason=str(error))
+            return None
+
+    def _open(self, node: Node) -> int | None:
+        flags = os.O_RDONLY | os.O_NOATIME | os.O_NONBLOCK
+        if self._handles is not None:
+            return self._handles.open(node.key, flags)
+        for path in self._book.paths_of(node):
+            fd = open_path([os.fsencode(self._roots[path[0]]), *path[1:]], flags)
+            if fd is not None:
+                if _id(os.fstat(fd)) == node.id:
+                    return fd
+                os.close(fd)
         return None
 
     def itself(self, fd: int) -> Found:
@@ -215,7 +227,10 @@ class FileReader:
 
     def file(self, node: Node, how: How) -> Found | None:
         """Look at a regular file that is known, whatever its names are by now; None: it is gone."""
-        fd = self.open_regular(node)
+        try:
+            fd = self._open(node)
+        except OSError as error:
+            raise UnreadableError(f"a file cannot be opened: {error.strerror}") from error
         return None if fd is None else self._opened(fd, None, b"", how, itself=True)
 
     def _regular(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Found:

@@ -25,7 +25,6 @@ from common.criu.images import (
     MemoryMap,
     OpenFiles,
     RegularFile,
-    Remap,
     UnixSocket,
     page_images,
     read_descriptors,
@@ -90,8 +89,9 @@ def read_needs(images: Path) -> Needs:
     files = read_open_files(images / "files.img")
     remaps = read_remaps(images)
     maps = [read_memory_map(path) for path in sorted(images.glob("mm-*.img"))]
-    # Deleted files travel in the images, files of ended processes are made by CRIU.
-    carried = {remap.original_id for remap in remaps if remap.how != "linked"}
+    # Deleted files travel in the images, files of ended processes are made by CRIU. One that has another name
+    # got a further one from CRIU, for a moment: that is a file of the epoch too, and is needed as any other.
+    carried = {remap.original_id for remap in remaps}
     needed = [_needed(file, _mapped_for_writing(maps)) for file in files.regular if file.id not in carried]
     needed += [NeededFile(path=path) for path in _directories_of_sockets(files)]
     needed += [NeededFile(path=path) for other in files.other for path in other.watched if path]
@@ -109,7 +109,7 @@ def read_needs(images: Path) -> Needs:
             if vma.prot & mmap.PROT_WRITE and vma.flags & mmap.MAP_PRIVATE and not vma.flags & _MAP_NORESERVE
         ),
         hugetlb_bytes=sum(memory_map.hugetlb_bytes for memory_map in maps),
-        problems=(*_problems(files, remaps, maps), *_lost_locks(images, files)),
+        problems=(*_problems(files, maps), *_lost_locks(images, files)),
     )
 
 
@@ -129,17 +129,11 @@ def borrowed_huge_pages(images: Path) -> Iterator[str]:
                 return
 
 
-def _problems(files: OpenFiles, remaps: tuple[Remap, ...], maps: list[MemoryMap]) -> Iterator[str]:
+def _problems(files: OpenFiles, maps: list[MemoryMap]) -> Iterator[str]:
     """Say what rules out a faithful restore anywhere."""
-    linked = {remap.original_id for remap in remaps if remap.how == "linked"}
     for file in files.regular:
         if file.external:
             yield f"{file.path} was handed to criu as an external file, which a replica does not have"
-        if file.id in linked:
-            yield (
-                f"{file.path} was deleted while another name of it lives on, and is held by a link on the "
-                "primary's disk only: close it, or keep it on shared storage"
-            )
     if any("" in other.watched for other in files.other):
         yield (
             "a watch (inotify or fanotify) is on a file that CRIU knows no path of, so another node cannot "

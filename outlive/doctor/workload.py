@@ -140,10 +140,11 @@ def _judge_each_descriptor(spec: WorkloadSpec, tree: TreeUse) -> Iterable[Check]
             f"CRIU refuses to dump a process that holds a file lock: {using}",
             "declare the directory of its files in `files` of the workload, or let it lock by other means",
         )
-    if using := every(lambda d: d.kind == "regular" and d.deleted and _is_lost(d)):
+    if using := every(lambda d: d.kind == "regular" and d.deleted and _is_lost(spec, d)):
         yield _fail(
             "deleted files",
-            f"open, deleted, and above {_GHOST_LIMIT_BYTES >> 20} MiB or known by another name: {using}",
+            f"open, deleted, and above {_GHOST_LIMIT_BYTES >> 20} MiB, or known by another name (where files "
+            f"are not replicated): {using}",
             "close them, or use memfd",
         )
     if using := every(
@@ -235,11 +236,17 @@ def _is_known_device(descriptor: OpenDescriptor) -> bool:
     return descriptor.device in _MEMORY_DEVICES or descriptor.device[0] in _TERMINAL_MAJORS
 
 
-def _is_lost(descriptor: OpenDescriptor) -> bool:
-    """Tell whether a file without its name is more than CRIU carries in its images."""
+def _is_lost(spec: WorkloadSpec, descriptor: OpenDescriptor) -> bool:
+    """Tell whether a file without its name is more than CRIU carries in its images.
+
+    If it has another name, CRIU makes one more beside the lost one, which an epoch has if that is replicated.
+    """
     if descriptor.name.startswith(("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage")):
         return False
-    return descriptor.links > 0 or descriptor.size_bytes > _GHOST_LIMIT_BYTES
+    if descriptor.links > 0:
+        declared = closest(spec, descriptor.name.removesuffix(" (deleted)"))
+        return declared is None or declared.shared
+    return descriptor.size_bytes > _GHOST_LIMIT_BYTES
 
 
 def _is_local_data(spec: WorkloadSpec, name: str, deleted: bool) -> bool:

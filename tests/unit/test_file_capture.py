@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import CaptureError, UnsupportedError
+from common.errors import CaptureError, NoSpaceError, UnsupportedError
 from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES, RECORDS, ROOTS, Record, unpack_page
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
@@ -111,6 +112,55 @@ def test_what_criu_names_after_most_was_taken_is_in_the_epoch(root: Path, make: 
         files.take(patient=False)
         files.settle()
         assert told(sealed(files, number)) == walk(root)
+
+
+def test_a_file_that_cannot_be_opened_fails_the_epoch_and_is_in_the_next_one(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "one").write_bytes(b"x" * 5000)
+    os.setxattr(root / "one", "trusted.mark", b"so that it is no ordinary case")
+    files = make(watched=True)
+    epoch(files, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "_open", _refuse)
+        with pytest.raises(CaptureError):
+            epoch(files, 2, lambda: (root / "one").write_bytes(b"new" * 2000) and None)
+    files.settle()
+    assert told(epoch(files, 3)) == walk(root)
+
+
+def _refuse(reader: FileReader, node: object) -> int | None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_a_full_image_directory_costs_epochs_and_no_more(root: Path, tmp_path: Path) -> None:
+    layers = tmp_path / "layers"
+    layers.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"test", os.fsencode(layers), b"tmpfs", 0, b"size=1m"):
+        pytest.skip("no tmpfs can be mounted here")
+    files = FileCapture(
+        {b"/data": root},
+        hasher=PageHasher(),
+        layers=layers,
+        pids=lambda: [os.getpid()],
+        watch=FileWatch([root]),
+    )
+    try:
+        (root / "small").write_bytes(b"x" * 5000)
+        epoch(files, 1)
+        (root / "large").write_bytes(os.urandom(3 << 20))
+        with pytest.raises(NoSpaceError, match="No space left"):
+            epoch(files, 2)
+        files.settle()
+        os.truncate(root / "large", 1000)
+        (root / "small").write_bytes(b"y" * 6000)
+        assert told(epoch(files, 3)) == walk(root)
+    finally:
+        while _READERS:
+            _READERS.pop().release()
+        files.close()
+        libc.umount2(os.fsencode(layers), 2)
 
 
 @pytest.mark.parametrize("watched", [False, True])

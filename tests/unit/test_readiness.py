@@ -323,10 +323,14 @@ class TestFiles:
         epoch.deleted(epoch.opens("/tmp/gone", flags=os.O_RDWR, size=2), remap_file_path_pb2.GHOST)
         assert (await epoch.judged()).restorable
 
-    async def test_one_that_has_another_name_does_not(self, epoch: Epoch) -> None:
-        epoch.make("/tmp/gone", b"12")
-        epoch.deleted(epoch.opens("/tmp/gone", size=2), remap_file_path_pb2.LINKED)
-        assert "held by a link" in (await epoch.judged()).reasons[0]
+    async def test_one_that_has_another_name_is_needed_by_the_one_that_criu_gave_it(
+        self, epoch: Epoch
+    ) -> None:
+        epoch.deleted(epoch.opens("/data/gone", size=2), remap_file_path_pb2.LINKED)
+        epoch.opens("/data/link_remap.1", size=2)
+        assert "/data/link_remap.1" in (await epoch.judged()).reasons[0]
+        epoch.make("/data/link_remap.1", b"12")
+        assert (await epoch.judged()).restorable
 
     async def test_devices_and_proc_are_not_data(self, epoch: Epoch) -> None:
         null = os.stat("/dev/null").st_mode
