@@ -31,9 +31,13 @@ _MOST_ADDED_MS: Final[dict[tuple[FileSystem, Case], float]] = {
     ("xfs", "nothing"): 1.0,
     ("ext4", "nothing"): 1.0,
     ("xfs", "blocks"): 5.0,
+    ("btrfs", "blocks"): 5.0,
 }
 """What the files may add to a freeze, where anything is wanted."""
-_MOST_SENT_BYTES: Final[dict[tuple[FileSystem, Case], int]] = {("xfs", "blocks"): 2 << 20}
+_MOST_SENT_BYTES: Final[dict[tuple[FileSystem, Case], int]] = {
+    ("xfs", "blocks"): 2 << 20,
+    ("btrfs", "blocks"): 2 << 20,
+}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

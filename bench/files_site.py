@@ -34,7 +34,7 @@ from common.threads import in_thread
 from outlive.lab_reaper import clear_directory, remove_cgroups, unmount_below
 from outlive.lab_state import run
 
-FileSystem = Literal["xfs", "ext4"]
+FileSystem = Literal["xfs", "ext4", "btrfs"]
 Kind = Literal["small", "large", "log"]
 """As `bench/files_target.c` has them."""
 
@@ -177,6 +177,8 @@ def _mount(directory: Path, name: str, file_system: FileSystem, content: Content
         file.truncate(_LEAST_BYTES + content.size_bytes * (copies + 1))
     if file_system == "xfs":
         run("mkfs.xfs", "-q", "-K", image)
+    elif file_system == "btrfs":
+        run("mkfs.btrfs", "-q", "-K", image)
     else:
         inodes = str(4096 + content.files * (copies + 1))
         now = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"  # not while it is measured
