@@ -41,8 +41,13 @@ struct kiocb {
 	long long ki_pos;
 } CORE;
 
+typedef struct {
+	int counter;
+} atomic_t;
+
 struct address_space {
 	struct inode *host;
+	atomic_t i_mmap_writable;
 } CORE;
 
 struct iomap_iter {
@@ -160,7 +165,8 @@ int BPF_PROG(outlive_dirtied, struct folio *folio, struct address_space *mapping
 
 	if (!mapping) /* the verifier cannot know that there is one */
 		return 0;
-	about = pages > 1 ? bpf_map_lookup_elem(&tasks, &task) : NULL;
+	/* Through a mapping, other parts may be written as long as it is dirty, and by a device without another word. */
+	about = pages > 1 && mapping->i_mmap_writable.counter <= 0 ? bpf_map_lookup_elem(&tasks, &task) : NULL;
 	if (about && about->inode == mapping->host->i_ino && about->first < end && about->end > first) {
 		first = about->first > first ? about->first : first;
 		end = about->end < end ? about->end : end;
@@ -182,7 +188,8 @@ int BPF_PROG(outlive_about, struct iomap_iter *iter)
 	const int writes = iter->flags & IOMAP_WRITE_OR_ZERO && !(iter->flags & IOMAP_DIRECT);
 
 	if (writes && iter->len && bpf_map_lookup_elem(&files, &number)) {
-		bpf_map_update_elem(&tasks, &task, &about, BPF_ANY);
+		if (bpf_map_update_elem(&tasks, &task, &about, BPF_ANY))
+			bpf_map_delete_elem(&tasks, &task);
 		tell(iter->inode, about.first, about.end);
 	} else if (bpf_map_lookup_elem(&tasks, &task)) {
 		bpf_map_delete_elem(&tasks, &task);

@@ -246,11 +246,11 @@ class FileCapture:
 
     def take(self, *, patient: bool) -> None:
         """Look at the rest, while all stands still. Raises TooMuchWrittenError, unless `patient`."""
-        always: frozenset[FileId] = frozenset()
         first, self._begun = not self._begun, False
+        always = frozenset(self._writes.told())  # a device may have done what it was asked to
         if first:
             self._frozen_bytes, self._patient = 0, patient
-            always = self._open_files().union(self._writes.in_doubt())
+            always |= self._open_files().union(self._writes.in_doubt())
         self._hear()
         if self._scan_due and self._watch is not None and not patient:
             raise TooMuchWrittenError("reports of changes were lost: everything is looked at while it runs")
@@ -268,12 +268,19 @@ class FileCapture:
         """Take in what was found while frozen, whatever became of the freeze."""
         self._begun = False
         taken, self._taken = self._taken, []
-        self._take_in(
-            chain.from_iterable(
-                (each,) if isinstance(each, Found) else each.found(self._quick) for each in taken
+        try:
+            self._take_in(
+                chain.from_iterable(
+                    (each,) if isinstance(each, Found) else each.found(self._quick) for each in taken
+                )
             )
-        )
-        self._quick.begin()
+        except BaseException:  # the rest of it is lost
+            self._scan_due = True
+            for file in self._writes.followed:
+                self._writes.doubt(file)
+            raise
+        finally:
+            self._quick.begin()
 
     def seal(self, epoch: EpochId) -> tuple[tuple[SpacePages, ...], EpochFiles]:
         """Make it part of an epoch. Raises CaptureError if something could not be read."""
@@ -524,7 +531,11 @@ class FileCapture:
                         self._take_content(batch)  # before what was found of it later
                         pages = 0
                     node = self._take_entry(found)
-                    if node is None or found.content is None:
+                    if found.content is None:
+                        continue
+                    if node is None:
+                        if found.seen is not None:
+                            self._writes.doubt(found.seen.id)
                         continue
                     batch[node] = found
                     pages += node.inode.pages
@@ -588,12 +599,11 @@ class FileCapture:
         if content.raw is not None:
             identity = self._hasher.identify(memoryview(content.raw))
             rows = np.flatnonzero(identity.any(axis=1))
-            return rows.astype(np.uint64) if content.within is None else content.within.at(rows), identity[
-                rows
-            ]
+            pages = rows.astype(np.uint64) if content.rows is None else content.rows.at(rows)
+            return pages, identity[rows]
         parts = content.identified or []
-        pages = [np.empty(0, dtype=np.uint64), *(each for each, _ in parts)]
-        return np.concatenate(pages), np.concatenate(
+        numbers = [np.empty(0, dtype=np.uint64), *(each for each, _ in parts)]
+        return np.concatenate(numbers), np.concatenate(
             [np.empty((0, 2), dtype=np.uint64), *(each for _, each in parts)]
         )
 
@@ -603,7 +613,7 @@ class FileCapture:
             return
         if content.raw is not None:
             numbers = pages + np.uint64(node.inode.place)
-            rows = pages.astype(np.intp) if content.within is None else content.within.rank(pages)
+            rows = pages.astype(np.intp) if content.rows is None else content.rows.rank(pages)
             self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), rows)
         for pages, data in content.kept or ():
             numbers = pages + np.uint64(node.inode.place)

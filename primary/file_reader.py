@@ -47,8 +47,10 @@ _PATH_BYTES: Final = 2048
 class Content:
     """What a regular file holds: as it is, or identified, with what differs from what is known."""
 
-    raw: bytearray | memoryview | None
-    """All of it (of `within`), filled up with zeros to whole pages; None: `identified` is there instead."""
+    raw: bytearray | memoryview | None = None
+    """All of it (or of `rows`), filled up with zeros to whole pages; None: `identified` is there instead."""
+    rows: PageSet | None = None
+    """Which pages (from 0) `raw` has, if not all."""
     identified: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] | None = None
     """Pages (from 0) and their identities; shapes (n,) and (n, 2). All others are zeros."""
     kept: list[tuple[NDArray[np.uint64], bytes]] | None = None
@@ -231,7 +233,12 @@ class FileReader:
             fd = self._open(node)
         except OSError as error:
             raise UnreadableError(f"a file cannot be opened: {error.strerror}") from error
-        return None if fd is None else self._opened(fd, None, b"", how, itself=True)
+        try:
+            return None if fd is None else self._opened(fd, None, b"", how, itself=True)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise UnreadableError(f"a file cannot be read: {error.strerror}") from error
+            return None
 
     def _regular(self, parent: FileId | None, directory: int | None, name: bytes, how: How) -> Found:
         fd = os.open(name, _OPEN | os.O_NOATIME, dir_fd=directory)
@@ -244,7 +251,7 @@ class FileReader:
         try:
             at_ns = time.time_ns()
             status = os.fstat(fd)
-            seen = Seen(status, attributes=attributes_of(fd))
+            seen, key = Seen(status, attributes=attributes_of(fd)), self._key(fd)
             node = self._book.find(seen.id)
             content = None
             doubtful = seen.id in how.always or status.st_dev in how.timeless
@@ -256,7 +263,10 @@ class FileReader:
                 elif not same:
                     self._read.add(seen.id)
                     content = self._whole(fd, status, node, how)
-            return Found(parent, name, seen, self._key(fd), content, at_ns, itself=itself)
+            return Found(parent, name, seen, key, content, at_ns, itself=itself)
+        except BaseException:
+            self._writes.doubt(_id(os.fstat(fd)))  # what was read of it is lost
+            raise
         finally:
             os.close(fd)
 
@@ -339,8 +349,7 @@ class FileReader:
     def _written(self, fd: int, status: os.stat_result, node: Node, how: How) -> Content | None:
         """Read what may have changed of a file that is followed; None: nothing has."""
         file, place = _id(status), node.inode.place
-        pages = -(-status.st_size // PAGE_BYTES)
-        stays = place != NOWHERE and Places.fits(place, pages)
+        stays = place != NOWHERE and Places.fits(place, -(-status.st_size // PAGE_BYTES))
         if not stays:
             self._writes.doubt(file)
         doubtful = self._writes.doubtful(file, fd, status.st_size, touched=not node.looks_same(status))
@@ -349,15 +358,9 @@ class FileReader:
             return self._content(fd, status.st_size, node, how)
         if not len(doubtful) and node.looks_same(status):
             return None
-        how.room(len(doubtful) * PAGE_BYTES)
-        if how.raw_bytes and len(doubtful) * PAGE_BYTES <= how.raw_bytes:
-            raw = self._writes.read(file, fd, doubtful.numbers).data
-            self._writes.all_read(file, status.st_size)
-            content = Content(raw)
-        else:
-            if not how.still:
-                self._writes.flush(file, fd)
-            content = self._pieces(fd, status, doubtful, node, how)
+        if not how.still:
+            self._writes.flush(file, fd)
+        content = self._pieces(fd, status, doubtful, node, how)
         content.followed = True
         if stays:
             content.within, content.place = doubtful, place
@@ -366,13 +369,22 @@ class FileReader:
     def _pieces(
         self, fd: int, status: os.stat_result, doubtful: PageSet, node: Node | None, how: How
     ) -> Content:
-        """Read those pages of a file that is followed, some at a time."""
-        file, pages = _id(status), -(-status.st_size // PAGE_BYTES)
-        bounds = np.array([*chain.from_iterable(_data(fd, pages))], dtype=np.uint64)
-        data = PageSet.spanning(bounds[0::2], bounds[1::2])
+        """Read those pages of a file that is followed, at once if they are few in a freeze."""
+        file = _id(status)
+        runs = doubtful.bounds.reshape(-1, 2).tolist()
+        bounds = np.array(
+            [*chain.from_iterable(part for first, end in runs for part in _data(fd, end, first))],
+            dtype=np.uint64,
+        )
+        data = PageSet.spanning(bounds[0::2], bounds[1::2]) & doubtful
         self._writes.pass_over(file, doubtful - data)
-        found = Content(None, [], [])
-        for numbers in (doubtful & data).pieces(_BLOCK_BYTES // PAGE_BYTES):
+        how.room(len(data) * PAGE_BYTES)
+        if how.raw_bytes and len(data) * PAGE_BYTES <= how.raw_bytes:
+            raw = self._writes.read(file, fd, data.numbers).data if len(data) else bytearray()
+            self._writes.all_read(file, status.st_size)
+            return Content(raw, rows=data)
+        found = Content(identified=[], kept=[])
+        for numbers in data.pieces(_BLOCK_BYTES // PAGE_BYTES):
             block = self._writes.read(file, fd, numbers)
             self._take_block(found, node, numbers, block.data, how)
         self._writes.all_read(file, status.st_size)
@@ -384,7 +396,7 @@ class FileReader:
             raw = bytearray(pages * PAGE_BYTES)
             _fill(fd, memoryview(raw)[:size], 0)
             return Content(raw)
-        found = Content(None, [], [])
+        found = Content(identified=[], kept=[])
         for first, end in _data(fd, pages):
             for start in range(first, end, _BLOCK_BYTES // PAGE_BYTES):
                 stop = min(end, start + _BLOCK_BYTES // PAGE_BYTES)
@@ -476,9 +488,9 @@ def _fill(fd: int, into: memoryview, at: int) -> None:
         done += got
 
 
-def _data(fd: int, pages: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of pages that are no holes."""
-    end = 0
+def _data(fd: int, pages: int, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of pages, from one to an end, that are no holes."""
+    end = first
     while end < pages:
         try:
             start = os.lseek(fd, end * PAGE_BYTES, os.SEEK_DATA) // PAGE_BYTES

@@ -9,9 +9,9 @@ pages, read. What is promised of all others:
 It becomes dirty by every write(2) and every store through a shared mapping, whoever does it; that is told by
 a tracepoint (`native/writes.bpf.c`), before the system call returns or the store goes on, but not again while
 it is dirty. So a page that was dirty when it was read stays in doubt, and is read again until it was clean
-once. Truncation, holes, preallocation, reflinks and defragmentation move blocks: FIEMAP(2) tells. A store
-that needs neither, a device writing into memory that is mapped from the file, is told when the device is
-done.
+once. Truncation, holes, preallocation, reflinks and defragmentation move blocks: FIEMAP(2) tells; and where
+there are none, or none that were written, is looked each time. A store that needs neither, a device writing
+into memory that is mapped from the file, is told when the device is done.
 
 Dirty are folios, which may have as many as 512 pages. XFS tells which part of a folio a write is for, and
 whether it is one; elsewhere all of it is in doubt.
@@ -58,6 +58,8 @@ _MOST_EXTENTS: Final = 1 << 20
 _BEYOND: Final = 1 << 52
 """Behind the last page of any file."""
 _LARGEST_FOLIO: Final = 1 << 11
+_NOT_WRITTEN: Final = 0x806
+"""FIEMAP_EXTENT_UNKNOWN, DELALLOC, UNWRITTEN of <linux/fiemap.h>."""
 _FLUSHED_PAGES: Final = 1024
 """From so many on, pages in doubt are written back before a freeze, so that they need not be read in it."""
 
@@ -77,6 +79,8 @@ class FileWrites:
         self._tracing: _Tracing | None = None
         self._refused = False
         self._files: dict[FileId, _Followed] = {}
+        self._told: set[FileId] = set()
+        """Files of which something was reported since they were read."""
         self._by_inode: dict[int, set[FileId]] = {}
 
     def close(self) -> None:
@@ -97,6 +101,11 @@ class FileWrites:
             file for file, each in self._files.items() if each.size is not None and len(each.doubtful) > most
         ]
 
+    def told(self) -> list[FileId]:
+        """Return the followed files of which something was reported since they were read."""
+        self.hear()
+        return list(self._told)
+
     @property
     def followed(self) -> list[FileId]:
         """All that are followed."""
@@ -104,6 +113,7 @@ class FileWrites:
 
     def forget(self, file: FileId) -> None:
         """Do not follow it any more. Harmless if it was not."""
+        self._told.discard(file)
         if self._files.pop(file, None) is not None:
             same = self._by_inode[file[1]]
             same.discard(file)
@@ -161,6 +171,7 @@ class FileWrites:
             pages = PageSet.spanning(first[own], end[own])
             for file in self._by_inode.get(inode, ()):
                 self._files[file].doubtful |= pages
+                self._told.add(file)
 
     def doubtful(self, file: FileId, fd: int, size: int, *, touched: bool) -> PageSet | None:
         """Return which pages of a followed file of `size` bytes have to be read. `fd`: that file, open.
@@ -178,7 +189,7 @@ class FileWrites:
             if extents is None:
                 followed.doubtful = _all_pages()
             else:
-                followed.doubtful |= _moved(followed.extents, extents)
+                followed.doubtful |= _moved(followed.extents, extents, size)
                 followed.extents = extents
         self.hear()
         return followed.doubtful & _first_pages(-(-size // PAGE_BYTES))
@@ -220,6 +231,7 @@ class FileWrites:
         """
         followed = self._files[file]
         followed.size = size
+        self._told.discard(file)
         followed.doubtful &= _first_pages(-(-size // PAGE_BYTES))
 
 
@@ -346,14 +358,18 @@ def _extents(fd: int) -> NDArray[np.void] | None:
     return None
 
 
-def _moved(before: NDArray[np.void], after: NDArray[np.void]) -> PageSet:
-    """Return the pages whose blocks are not where they were; extents ascend, and do not overlap."""
-    if np.array_equal(before, after):
-        return NO_PAGES
-    points = np.unique(np.concatenate([each[side] for each in (before, after) for side in ("start", "end")]))
+def _moved(before: NDArray[np.void], after: NDArray[np.void], size: int) -> PageSet:
+    """Return those of the first bytes' pages whose blocks are not where they were.
+
+    Extents ascend, and do not overlap. Pages without blocks, or with some that were never written, count as
+    moved: others may have been there.
+    """
+    edges = [each[side] for each in (before, after) for side in ("start", "end")]
+    points = np.unique(np.concatenate([*edges, np.array([0, size], dtype=np.uint64)]))
+    points = points[points <= -(-size // PAGE_BYTES) * PAGE_BYTES]
     first, end = points[:-1], points[1:]
     there, here = _at(before, first), _at(after, first)
-    moved = there != here
+    moved = (there != here) | ~here["present"] | (here["flags"] & np.uint64(_NOT_WRITTEN) != 0)
     page = np.uint64(PAGE_BYTES)
     return PageSet.spanning(first[moved] // page, (end[moved] + page - np.uint64(1)) // page)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import UnsupportedError
+from common.errors import CaptureError, UnsupportedError
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary import file_writes
+from primary.file_book import FileBook
 from primary.file_capture import FileCapture
 from primary.file_reader import Content, FileReader
 from primary.file_watch import FileWatch
 from primary.file_writes import FileWrites, check_support
-from primary.page_set import PageSet
+from primary.page_set import NO_PAGES, PageSet
 from tests.unit.file_trees import rebuild, walk
 from tests.unit.file_writers import Writer
 
@@ -56,12 +59,12 @@ class Known:
         self.content = self.content[: status.st_size].ljust(status.st_size, b"\0")
         for numbers in doubtful.pieces(100):
             read = self.writes.read(self.file, self.fd, numbers).reshape(-1, PAGE_BYTES)
+            self.read_pages += int(read.any(axis=1).sum())  # the others are holes, mostly
             for number, page in zip(numbers.tolist(), read, strict=True):
                 at = number * PAGE_BYTES
                 self.content[at : at + PAGE_BYTES] = page.tobytes()
         del self.content[status.st_size :]
         self.writes.all_read(self.file, status.st_size)
-        self.read_pages += len(doubtful)
         return doubtful
 
 
@@ -145,6 +148,26 @@ def test_many_pages_in_doubt_are_written_back_ahead(
     known.writes.flush(known.file, known.fd)
     known.look()
     assert known.writes.in_doubt() == []
+    os.close(fd)
+
+
+def test_blocks_that_are_zeroed_in_place_are_looked_at(writer: Writer, known: Known) -> None:
+    """As when a page is read after it was sent to the disk, and before it is there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    fd = os.open(writer.path, os.O_RDWR)
+    zeroed = 16, writer.size - 65536, 65536
+    if libc.fallocate(fd, *zeroed):
+        pytest.skip("this file system has no such call")
+    os.sync()
+    known.look()
+    os.pwrite(fd, b"x" * 65536, zeroed[1])
+    known.look()
+    known.writes._files[known.file].doubtful = NO_PAGES
+    os.fsync(fd)
+    assert libc.fallocate(fd, *zeroed) == 0
+    known.look()
+    assert bytes(known.content) == writer.path.read_bytes()
     os.close(fd)
 
 
@@ -246,6 +269,69 @@ def test_a_file_that_moves_to_another_place_while_it_is_looked_at_is_read_as_a_w
     assert rebuild(reader.spaces, reader) == walk(root)
     reader.release()
     files.close()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[FileCapture]:
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "large").write_bytes(os.urandom(5 << 20))
+    made = FileCapture(
+        {b"/data": root},
+        hasher=PageHasher(),
+        layers=tmp_path,
+        pids=lambda: [os.getpid()],
+        watch=FileWatch([root]),
+    )
+    yield made
+    made.close()
+
+
+def _is_told(files: FileCapture, root: Path, number: int) -> bool:
+    files.ahead(None)
+    files.take(patient=True)
+    files.settle()
+    reader = files.seal(EpochId(1, number))[1]
+    told = rebuild(reader.spaces, reader)
+    reader.release()
+    return told == walk(root)
+
+
+def test_what_was_read_before_an_error_is_read_again(
+    tmp_path: Path, files: FileCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _is_told(files, tmp_path / "data", 1)
+    os.sync()
+    (tmp_path / "data/large").open("r+b").write(os.urandom(4 << 20))
+    read, count = FileWrites.read, 0
+
+    def failing(self: FileWrites, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, *arguments)
+
+    monkeypatch.setattr(FileWrites, "read", failing)
+    files.ahead(None)
+    assert count == 2
+    assert _is_told(files, tmp_path / "data", 2)
+
+
+def test_what_a_freeze_found_and_could_not_be_taken_in_is_looked_for_again(
+    tmp_path: Path, files: FileCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    assert _is_told(files, root, 1)
+    files.ahead(None)
+    (root / "new").write_bytes(b"new")
+    (root / "large").open("r+b").write(os.urandom(2 << 20))
+    files.take(patient=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileBook, "see", lambda *_: (_ for _ in ()).throw(CaptureError("no room")))
+        with pytest.raises(CaptureError):
+            files.settle()
+    assert _is_told(files, root, 2)
 
 
 @pytest.mark.parametrize("watched", [True, False])
