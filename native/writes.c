@@ -104,6 +104,21 @@ EXPORTED int64_t outlive_writes_drain(uint64_t *consumer, const uint64_t *produc
 	return (int64_t)count;
 }
 
+/* How often the kernel did not run a program because it ran on that processor already; ~0 if that is not told. */
+EXPORTED uint64_t outlive_writes_missed(int program)
+{
+	struct bpf_prog_info info = {0};
+	union bpf_attr attributes = {
+		.info = {
+			.bpf_fd = (uint32_t)program,
+			.info_len = sizeof(info),
+			.info = (uint64_t)(uintptr_t)&info,
+		},
+	};
+
+	return syscall(SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &attributes, sizeof(attributes)) ? ~0ull : info.recursion_misses;
+}
+
 /* Find where an open file has its blocks: neighbours as one. Returns how many extents; more than `room` if there were
  * more; -1 with errno. */
 EXPORTED int64_t outlive_writes_extents(int fd, struct extent *into, uint64_t room)

@@ -66,6 +66,7 @@ _LEFT_TO_FREEZE: Final = 1024
 """So many pages of a large file that were written may be left for the freeze to read: a millisecond."""
 _BEYOND: Final = 1 << 52
 """Behind the last page number."""
+_SAY_EVERY_S: Final = 5.0
 _BATCH_PAGES: Final = 1 << 16
 
 
@@ -328,8 +329,7 @@ class FileCapture:
         self._hear()
         if self._scan_due or self._watch is None:
             how.everything = True
-            for path, directory in self._roots.items():
-                yield from self._root(path, directory, how)
+            yield from self._everything(how)
             how.everything = False
             self._scan_due = False
             self._left.clear()
@@ -343,6 +343,16 @@ class FileCapture:
             for node in {*self._book.take_unsettled(), *filter(None, written)}:
                 with contextlib.suppress(UnreadableError):  # then a freeze reads it once more, if it is open
                     yield from self._itself(node, how)
+
+    def _everything(self, how: How) -> Iterator[Found]:
+        """Look at all there is, and say from time to time how far that has come."""
+        said_s = time.monotonic()
+        for path, directory in self._roots.items():
+            for found in self._root(path, directory, how):
+                yield found
+                if time.monotonic() - said_s > _SAY_EVERY_S:
+                    said_s = time.monotonic()
+                    log.info("capture.files_scanned", directory=str(directory), files=len(self._book))
 
     def _hear(self) -> None:
         """Take note of what was reported."""

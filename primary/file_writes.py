@@ -244,6 +244,7 @@ class _Tracing:
         _library()
         self._object = bpf.bpf_object__open_file(program.encode(), None)
         self._links: list[int] = []
+        self._programs: list[int] = []
         try:
             if not self._object:
                 raise _unsupported("open", program)
@@ -254,6 +255,7 @@ class _Tracing:
                 if not (link := bpf.bpf_program__attach(each)):
                     raise _unsupported("attach", program)
                 self._links.append(link)
+                self._programs.append(bpf.bpf_program__fd(each))
             self._files = self._map("files")
             ring = self._map("ring")
             page = mmap.PAGESIZE
@@ -265,7 +267,7 @@ class _Tracing:
             raise
         self._consumed = np.frombuffer(self._consumer, dtype=np.uint8).ctypes.data
         self._produced = np.frombuffer(self._ring, dtype=np.uint8).ctypes.data
-        self._lost = 0
+        self._lost = self._missed = 0
         self._records = np.zeros(_RECORDS_AT_ONCE, dtype=_WRITTEN)
 
     def _map(self, name: str) -> int:
@@ -300,8 +302,9 @@ class _Tracing:
             if count < len(self._records):
                 break
         lost = struct.unpack_from("=Q", self._lost_map)[0]
-        complete = count >= 0 and lost == self._lost
-        self._lost = lost
+        missed = sum(_library().outlive_writes_missed(program) for program in self._programs)
+        complete = count >= 0 and (lost, missed) == (self._lost, self._missed)
+        self._lost, self._missed = lost, missed
         return np.concatenate(parts) if parts else np.empty(0, dtype=_WRITTEN), complete
 
     def close(self) -> None:
@@ -408,6 +411,7 @@ def _bpf() -> ctypes.CDLL:
         ("bpf_object__close", [pointer], None),
         ("bpf_object__next_program", [pointer, pointer], pointer),
         ("bpf_program__attach", [pointer], pointer),
+        ("bpf_program__fd", [pointer], number),
         ("bpf_link__destroy", [pointer], number),
         ("bpf_object__find_map_by_name", [pointer, text], pointer),
         ("bpf_map__fd", [pointer], number),
@@ -431,6 +435,8 @@ def _library() -> ctypes.CDLL:
     library.outlive_writes_extents.restype = ctypes.c_int64
     library.outlive_writes_read.argtypes = [number, pointer, u64, pointer, pointer]
     library.outlive_writes_read.restype = number
+    library.outlive_writes_missed.argtypes = [number]
+    library.outlive_writes_missed.restype = u64
     library.outlive_writes_fit.argtypes = [number]
     library.outlive_writes_fit.restype = number
     library.outlive_writes_flush.argtypes = [number, pointer, u64]

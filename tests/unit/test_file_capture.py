@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from common.errors import CaptureError, NoSpaceError, UnsupportedError
 from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES, RECORDS, ROOTS, Record, unpack_page
@@ -131,6 +132,19 @@ def test_a_file_that_cannot_be_opened_fails_the_epoch_and_is_in_the_next_one(
 
 def _refuse(reader: FileReader, node: object) -> int | None:
     raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_a_long_scan_says_how_far_it_has_come(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("primary.file_capture._SAY_EVERY_S", 0.0)
+    for number in range(20):
+        (root / str(number)).write_bytes(b"x")
+    with capture_logs() as said:
+        epoch(make(watched=True), 1)
+    told = [line["files"] for line in said if line["event"] == "capture.files_scanned"]
+    assert told == sorted(told)
+    assert max(told) == 21
 
 
 def test_a_full_image_directory_costs_epochs_and_no_more(root: Path, tmp_path: Path) -> None:
