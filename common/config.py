@@ -166,6 +166,20 @@ class Fence(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.command[0].rsplit("/", 1)[-1] if self.ssh is None else f"ssh to {self.ssh.host}"
 
 
+class FreezeHook(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[freeze_hooks]]`: commands that this node runs around each epoch of a workload, as it leads it.
+
+    Exit status 0 is success; anything else, or the time-out, costs the epoch.
+    """
+
+    workload: str
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    """Called as well if `before` or the epoch failed."""
+    timeout_ms: int = 1000
+    """Of each."""
+
+
 class Etcd(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[etcd]`: who gives the right to lead workloads with `right_to_lead = "etcd"`."""
 
@@ -199,6 +213,7 @@ class NodeConfig(_Section, frozen=True, forbid_unknown_fields=True, kw_only=True
     heartbeat: Heartbeat = Heartbeat()
     peers: tuple[Peer, ...] = ()
     fences: tuple[Fence, ...] = ()
+    freeze_hooks: tuple[FreezeHook, ...] = ()
     etcd: Etcd = Etcd()
     workloads: tuple[WorkloadSpec, ...] = ()
 
@@ -320,6 +335,10 @@ def _problems(config: NodeConfig) -> list[str]:
         if fence.node not in known:
             found.append(f"fences: no node is called {fence.node!r}")
         found += [f"fences, node {fence.node!r}: {text}" for text in _fence_problems(fence)]
+    hooked = [hook.workload for hook in config.freeze_hooks]
+    found += [f"freeze_hooks: {name!r} has several: give it one" for name in sorted(_repeated(hooked))]
+    for hook in config.freeze_hooks:
+        found += [f"freeze_hooks, workload {hook.workload!r}: {text}" for text in _hook_problems(hook)]
     names = [workload.name for workload in config.workloads]
     found += [f"workload {name!r} is declared twice" for name in sorted(_repeated(names))]
     vips = [workload.vip.partition("/")[0] for workload in config.workloads if workload.vip]
@@ -400,6 +419,16 @@ def _fence_problems(fence: Fence) -> Iterator[str]:
     except ValueError as error:
         yield f"ssh.host_key {error}: write what /etc/ssh/ssh_host_ed25519_key.pub on {fence.node} holds"
     yield from _command_problems("ssh.command", ssh.command, on_node=True)
+
+
+def _hook_problems(hook: FreezeHook) -> Iterator[str]:
+    if not hook.before and not hook.after:
+        yield "neither before nor after is given: name at least one command"
+    for label in ("before", "after"):
+        if command := getattr(hook, label):
+            yield from _command_problems(label, command, on_node=True)
+    if hook.timeout_ms < 1:
+        yield "timeout_ms: at least 1"
 
 
 def _nodes(config: NodeConfig) -> list[tuple[str, Node | Peer]]:

@@ -85,6 +85,7 @@ from primary.fast import FastBackend
 from primary.file_backend import FrozenHook, WithFiles
 from primary.file_capture import FileCapture
 from primary.file_watch import FileWatch
+from primary.freeze_hooks import WithHooks
 from primary.freezer import Freezer
 from primary.numbering import EpochNumbers
 from primary.stock import StockBackend
@@ -419,7 +420,11 @@ class Agent:
                 Event.CAPTURE_BACKEND, workload=spec.name, reason=f"{name}: {reason}"
             ),
         )
-        return (memory if files is None else WithFiles(memory, files, hook)), memory.status
+        backend: CaptureBackend = memory if files is None else WithFiles(memory, files, hook)
+        for hooks in self._config.freeze_hooks:
+            if hooks.workload == spec.name:
+                backend = WithHooks(backend, hooks)
+        return backend, memory.status
 
     def _make_files(
         self, spec: WorkloadSpec, store: EpochStore, restored: EpochId | None
