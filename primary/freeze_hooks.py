@@ -1,8 +1,8 @@
 """Commands around each epoch's freeze: for storage that nobody here replicates (NFS, DRBD, a database's own).
 
 In: epochs of any backend, and two commands. Out: the same epochs. `before` has ended well before anything is
-frozen; `after` is called whatever came of it, so what one has stopped the other starts again. An epoch of which
-one of them failed, or took too long, is none: the workload runs on.
+frozen; `after` is called whatever came of it, so what one has stopped the other starts again. An epoch of
+which one of them failed, or took too long, is none: the workload runs on.
 """
 
 from __future__ import annotations
@@ -66,10 +66,7 @@ class WithHooks:
             problem = await self._problem(command, kind, epoch)
         if problem:
             log.warning("capture.hook_failed", workload=self._hook.workload, when=when, reason=problem)
-            raise CaptureError(
-                f"freeze_hooks.{when}: {problem}",
-                hint=f"try it by hand, as root: {said}; then outlive events",
-            )
+            raise CaptureError(f"freeze_hooks.{when}: {problem}", hint=f"try it by hand, as root: {said}")
 
     async def _problem(self, command: tuple[str, ...], kind: str, epoch: EpochId) -> str:
         about = {"OUTLIVE_WORKLOAD": self._hook.workload, "OUTLIVE_EPOCH": str(epoch)}

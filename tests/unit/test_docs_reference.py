@@ -28,6 +28,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "[heartbeat]": config.Heartbeat,
     "[[peers]]": config.Peer,
     "[[fences]]": config.Fence,
+    "[[freeze_hooks]]": config.FreezeHook,
     "[fences.ssh]": config.SshFence,
     "[etcd]": config.Etcd,
     "[[workloads]]": model.WorkloadSpec,

@@ -24,12 +24,14 @@ class Memory:
         self.log = log
         self.fails: Exception | None = None
         self.takes_s = 0.0
+        self.begun = asyncio.Event()
         self.closed = False
         self.last: CapturedEpoch | None = None
 
     async def capture(self, epoch: EpochId, since: EpochId | None = None) -> CapturedEpoch:
         with self.log.open("a") as log:
             log.write("capture\n")
+        self.begun.set()
         await asyncio.sleep(self.takes_s)
         if self.fails is not None:
             raise self.fails
@@ -105,8 +107,7 @@ async def test_a_capture_that_is_cancelled_is_undone(memory: Memory) -> None:
     memory.takes_s = 60
     backend = WithHooks(memory, _hook(memory, "", "echo after >> LOG"))
     task = asyncio.create_task(backend.capture(EpochId(1, 1)))
-    while not memory.log.exists():
-        await asyncio.sleep(0.01)
+    await memory.begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
