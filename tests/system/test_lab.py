@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from common.errors import LabError
 from outlive import lab_reaper, lab_state
-from outlive.lab import Host, Lab
+from outlive.lab import REAPER_DEADLINE_S, Host, Lab
 from outlive.lab_power import processes_of
 
 pytestmark = pytest.mark.system
@@ -318,7 +318,7 @@ async def test_nothing_is_left_when_the_owner_is_struck(blow: signal.Signals) ->
     assert len(namespaces) == 3
     assert len(traces(name, namespaces)) > 10
     os.killpg(owner.pid, blow)
-    owner.communicate(timeout=10)
+    owner.communicate(timeout=REAPER_DEADLINE_S)
     await until(lambda: traces(name, namespaces) == [])
     assert Path("/etc/passwd").exists(), "the root that was bound into the lab is untouched"
 
