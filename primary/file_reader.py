@@ -264,9 +264,6 @@ class FileReader:
                     self._read.add(seen.id)
                     content = self._whole(fd, status, node, how)
             return Found(parent, name, seen, key, content, at_ns, itself=itself)
-        except BaseException:
-            self._writes.doubt(_id(os.fstat(fd)))  # what was read of it is lost
-            raise
         finally:
             os.close(fd)
 
@@ -377,16 +374,20 @@ class FileReader:
             dtype=np.uint64,
         )
         data = PageSet.spanning(bounds[0::2], bounds[1::2]) & doubtful
-        self._writes.pass_over(file, doubtful - data)
         how.room(len(data) * PAGE_BYTES)
-        if how.raw_bytes and len(data) * PAGE_BYTES <= how.raw_bytes:
-            raw = self._writes.read(file, fd, data.numbers).data if len(data) else bytearray()
-            self._writes.all_read(file, status.st_size)
-            return Content(raw, rows=data)
-        found = Content(identified=[], kept=[])
-        for numbers in data.pieces(_BLOCK_BYTES // PAGE_BYTES):
-            block = self._writes.read(file, fd, numbers)
-            self._take_block(found, node, numbers, block.data, how)
+        self._writes.pass_over(file, doubtful - data)
+        try:
+            if how.raw_bytes and len(data) * PAGE_BYTES <= how.raw_bytes:
+                raw = self._writes.read(file, fd, data.numbers).data if len(data) else bytearray()
+                found = Content(raw, rows=data)
+            else:
+                found = Content(identified=[], kept=[])
+                for numbers in data.pieces(_BLOCK_BYTES // PAGE_BYTES):
+                    block = self._writes.read(file, fd, numbers)
+                    self._take_block(found, node, numbers, block.data, how)
+        except BaseException:
+            self._writes.doubt(file)  # what was read of it is lost
+            raise
         self._writes.all_read(file, status.st_size)
         return found
 

@@ -17,7 +17,7 @@ from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary import file_writes
 from primary.file_book import FileBook
-from primary.file_capture import FileCapture
+from primary.file_capture import FileCapture, TooMuchWrittenError
 from primary.file_reader import Content, FileReader
 from primary.file_watch import FileWatch
 from primary.file_writes import FileWrites, check_support
@@ -320,6 +320,24 @@ def test_what_was_read_before_an_error_is_read_again(
     files.ahead(None)
     assert count == 2
     assert _is_told(files, tmp_path / "data", 2)
+
+
+def test_a_freeze_that_is_given_up_has_no_more_read_than_was_written(
+    tmp_path: Path, files: FileCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    assert _is_told(files, root, 1)
+    os.sync()
+    assert _is_told(files, root, 2)
+    (root / "large").open("r+b").write(b"new" * PAGE_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr("primary.file_capture._MOST_FROZEN_BYTES", 100)
+        with pytest.raises(TooMuchWrittenError):
+            files.take(patient=False)
+    files.settle()
+    assert files._writes.in_doubt(0) == files._writes.followed
+    assert files._writes.in_doubt(1 << 20) == []  # as all would be: no end is known
+    assert _is_told(files, root, 3)
 
 
 def test_what_a_freeze_found_and_could_not_be_taken_in_is_looked_for_again(
