@@ -7,7 +7,8 @@ them, and their content for as long as a replica may need it.
     frozen    what was reported since, and what is open or mapped, is looked at once more    begin, take
     running   all that was found goes into the book; an epoch has it from there                   settle, seal
 
-What is reported comes from `primary.file_watch`; without it everything is scanned, also while frozen. Stores
+What is reported comes from `primary.file_watch`; without it everything is scanned, also while frozen. Of
+large files `primary.file_writes` tells which pages may have changed, in whatever way. Of the others, stores
 through a shared mapping are reported by nobody: a file that is, or was at the last epoch, mapped shared is
 read at every freeze, and of one that is open the times are compared (where a store moves none, it is read).
 
@@ -397,8 +398,14 @@ class FileCapture:
         unknown = {handle for handle in self._left if self._book.by_key(handle) is None}
         self._again = {key for key in self._left_objects if self._book.by_key(key) is None}
         found = [each for each in self._taken if isinstance(each, Found) and each.key in unknown]
-        for each in found if unknown else ():
-            if each.seen is None or (fd := watch.open(each.key, _DIRECTORY)) is None:
+        for each in found:
+            if each.seen is None:
+                continue
+            try:
+                fd = watch.open(each.key, _DIRECTORY)
+            except OSError as error:
+                raise UnreadableError(f"a directory cannot be opened: {error.strerror}") from error
+            if fd is None:
                 continue
             try:
                 for name in self._left.pop(each.key, ()):
