@@ -17,7 +17,8 @@ from common.criu.images import SpaceKey
 from common.model import EpochId
 from common.threads import in_thread
 from primary.capture import CaptureBackend, CapturedEpoch, PageReader
-from primary.file_capture import EpochFiles, FileCapture, TooMuchWrittenError
+from primary.file_capture import FileCapture, TooMuchWrittenError
+from primary.file_epoch import EpochFiles
 
 log = structlog.get_logger(__name__)
 

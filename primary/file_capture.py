@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,19 +33,19 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from common.criu.images import SpaceKey
-from common.errors import CaptureError, NoSpaceError
-from common.file_records import CONTENTS, RECORDS, ROOTS, Record
+from common.errors import CaptureError
+from common.file_records import Record
 from common.identity import PageHasher
-from common.model import PAGE_BYTES, EpochId
+from common.model import EpochId
 from primary.capture import SpacePages
 from primary.file_book import FileBook, FileId, Node, Seen
+from primary.file_epoch import EpochFiles
+from primary.file_intake import FileIntake
 from primary.file_look import Directory, Place, QuickLook, opened
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
 from primary.file_watch import SYSTEM_BYTES
 from primary.file_writes import FileWrites
-from primary.layers import LayerChain, LayeredPages, LayerWriter
-from primary.page_set import PageSet
+from primary.open_files import mapped_by, opened_by, timeless
 
 log = structlog.get_logger(__name__)
 
@@ -58,17 +56,9 @@ _MOST_FROZEN_BYTES: Final = 64 << 20
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
 _DIRECTORIES_AT_ONCE: Final = 256
 """So many are open at a time."""
-_SHARED: Final = re.compile(rb"^(\S+) ...s \S+ \S+ [1-9]", re.MULTILINE)
-"""A line of /proc/PID/maps: a shared mapping of something with an inode."""
-_KEPT_AT_ONCE: Final = 256
-_MOST_KEPT: Final = 16
-"""So many times that is kept for an epoch, after one that could not be sent: 16 MiB."""
 _LEFT_TO_FREEZE: Final = 1024
 """So many pages of a large file that were written may be left for the freeze to read: a millisecond."""
-_BEYOND: Final = 1 << 52
-"""Behind the last page number."""
 _SAY_EVERY_S: Final = 5.0
-_BATCH_PAGES: Final = 1 << 16
 
 
 class TooMuchWrittenError(FilesError):
@@ -159,17 +149,12 @@ class FileCapture:
         follows large files; it is closed with this.
         """
         self._roots = roots
-        self._layers = layers
-        self._hasher = hasher
         self._pids = pids
         self._watch = watch
         self._book = FileBook(hasher)
         self._writes = writes or FileWrites()
         self._reader = FileReader(self._book, roots, hasher, watch, self._writes)
-        self._chain = LayerChain(layers)
-        self._writer: LayerWriter | None = None
-        self._lock = threading.Lock()
-        """Held while the book is changed, and where senders look something up in it."""
+        self._intake = FileIntake(self._book, self._reader, self._writes, hasher, layers)
         self._scan_due = True
         self._sealed = False
         self._left: defaultdict[bytes, set[bytes]] = defaultdict(set)
@@ -178,8 +163,6 @@ class FileCapture:
         """Keys of files, likewise."""
         self._again: set[bytes] = set()
         """Keys that the book may have when that freeze is over."""
-        self._wanted: int | None = None
-        """From which page on content could not be sent, because it had changed since."""
         self._taken: list[Found | _Files | _Names] = []
         """In the order in which it was found: a freeze may take several attempts."""
         self._quick = QuickLook(handles=watch is not None)
@@ -188,7 +171,7 @@ class FileCapture:
         self._begun = False
         self._frozen_bytes = 0
         self._patient = False
-        self._timeless = _timeless(roots.values())
+        self._timeless = timeless(roots.values())
         self._adopt: Callable[[], Iterable[Record]] | None = adopt
 
     @property
@@ -200,42 +183,18 @@ class FileCapture:
 
     def ahead(self, since: EpochId | None) -> None:
         """Look at what was reported, while the workload runs. All replicas that are there hold `since`."""
-        if since is not None:
-            self._chain.drop_through(since)
-        self._chain.merge({CONTENTS: self._book.contents})
+        self._intake.prune(since)
         how = How(raw_bytes=0, keep=self._sealed, timeless=self._timeless)
         if self._adopt is not None:
             self._book.adopt(self._adopt())
             self._adopt = None
-        self._take_in(self._look(how, frozen=False))
-        with self._lock:
+        self._intake.take_in(self._look(how, frozen=False))
+        with self._intake.lock:
             self._book.adopted()
         for file in self._writes.followed:
             if self._book.find(file) is None:
                 self._writes.forget(file)
-        self._keep_wanted()
-
-    def want(self, page: int) -> None:
-        """Keep content from that page on for the next epoch: it changes before it can be sent."""
-        self._wanted = page
-
-    def _keep_wanted(self) -> None:
-        """Keep content that is in its file alone. What changes after this is found, and kept as it is then.
-
-        So an epoch can be sent to who has nothing, however fast files change: each one brings some more.
-        """
-        wanted, self._wanted = self._wanted, None
-        if wanted is None:
-            return
-        behind = PageSet(np.array([wanted, _BEYOND], dtype=np.uint64))
-        alone = (self._book.contents & behind) - self._chain.of(CONTENTS)
-        for kept, numbers in enumerate(alone.pieces(_KEPT_AT_ONCE)):
-            pages = [self.read_now(number) for number in numbers.tolist()]
-            rows = np.flatnonzero([page is not None for page in pages])
-            block = b"".join(page or bytes(PAGE_BYTES) for page in pages)
-            self._writer_of().add(CONTENTS, numbers[rows], memoryview(block), rows)
-            if kept == _MOST_KEPT:
-                break
+        self._intake.keep_wanted()
 
     def begin(self, *, patient: bool) -> None:
         """Begin with `take`, in any thread, as soon as all stands still; `take` has the rest then.
@@ -271,7 +230,7 @@ class FileCapture:
         self._begun = False
         taken, self._taken = self._taken, []
         try:
-            self._take_in(
+            self._intake.take_in(
                 chain.from_iterable(
                     (each,) if isinstance(each, Found) else each.found(self._quick) for each in taken
                 )
@@ -289,39 +248,18 @@ class FileCapture:
         if self._left or self._left_objects:
             raise CaptureError("not all files that changed could be read; it is tried again")
         self._mapped = self._now_mapped
-        with self._lock:
+        with self._intake.lock:
             spaces, records, extras = self._book.seal()
-        self._chain.append(self._writer_of().seal(epoch))
-        self._writer = None
+        layered = self._intake.seal(epoch)
         self._sealed = True
-        layered = LayeredPages(self._chain.layers, {})
-        return spaces, EpochFiles(self, spaces, layered, records, extras)
+        return spaces, EpochFiles(self._intake, spaces, layered, records, extras)
 
     def close(self) -> None:
         """Let go of everything. Idempotent."""
         if self._watch is not None:
             self._watch.close()
         self._writes.close()
-        self._drop_writer()
-        self._chain.close()
-
-    def read_now(self, page: int) -> bytes | None:
-        """Return what a page of the contents is now, filled up with zeros; None: it is no file's any more."""
-        with self._lock:
-            held = self._book.holder(page)
-            fd = self._reader.open_regular(held[0]) if held is not None else None
-        if held is None or fd is None:
-            return None
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return None
-            return os.pread(fd, PAGE_BYTES, held[1] * PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
-        finally:
-            os.close(fd)
-
-    def identify(self, content: memoryview) -> NDArray[np.uint64]:
-        """Identify whole pages; shape (pages, 2)."""
-        return self._hasher.identify(content)
+        self._intake.close()
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -518,8 +456,8 @@ class FileCapture:
         mapped: set[FileId] = set()
         doubtful: set[FileId] = set()
         for pid in self._pids():
-            mapped |= _mapped_by(pid)
-            for status, writable in _opened_by(pid):
+            mapped |= mapped_by(pid)
+            for status, writable in opened_by(pid):
                 node = self._book.find((status.st_dev, status.st_ino))
                 if node is not None and not (
                     node.looks_same(status) and not (writable and status.st_dev in self._timeless)
@@ -534,117 +472,6 @@ class FileCapture:
             raise TooMuchWrittenError(
                 f"{self._frozen_bytes >> 20} MiB of files were to be read while frozen: it is tried again"
             )
-
-    # --- taking in ----------------------------------------------------------------------------------
-
-    def _take_in(self, all_found: Iterable[Found]) -> None:
-        """Have the book say what was found; the content of what is new is kept for the replicas."""
-        batch: dict[Node, Found] = {}
-        pages = 0
-        try:
-            for found in all_found:
-                with self._lock:
-                    if found.seen is not None and self._book.find(found.seen.id) in batch:
-                        self._take_content(batch)  # before what was found of it later
-                        pages = 0
-                    node = self._take_entry(found)
-                    if found.content is None:
-                        continue
-                    if node is None:
-                        if found.seen is not None:
-                            self._writes.doubt(found.seen.id)
-                        continue
-                    batch[node] = found
-                    pages += node.inode.pages
-                    if pages >= _BATCH_PAGES:
-                        self._take_content(batch)
-                        pages = 0
-        finally:  # what was found before an error is not looked at again
-            with self._lock:
-                self._take_content(batch)
-
-    def _take_entry(self, found: Found) -> Node | None:
-        parent = ROOTS
-        if found.itself and found.seen is not None:
-            known = self._book.find(found.seen.id)
-            if known is not None and known.key == found.key:
-                return self._book.see(found.seen, found.key, (ROOTS, b""))
-            return None
-        if found.parent is not None:
-            directory = self._book.find(found.parent)
-            if directory is None:
-                return None  # it is gone, with all that was in it
-            parent = directory.number
-            if found.whole:
-                directory.whole = True
-                return None
-        if found.seen is None:
-            self._book.unlink(parent, found.name)
-            return None
-        node = self._book.see(found.seen, found.key, (parent, found.name))
-        self._book.link(parent, found.name, node)
-        return node
-
-    def _take_content(self, batch: dict[Node, Found]) -> None:
-        parts = []
-        for node, found in batch.items():
-            content, seen, pages = found.content, found.seen, node.inode.pages
-            if content is None or seen is None or self._book.node(node.number) is not node:
-                continue  # it is gone since
-            moved = content.within is not None and content.place != node.inode.place
-            if moved or seen.status.st_size != node.inode.size:
-                self._writes.doubt(node.id)
-                self._book.doubt(node)
-                continue  # it was seen again since, with another size
-            if pages:
-                parts.append((node, *self._identified(content), content.within))
-            self._book.read(node, seen.status, found.at_ns)
-            node.followed = content.followed
-        parts.sort(key=lambda part: part[0].inode.place)
-        changed = self._book.put_content(parts)
-        contents = [batch[node].content for node, _, _, _ in parts]
-        batch.clear()
-        try:
-            for (node, numbers, _, _), content, marks in zip(parts, contents, changed, strict=True):
-                self._keep(node, content, numbers[marks])
-        except NoSpaceError:  # what was kept so far is in the files as well
-            self._drop_writer()
-            raise
-
-    def _identified(self, content: Content) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Return the pages of a file that are not zeros, and their identities."""
-        if content.raw is not None:
-            identity = self._hasher.identify(memoryview(content.raw))
-            rows = np.flatnonzero(identity.any(axis=1))
-            pages = rows.astype(np.uint64) if content.rows is None else content.rows.at(rows)
-            return pages, identity[rows]
-        parts = content.identified or []
-        numbers = [np.empty(0, dtype=np.uint64), *(each for each, _ in parts)]
-        return np.concatenate(numbers), np.concatenate(
-            [np.empty((0, 2), dtype=np.uint64), *(each for _, each in parts)]
-        )
-
-    def _keep(self, node: Node, content: Content | None, pages: NDArray[np.uint64]) -> None:
-        """Write the content of changed pages to the layer, as far as it is here."""
-        if content is None:
-            return
-        if content.raw is not None:
-            numbers = pages + np.uint64(node.inode.place)
-            rows = pages.astype(np.intp) if content.rows is None else content.rows.rank(pages)
-            self._writer_of().add(CONTENTS, numbers, memoryview(content.raw), rows)
-        for pages, data in content.kept or ():
-            numbers = pages + np.uint64(node.inode.place)
-            self._writer_of().add(CONTENTS, numbers, memoryview(data), np.arange(len(pages)))
-
-    def _drop_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.drop()
-            self._writer = None
-
-    def _writer_of(self) -> LayerWriter:
-        if self._writer is None:
-            self._writer = LayerWriter(self._layers)
-        return self._writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -681,99 +508,5 @@ class _Names:
             yield Found(directory.id, place.name, seen, key, content, self.at_ns)
 
 
-class EpochFiles:
-    """The contents of an epoch's files; a `PageReader` of its two spaces."""
-
-    def __init__(
-        self,
-        capture: FileCapture,
-        spaces: Iterable[SpacePages],
-        layered: LayeredPages,
-        records: Mapping[int, bytes],
-        extras: Mapping[int, bytes],
-    ) -> None:
-        """`records` and `extras` are pages that are in memory."""
-        self._capture = capture
-        self.spaces = tuple(spaces)
-        self._spaces = {space.key: space for space in self.spaces}
-        self._layered = layered
-        self._in_memory = {RECORDS: records, CONTENTS: extras}
-
-    def read(self, key: SpaceKey, rows: NDArray[np.int64], into: memoryview) -> None:
-        """See `PageReader.read`. What a file does not hold any more cannot be read."""
-        space = self._spaces[key]
-        numbers = space.pages.at(rows)
-        expected = space.identities.get(numbers)
-        held = self._in_memory[key]
-        for slot in self._lacking(key, numbers, expected, into):
-            number = int(numbers[slot])
-            content = held.get(number) or self._capture.read_now(number)
-            if content is None or not (self._capture.identify(memoryview(content)) == expected[slot]).all():
-                self._capture.want(number)
-                raise CaptureError("a file was changed before its content was sent; the next epoch has it")
-            into[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES] = content
-
-    def _lacking(
-        self, key: SpaceKey, numbers: NDArray[np.uint64], expected: NDArray[np.uint64], into: memoryview
-    ) -> list[int]:
-        """Copy what the layers have; return which pages have to come from elsewhere.
-
-        What they have of a page may be of a file that had its place before.
-        """
-        if key != CONTENTS:
-            return list(range(len(numbers)))
-        left = self._layered.read_some(key, numbers, into)
-        content = into[: len(numbers) * PAGE_BYTES]
-        wrong = (self._capture.identify(content) != expected).any(axis=1)
-        wrong[left] = True
-        rows: list[int] = np.flatnonzero(wrong).tolist()
-        return rows
-
-    def release(self) -> None:
-        """Let go of the layers. Harmless when repeated."""
-        self._layered.release()
-
-
 def _renamed(found: Found, name: bytes) -> Found:
     return Found(found.parent, name, found.seen, found.key, found.content, found.at_ns)
-
-
-def _mapped_by(pid: int) -> set[FileId]:
-    """Return the files that a process has mapped shared."""
-    found: set[FileId] = set()
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
-    except OSError:
-        return found  # it has ended
-    for area in _SHARED.findall(maps):
-        with contextlib.suppress(OSError):
-            status = os.stat(f"/proc/{pid}/map_files/{area.decode()}")
-            if stat.S_ISREG(status.st_mode):
-                found.add((status.st_dev, status.st_ino))
-    return found
-
-
-def _opened_by(pid: int) -> Iterator[tuple[os.stat_result, bool]]:
-    """Yield the regular files that a process has open, and whether for writing."""
-    directory = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return  # it has ended
-    for name in names:
-        with contextlib.suppress(OSError):
-            status = os.stat(f"{directory}/{name}")
-            if stat.S_ISREG(status.st_mode):
-                yield status, bool(os.lstat(f"{directory}/{name}").st_mode & stat.S_IWUSR)
-
-
-def _timeless(roots: Iterable[Path]) -> frozenset[int]:
-    """Return which devices of the directories are such that a store through a mapping moves no time."""
-    memory: set[int] = set()
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            fields, _, rest = line.partition(b" - ")
-            if rest.split()[0] in (b"tmpfs", b"ramfs"):
-                major, _, minor = fields.split()[2].partition(b":")
-                memory.add(os.makedev(int(major), int(minor)))
-    return frozenset(os.stat(root).st_dev for root in roots) & memory

@@ -19,7 +19,8 @@ from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES, RECORDS, 
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
 from primary.file_book import FileBook, Seen
-from primary.file_capture import EpochFiles, FileCapture, TooMuchWrittenError
+from primary.file_capture import FileCapture, TooMuchWrittenError
+from primary.file_epoch import EpochFiles
 from primary.file_places import Places, RecordPages
 from primary.file_reader import FileReader, UnreadableError
 from primary.file_watch import FileWatch
