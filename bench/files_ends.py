@@ -20,7 +20,7 @@ from typing import Final
 
 from bench.target import WORKLOAD
 from common.errors import LabError
-from common.messages import BULK_BYTES, PROTOCOL, Message, Pages, Space, decode
+from common.messages import BULK_BYTES, Message, Pages, Space, decode
 from common.model import EpochId
 from common.terms import TermGuard
 from primary.capture import CapturedEpoch
@@ -95,7 +95,7 @@ class Replica:
         if not isinstance(outcome, Committed):
             raise LabError(f"epoch {epoch.id} was not committed: {outcome}")
         committed_s = time.monotonic()
-        self._held = Held.of(epoch, PROTOCOL)
+        self._held = Held.of(epoch)
         self._files.apply(self._store.files_of(epoch.id))
         ended_s = time.monotonic()
         return Brought(sent_bytes, (committed_s - begun_s) * 1000, (ended_s - committed_s) * 1000, ended_s)

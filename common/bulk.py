@@ -26,12 +26,21 @@ ZERO: Final = 0x80
 SEEDED: Final = 0x40
 """Page flag beside CRIU's own: the page changed, but what is kept of an interrupted epoch has its content."""
 
+REPEATED: Final = 0x20
+"""Page flag beside CRIU's own: the page changed; which page holds the same is said by `Repeats`."""
+
+IN_BASE: Final = 1 << 63
+"""Added to the number of a page that a repeated one is like: it is the base's."""
+
 BLOCK_PAGES: Final = BULK_BYTES // PAGE_BYTES
 """Most pages of one block."""
 
 _HELD_BYTES: Final = 24
 HELD_PAGES: Final = BULK_BYTES // _HELD_BYTES
 """Most pages of which one message says what they are."""
+
+NUMBERS: Final = BULK_BYTES // 8
+"""Most numbers of pages in one frame."""
 
 _PAGE_LIMIT: Final = 1 << 52
 """Page numbers are addresses / 4096 of a 64-bit space."""
@@ -46,6 +55,7 @@ _KNOWN_FLAGS: Final = np.array(
         *_CHANGED,
         *(flags | ZERO for flags in _CHANGED),
         *(flags | SEEDED for flags in _CHANGED),
+        *(flags | REPEATED for flags in _CHANGED),
         PE_PARENT,
         PE_PARENT | PE_LAZY,
     ],
@@ -64,8 +74,8 @@ class PackedRuns:
 
 
 def with_content(flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Mark the pages whose content is sent: changed, not all zeros, and not in the seed; shape (n,)."""
-    marks: NDArray[np.bool_] = (flags & (PE_PRESENT | ZERO | SEEDED)) == PE_PRESENT
+    """Mark the pages whose content is sent: changed, and none of `ZERO`, `SEEDED`, `REPEATED`; shape (n,)."""
+    marks: NDArray[np.bool_] = (flags & (PE_PRESENT | ZERO | SEEDED | REPEATED)) == PE_PRESENT
     return marks
 
 
@@ -126,6 +136,18 @@ def unpack_held(frame: Buffer, pages: int) -> tuple[NDArray[np.uint64], NDArray[
     if not (numbers[1:] > numbers[:-1]).all():
         raise ProtocolError("pages that are held are out of order")
     return numbers, identity
+
+
+def pack_numbers(numbers: NDArray[np.uint64]) -> Iterator[tuple[int, bytes]]:
+    """Write numbers of pages in frames; yields how many are in each."""
+    for first in range(0, len(numbers), NUMBERS):
+        part = numbers[first : first + NUMBERS]
+        yield len(part), pack(part.astype("<u8").tobytes())
+
+
+def unpack_numbers(frame: Buffer, count: int) -> NDArray[np.uint64]:
+    """Read one frame of `pack_numbers`; shape (count,). Raises ProtocolError if it is not that."""
+    return np.frombuffer(unpack(frame, count * 8), dtype="<u8").astype(np.uint64)
 
 
 def pack(raw: Buffer) -> bytes:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from common import excludes
 from common.errors import ConfigError
 from common.host_key import parse_host_key
 from common.model import NAME_PATTERN, HealthCheck, WorkloadSpec
@@ -534,6 +535,7 @@ def _file_problems(spec: WorkloadSpec) -> Iterator[str]:
             yield f"files: {item.path!r} must be an absolute path below /"
         if item.source and not item.source.startswith("/"):
             yield f"files: source {item.source!r} must be an absolute path: {_RELATIVE}"
+    yield from excludes.problems(spec)
     paths = [PurePosixPath(item.path) for item in spec.files]
     yield from (f"files: {path!r} stands there twice" for path in sorted(_repeated(list(map(str, paths)))))
     replicated = [path for path, item in zip(paths, spec.files, strict=True) if not item.shared]

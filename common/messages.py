@@ -21,14 +21,14 @@ from msgspec import Meta
 from common.errors import ProtocolError
 from common.model import NAME_PATTERN, EpochId, SpaceKind, WorkloadSpec
 
-PROTOCOL: Final = 7
+PROTOCOL: Final = 8
 """Version of the wire format. It grows with every change of a message, of `WorkloadSpec` included."""
 
 OLDEST: Final = PROTOCOL - 1
 """The oldest one that is spoken as well, so that nodes can be upgraded one after the other."""
 
-FILES_SINCE: Final = 7
-"""The version since which epochs have the workload's files: in an older one they are left out."""
+REPEATS_SINCE: Final = 8
+"""The version since which a page that holds what another one of its epoch does may be said to (`Repeats`)."""
 
 BEAT_VERSION: Final = 5
 """The version in which heartbeats changed last, and as which they are sent: nobody is asked beforehand what
@@ -212,7 +212,7 @@ class Begin(_Message, frozen=True):
     last: bool | None = None
     """The workload stands still since then, to be handed over: nothing follows."""
     file_bytes: Count = 0
-    """Size of all present pages of files (`common.file_records`). Since version 7, as these spaces are."""
+    """Size of all present pages of files (`common.file_records`)."""
 
 
 class Metadata(_Message, frozen=True):
@@ -235,6 +235,16 @@ class Space(_Message, frozen=True):
     pages: Count
     changed: Count
     more: bool = False
+
+
+class Repeats(_Message, frozen=True):
+    """What the next pages of the space named last that are `REPEATED` hold: what these earlier ones do.
+
+    Their numbers, in one bulk frame (`common.bulk.pack_numbers`). Comes behind the runs of a space, ahead of
+    its content, until it is said of all. Since version 8.
+    """
+
+    pages: Annotated[int, Meta(ge=1, le=BULK_BYTES // 8)]
 
 
 class Pages(_Message, frozen=True):
@@ -350,6 +360,7 @@ Message = (
     | Begin
     | Metadata
     | Space
+    | Repeats
     | Pages
     | Commit
     | Ack
@@ -370,6 +381,7 @@ _TYPES: Final[dict[str, type[_Message]]] = {
     "begin": Begin,
     "metadata": Metadata,
     "space": Space,
+    "repeats": Repeats,
     "pages": Pages,
     "commit": Commit,
     "ack": Ack,
@@ -379,12 +391,12 @@ _TYPES: Final[dict[str, type[_Message]]] = {
     "beat": Beat,
 }
 _TAGS: Final = {kind: tag for tag, kind in _TYPES.items()}
-_WITH_BULK: Final = (HeldPages, Metadata, Space, Pages)
+_WITH_BULK: Final = (HeldPages, Metadata, Space, Repeats, Pages)
 
 
-_SINCE: Final[dict[type[Message], dict[str, int]]] = {Begin: {"file_bytes": FILES_SINCE}}
+_SINCE: Final[dict[type[Message], dict[str, int]]] = {}
 """Fields that are not said in a version before that one."""
-_SPEC_SINCE: Final[dict[str, int]] = {}
+_SPEC_SINCE: Final[dict[str, int]] = {"exclude": 8}
 """Fields of `WorkloadSpec` that did not exist before that version: who sets one can only greet in a newer."""
 _SPEC_VALUES_SINCE: Final[dict[tuple[str, str], int]] = {}
 """Values of such fields, likewise."""
@@ -408,8 +420,8 @@ def encode(message: Message, bulk: Sequence[Buffer] = (), *, version: int = PROT
     """
     sizes = [len(frame) for frame in bulk]
     _check_bulk(message, sizes)
-    if version < FILES_SINCE and getattr(message, "kind", None) == "file":
-        raise ProtocolError(f"version {version} of the wire format knows nothing of files")
+    if version < REPEATS_SINCE and isinstance(message, Repeats):
+        raise ProtocolError(f"version {version} of the wire format knows nothing of repeated pages")
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
     if isinstance(message, Beat):
         version = BEAT_VERSION

@@ -101,6 +101,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     private_ipc: bool = True
     """Own System V and POSIX message queue namespace. False saves about 2 ms a freeze."""
     files: tuple[FilePath, ...] = ()
+    exclude: tuple[str, ...] = ()
+    """What below `files` is not replicated: see `common.excludes`."""
     memory_limit_bytes: int | None = None
     cpu_limit: float | None = None
     """CPUs, e.g. 1.5."""

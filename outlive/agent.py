@@ -54,6 +54,7 @@ from common.errors import (
     UnsupportedError,
 )
 from common.events import Event, EventLog, event_file
+from common.excludes import Excludes
 from common.file_records import RECORDS, Record, unpack_page
 from common.heap import keep_heap_small
 from common.heartbeat import AgentBeater
@@ -444,6 +445,7 @@ class Agent:
             layers=Path(self._config.node.image_dir) / spec.name,
             pids=lambda: workload_pids(self._config, spec.name),
             watch=watch,
+            excludes=Excludes(spec.exclude),
             adopt=partial(_records_of, store, restored),
         )
 

@@ -35,6 +35,7 @@ from common.container import (
 from common.control import Order, VerificationProgress, WorkloadMetrics, WorkloadReport
 from common.errors import CaptureError, OutliveError, ProtocolError, RestoreError, StaleTermError
 from common.events import Event, EventLog
+from common.excludes import Excludes
 from common.heartbeat import read_boot_id
 from common.messages import Doubt, Hello, Nack
 from common.model import PAGE_BYTES, EpochId, WorkloadSpec
@@ -462,6 +463,7 @@ class WorkloadAgent:
         return FileTree(
             file_roots(self.spec, paths),
             state_file(paths.state),
+            excludes=Excludes(self.spec.exclude),
             boot_id=lambda: read_boot_id(self._config),
         )
 

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.criu.images import PE_LAZY, PE_PRESENT, SpaceKey
-from common.messages import FILES_SINCE
 from common.model import PAGE_BYTES, EpochId
 from primary.identities import Identities
 from primary.page_set import PageSet
@@ -165,10 +164,6 @@ class CapturedEpoch:
     def file_bytes(self) -> int:
         """Size of all present pages of files."""
         return _bytes_of(space for space in self.spaces if space.key.kind == "file")
-
-    def as_of(self, version: int) -> tuple[SpacePages, ...]:
-        """Return the spaces that a version of the wire format can tell of."""
-        return tuple(space for space in self.spaces if version >= FILES_SINCE or space.key.kind != "file")
 
     def release(self) -> None:
         """Give the images back. Harmless when repeated."""

@@ -34,6 +34,7 @@ import structlog
 from numpy.typing import NDArray
 
 from common.errors import CaptureError
+from common.excludes import NOTHING, Excludes
 from common.file_records import Record
 from common.identity import PageHasher
 from common.model import EpochId
@@ -139,6 +140,7 @@ class FileCapture:
         pids: Callable[[], Iterable[int]],
         watch: Watch | None,
         writes: FileWrites | None = None,
+        excludes: Excludes = NOTHING,
         adopt: Callable[[], Iterable[Record]] = tuple,
     ) -> None:
         """`roots`: declared paths, and where these directories are on this node.
@@ -146,14 +148,14 @@ class FileCapture:
         `adopt` returns the records of an epoch that this is about to go on from; see `FileBook.adopt`.
 
         `layers` is where contents are kept for a while; `pids` tells whose files may be open. `writes`
-        follows large files; it is closed with this.
+        follows large files; it is closed with this. `excludes` says what is left out.
         """
         self._roots = roots
         self._pids = pids
         self._watch = watch
         self._book = FileBook(hasher)
         self._writes = writes or FileWrites()
-        self._reader = FileReader(self._book, roots, hasher, watch, self._writes)
+        self._reader = FileReader(self._book, roots, hasher, watch, self._writes, excludes)
         self._intake = FileIntake(self._book, self._reader, self._writes, hasher, layers)
         self._scan_due = True
         self._sealed = False
@@ -376,7 +378,7 @@ class FileCapture:
             (node, Place(directory.fd, name))
             for node, directory in there
             for name in names[node]
-            if name != b"."
+            if name != b"." and not self._reader.is_excluded(node.id, name)
         ]
         at_ns = time.time_ns()
         looks, left = self._quick.look([place for _, place in entries])

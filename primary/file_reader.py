@@ -25,6 +25,7 @@ import structlog
 from numpy.typing import NDArray
 
 from common.errors import CaptureError
+from common.excludes import NOTHING, Excludes
 from common.file_records import NOWHERE, OTHERWISE_TOLD
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
@@ -133,10 +134,11 @@ class FileReader:
         hasher: PageHasher,
         handles: Handles | None = None,
         writes: FileWrites | None = None,
+        excludes: Excludes = NOTHING,
     ) -> None:
         """`roots`: where the declared directories are. `handles`: None if nothing is watched.
 
-        `writes` follows large files; without it they are read as a whole.
+        `writes` follows large files; without it they are read as a whole. What `excludes` has is not seen.
         """
         self._book = book
         self._roots = roots
@@ -145,6 +147,10 @@ class FileReader:
         self._writes = writes or FileWrites()
         self._buffer = memoryview(bytearray(_BLOCK_BYTES))
         self._read: set[FileId] = set()
+        self._excludes = excludes
+        self._declared = {os.fsencode(directory): path for path, directory in roots.items()}
+        self._root_ids: dict[FileId, bytes] = {}
+        """Which declared directory it is."""
 
     def begin(self) -> None:
         """Begin a round: in each, the content of an inode is read once."""
@@ -196,6 +202,10 @@ class FileReader:
                 os.close(fd)
         return None
 
+    def is_excluded(self, parent: FileId, name: bytes) -> bool:
+        """Tell whether an entry of a directory is left out."""
+        return self._excludes.has(name, self._root_ids.get(parent))
+
     def itself(self, fd: int) -> Found:
         """Tell of an open directory alone."""
         seen = Seen(os.fstat(fd), attributes=attributes_of(fd))
@@ -206,6 +216,8 @@ class FileReader:
 
         `directory` is open; None: `name` is a path. Raises UnreadableError.
         """
+        if parent is not None and self.is_excluded(parent, name):
+            return
         try:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
@@ -288,6 +300,8 @@ class FileReader:
         levels: list[tuple[int, FileId, Iterator[bytes]]] = []
         try:
             fd = os.open(name, _OPEN | os.O_DIRECTORY | os.O_NOATIME, dir_fd=directory)
+            if parent is None:
+                self._root_ids[_id(os.fstat(fd))] = self._declared[name]
             found, names = self._enter(parent, name, fd, how)
             levels.append((fd, _id(os.fstat(fd)), iter(names)))
             yield found
@@ -329,6 +343,8 @@ class FileReader:
         if node is not None and node.key == key and node.whole and not how.everything:
             return found, []
         names = [os.fsencode(each) for each in os.listdir(fd)]
+        if self._excludes:
+            names = [each for each in names if not self.is_excluded(_id(status), each)]
         known = node.children.keys() if node is not None else ()
         return found, [*names, *(known - set(names) if known else ())]
 

@@ -35,8 +35,7 @@ async def ask_held(
 
     Raises UnreachableError if no answer comes, ProtocolError for one that cannot be.
     """
-    spaces = epoch.as_of(session.version)
-    return PageTable([await _ask_space(session, space, secret, held, seed) for space in spaces])
+    return PageTable([await _ask_space(session, space, secret, held, seed) for space in epoch.spaces])
 
 
 async def _ask_space(

@@ -8,19 +8,43 @@ does it in a thread. Which pages are sent is decided here alone: those that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from common.bulk import BLOCK_PAGES, SEEDED, ZERO, EpochDigest, PackedRuns, pack, pack_runs
+from common.bulk import (
+    BLOCK_PAGES,
+    REPEATED,
+    SEEDED,
+    ZERO,
+    EpochDigest,
+    PackedRuns,
+    pack,
+    pack_numbers,
+    pack_runs,
+)
 from common.criu.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT
 from common.errors import CaptureError
-from common.messages import BULK_BYTES, PROTOCOL, Begin, Buffer, Commit, Metadata, Pages, Space, encode
+from common.messages import (
+    BULK_BYTES,
+    PROTOCOL,
+    REPEATS_SINCE,
+    Begin,
+    Buffer,
+    Commit,
+    Metadata,
+    Pages,
+    Repeats,
+    Space,
+    encode,
+)
 from common.model import PAGE_BYTES, EpochId
 from primary.capture import CapturedEpoch, MetadataFile, PageTable, SpacePages
 from primary.page_set import NO_PAGES, PageSet, in_order
+from primary.repeats import NO_REPEATS, repeats_in
 
 Frames = list[Buffer]
 
@@ -36,9 +60,9 @@ class Held:
     table: PageTable
 
     @classmethod
-    def of(cls, epoch: CapturedEpoch, version: int) -> Held:
-        """What a replica holds that has committed `epoch`, as that version of the wire format told it."""
-        return cls(epoch.id, PageTable(epoch.as_of(version)))
+    def of(cls, epoch: CapturedEpoch) -> Held:
+        """What a replica holds that has committed `epoch`."""
+        return cls(epoch.id, PageTable(epoch.spaces))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +80,18 @@ def epoch_messages(
     seed: Seed | None,
     buffer: bytearray,
     version: int = PROTOCOL,
+    on_repeats: Callable[[int], None] = lambda size_bytes: None,
 ) -> Iterator[Frames]:
     """Yield the frames of each message in order; `buffer` (BULK_BYTES) is overwritten between them.
 
-    `version` is that of the wire format which the replica speaks.
+    `version` is that of the wire format which the replica speaks. `on_repeats` is told beforehand, by whoever
+    draws, how many bytes the replica is going to copy because another page holds the same.
 
     Raises CaptureError when a page or metadata file cannot be read: the epoch cannot be finished then.
     """
     speak = partial(encode, version=version)
     digest = EpochDigest()
-    for frames in _body(speak, epoch, epoch.as_of(version), term, base, seed, buffer):
+    for frames in _body(speak, epoch, term, base, seed, buffer, on_repeats, repeats=version >= REPEATS_SINCE):
         digest.add(frames)
         yield frames
     yield speak(Commit(digest=digest.value()))
@@ -79,11 +105,13 @@ def full_bytes(epoch: CapturedEpoch) -> int:
 def _body(
     speak: Speak,
     epoch: CapturedEpoch,
-    spaces: Sequence[SpacePages],
     term: int,
     base: Held | None,
     seed: Seed | None,
     buffer: bytearray,
+    on_repeats: Callable[[int], None],
+    *,
+    repeats: bool,
 ) -> Iterator[Frames]:
     yield speak(
         Begin(
@@ -94,7 +122,7 @@ def _body(
             incarnation=epoch.incarnation,
             frozen_wall_s=epoch.frozen_wall_s,
             memory_bytes=epoch.memory_bytes,
-            spaces=len(spaces),
+            spaces=len(epoch.spaces),
             metadata_files=len(epoch.metadata),
             last=epoch.last,
             file_bytes=epoch.file_bytes,
@@ -102,8 +130,11 @@ def _body(
     )
     for file in epoch.metadata:
         yield from _metadata(speak, file)
-    for space in spaces:
-        yield from _space(speak, epoch, space, base, seed, memoryview(buffer))
+    for space in epoch.spaces:
+        # Of memory seldom a page is like another one; of files, those that were copied or written anew.
+        plan = _planned(space, base, seed, repeats=repeats and space.key.kind == "file")
+        on_repeats(len(plan.sources) * PAGE_BYTES)
+        yield from _space(speak, epoch, space, plan, memoryview(buffer))
 
 
 def _metadata(speak: Speak, file: MetadataFile) -> Iterator[Frames]:
@@ -125,42 +156,63 @@ def _space(
     speak: Speak,
     epoch: CapturedEpoch,
     space: SpacePages,
-    base: Held | None,
-    seed: Seed | None,
+    plan: _Plan,
     buffer: memoryview,
 ) -> Iterator[Frames]:
-    content, packed = _packed(space, base, seed)
-    for place, runs in enumerate(packed, start=1):
+    for place, runs in enumerate(plan.runs, start=1):
         yield speak(
             Space(
                 kind=space.key.kind,
                 ident=space.key.ident,
                 pages=runs.pages,
                 changed=runs.changed,
-                more=place < len(packed),
+                more=place < len(plan.runs),
             ),
             [runs.frame],
         )
-    for block in content.pieces(BLOCK_PAGES):
+    for pages, frame in pack_numbers(plan.sources):
+        yield speak(Repeats(pages=pages), [frame])
+    for block in plan.content.pieces(BLOCK_PAGES):
         raw = buffer[: len(block) * PAGE_BYTES]
         epoch.pages.read(space.key, space.pages.rank(block), raw)
         yield speak(Pages(raw_bytes=len(raw)), [pack(raw)])
 
 
-def _packed(space: SpacePages, base: Held | None, seed: Seed | None) -> tuple[PageSet, list[PackedRuns]]:
-    """Return the pages whose content is sent, and all pages with the flags that say of each where it is.
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is said of the pages of one space."""
 
-    Those are CRIU's flags; PE_PARENT for what the base has. Of the changed ones, ZERO for those of zeros, and
-    SEEDED for those that the seed has.
+    content: PageSet
+    """Those whose content is sent."""
+    sources: NDArray[np.uint64]
+    """What those hold that are `REPEATED`; see `primary.repeats`."""
+    runs: list[PackedRuns]
+    """All of them, with the flags that say where each is."""
+
+
+def _planned(space: SpacePages, base: Held | None, seed: Seed | None, *, repeats: bool = False) -> _Plan:
+    """Tell of each page where it is to be taken from.
+
+    Flags are CRIU's; PE_PARENT for what the base has. Of the changed ones, ZERO for those of zeros, SEEDED
+    for those that the seed has, and REPEATED, if that is to be used, for those that are like another page.
     """
     changed = space.pages if base is None else base.table.changed(space)
     zero = space.identities.zeros(changed)
     lent = NO_PAGES if seed is None else (changed - zero) - seed.table.changed(space)
-    marks = ((changed, PE_PRESENT ^ PE_PARENT), (zero, ZERO), (lent, SEEDED), (space.lazy, PE_LAZY))
+    content = (changed - zero) - lent
+    held = base.table.spaces.get(space.key) if base is not None else None
+    again = repeats_in(space, content, held) if repeats else NO_REPEATS
+    marks = (
+        (changed, PE_PRESENT ^ PE_PARENT),
+        (zero, ZERO),
+        (lent, SEEDED),
+        (again.pages, REPEATED),
+        (space.lazy, PE_LAZY),
+    )
     points = in_order(np.concatenate([space.pages.bounds, *(pages.bounds for pages, _ in marks)]))
     at = np.flatnonzero(space.pages.has(points))
     starts, counts = points[at], points[at + 1] - points[at]
     flags = np.full(len(starts), PE_PARENT, dtype=np.uint8)
     for pages, flag in marks:
         flags ^= pages.has(starts) * np.uint8(flag)
-    return (changed - zero) - lent, list(pack_runs(starts, counts, flags))
+    return _Plan(content - again.pages, again.sources, list(pack_runs(starts, counts, flags)))

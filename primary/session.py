@@ -110,6 +110,10 @@ class Session:
         self.outcome, self._in_flight = None, epoch
         self._copying_s = lent_bytes / _SLOWEST_COPY_BYTES_PER_S
 
+    def copies(self, more_bytes: int) -> None:
+        """Take note that the replica has to copy so much more, within its own disk, before it answers."""
+        self._copying_s += more_bytes / _SLOWEST_COPY_BYTES_PER_S
+
     def end(self) -> None:
         """Expect no outcome any more."""
         self._in_flight = None

@@ -33,7 +33,7 @@ class StoreVerifier:
 
         Returns what the replica must be told if they differ. Raises UnreachableError, ProtocolError.
         """
-        spaces = {space.key: space for space in epoch.as_of(session.version)}
+        spaces = {space.key: space for space in epoch.spaces}
         compared, mismatch = 0, None
         for due in self._verification.plan(lambda: {key: each.pages for key, each in spaces.items()}):
             space = spaces.get(due.key)

@@ -377,10 +377,19 @@ class ReplicaStream:
         if not self._buffer:
             self._buffer = bytearray(BULK_BYTES)
         session.begin(epoch.id, lent_bytes=seed.table.pages * PAGE_BYTES if seed else 0)
-        self._unconfirmed = Held.of(epoch, session.version), epoch.frozen_wall_s
+        self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
         try:
             await self._send_messages(
-                session, epoch_messages(epoch, self._hello.term, base, seed, self._buffer, session.version)
+                session,
+                epoch_messages(
+                    epoch,
+                    self._hello.term,
+                    base,
+                    seed,
+                    self._buffer,
+                    session.version,
+                    on_repeats=session.copies,
+                ),
             )
             outcome = await session.acknowledged()
         except CaptureError as error:
@@ -427,7 +436,7 @@ class ReplicaStream:
         self._latencies_ms.append(latency_ms)
         self._full_equivalent_bytes += full_bytes(epoch)
         self._restorable, self._reasons = ack.restorable, ack.reasons
-        self._remember(Held.of(epoch, version), epoch.frozen_wall_s)
+        self._remember(Held.of(epoch), epoch.frozen_wall_s)
         self._note_progress()
         self._log.debug("stream.acknowledged", epoch=str(epoch.id), latency_ms=round(latency_ms, 1))
 

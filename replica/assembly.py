@@ -20,7 +20,16 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from common.bulk import HELD_PAGES, EpochDigest, pack_held, unpack, unpack_runs, with_content
+from common.bulk import (
+    HELD_PAGES,
+    REPEATED,
+    EpochDigest,
+    pack_held,
+    unpack,
+    unpack_numbers,
+    unpack_runs,
+    with_content,
+)
 from common.criu.images import SpaceKey
 from common.criu.pagemap import PE_PARENT
 from common.errors import NoSpaceError, ProtocolError, StoreError
@@ -37,6 +46,7 @@ from common.messages import (
     Metadata,
     Nack,
     Pages,
+    Repeats,
     Space,
 )
 from common.model import PAGE_BYTES
@@ -56,6 +66,7 @@ class Phase(enum.Enum):
     IDLE = "no epoch is under way"
     FILES = "metadata files come"
     RUNS = "the runs of a space go on"
+    REPEATS = "it is said what repeated pages of a space are like"
     CONTENT = "the content of a space comes"
     COMPLETE = "a space is complete"
     DISCARDING = "the epoch was given up; the rest of it is ignored"
@@ -65,9 +76,10 @@ MAY_COME: Final[dict[Phase, tuple[type[Message], ...]]] = {
     Phase.IDLE: (Begin, AskHeld, AskStored, Doubt),
     Phase.FILES: (Begin, Metadata, Space, Commit),
     Phase.RUNS: (Begin, Space),
+    Phase.REPEATS: (Begin, Repeats),
     Phase.CONTENT: (Begin, Pages),
     Phase.COMPLETE: (Begin, Space, Commit),
-    Phase.DISCARDING: (Begin, AskHeld, AskStored, Doubt, Metadata, Space, Pages, Commit),
+    Phase.DISCARDING: (Begin, AskHeld, AskStored, Doubt, Metadata, Space, Repeats, Pages, Commit),
 }
 """The order of messages. `Begin` may always come: whoever sends it gave up the epoch before."""
 
@@ -111,8 +123,10 @@ class _Progress:
     """Name of the metadata file of which more pieces come; empty for none."""
     key: SpaceKey | None = None
     content_left_bytes: int = 0
+    repeats_left: int = 0
     numbers: tuple[NDArray[np.uint64], ...] = ()
     flags: tuple[NDArray[np.uint8], ...] = ()
+    sources: tuple[NDArray[np.uint64], ...] = ()
 
 
 class Assembly:
@@ -178,6 +192,8 @@ class Assembly:
                 self._metadata(epoch, message, bulk[0])
             elif isinstance(message, Space):
                 self._space(epoch, message, bulk[0])
+            elif isinstance(message, Repeats):
+                self._repeats(epoch, message, bulk[0])
             elif isinstance(message, Pages):
                 self._pages(epoch, message, bulk[0])
         except (StoreError, NoSpaceError) as error:
@@ -301,7 +317,7 @@ class Assembly:
             if not epoch.spaces_left:
                 raise ProtocolError(f"{key.pagemap_name} is one space more than the epoch declared")
             epoch.spaces_left -= 1
-            epoch.key, epoch.numbers, epoch.flags = key, (), ()
+            epoch.key = key
         if message.pages > epoch.pages_left:
             raise ProtocolError(f"{key.pagemap_name} has more pages than the epoch declared")
         epoch.pages_left -= message.pages
@@ -319,11 +335,28 @@ class Assembly:
             epoch.numbers += (numbers,)
             epoch.flags += (flags,)
         epoch.content_left_bytes += changed * PAGE_BYTES
+        epoch.repeats_left += int(np.count_nonzero(flags & REPEATED))
         if message.more:
             self._phase = Phase.RUNS
-            return
-        epoch.incoming.space(key, _joined(epoch.numbers, np.uint64), _joined(epoch.flags, np.uint8))
-        epoch.numbers, epoch.flags = (), ()
+        elif epoch.repeats_left:
+            self._phase = Phase.REPEATS
+        else:
+            self._announce(epoch, key)
+
+    def _repeats(self, epoch: _Progress, message: Repeats, numbers: Buffer) -> None:
+        if message.pages > epoch.repeats_left or epoch.key is None:
+            raise ProtocolError("more repeated pages came than their space declared")
+        epoch.sources += (unpack_numbers(numbers, message.pages),)
+        epoch.repeats_left -= message.pages
+        if not epoch.repeats_left:
+            self._announce(epoch, epoch.key)
+
+    def _announce(self, epoch: _Progress, key: SpaceKey) -> None:
+        """Tell the store of a space of which all but its content is here."""
+        numbers, flags = _joined(epoch.numbers, np.uint64), _joined(epoch.flags, np.uint8)
+        sources = _joined(epoch.sources, np.uint64)
+        epoch.numbers, epoch.flags, epoch.sources = (), (), ()
+        epoch.incoming.space(key, numbers, flags, sources)
         self._phase = Phase.CONTENT if epoch.content_left_bytes else Phase.COMPLETE
 
     def _pages(self, epoch: _Progress, message: Pages, block: Buffer) -> None:

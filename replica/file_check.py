@@ -62,7 +62,7 @@ class _Comparison:
         with explained("list", lambda: self._path(Entry(number, b".", number))):
             names = set(map(os.fsencode, os.listdir(self._site.descriptor(number))))
         for name in sorted(names - wanted.keys()):
-            if not self._site.is_limbo(number, name):
+            if not self._site.is_none_of_it(number, name):
                 yield f"{self._path(Entry(number, name, 0))} is not in the epoch"
         for name, entry in sorted(wanted.items()):
             status = None

@@ -100,10 +100,10 @@ class _Walk:
         with explained("list", lambda: self._path_of(number)):
             descriptor = self._site.descriptor(number)
             for name in map(os.fsencode, os.listdir(descriptor)):
-                if self._site.is_limbo(number, name):
+                entry = wanted.get(name)
+                if entry is None and self._site.is_none_of_it(number, name):
                     continue
                 status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-                entry = wanted.get(name)
                 found = Entry(number, name, self._identify(descriptor, name, status, entry))
                 if found == entry:
                     met.add(name)

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+from common.excludes import NOTHING, Excludes
 from common.file_records import ROOTS, Entry
 from replica.file_model import FileModel, readable
 from replica.file_ops import FileOps, explained, open_in
@@ -47,12 +48,14 @@ class _Limbo:
 class Site:
     """Descriptors of one tree, from opening it to closing it."""
 
-    def __init__(self, model: FileModel, roots: Mapping[bytes, Path]) -> None:
+    def __init__(self, model: FileModel, roots: Mapping[bytes, Path], excludes: Excludes = NOTHING) -> None:
         """Open the declared directories; all must be in the model. Raises StoreError if one is not there."""
         self.roots: dict[int, Path] = {}
         self.where: dict[int, Entry] = {}
         """Entries that lead to directories, as far as the model has another one or none."""
         self._model = model
+        self._excludes = excludes
+        self._declared: dict[int, bytes] = {}
         self._numbers = count(-1, -1)
         self._fixed: dict[int, int] = {}
         self._limbos: dict[int, _Limbo] = {}
@@ -62,7 +65,9 @@ class Site:
             undo.callback(self.close)
             for declared, path in roots.items():
                 with explained("open", path.__str__):
-                    self._open_root(model.children[ROOTS][declared].inode, path)
+                    number = model.children[ROOTS][declared].inode
+                    self._declared[number] = declared
+                    self._open_root(number, path)
             undo.pop_all()
 
     def close(self) -> None:
@@ -131,10 +136,12 @@ class Site:
         """Open the limbos that an earlier attempt has left, and return their numbers."""
         return [limbo.number for limbo in self._limbos.values() if self._find(limbo)]
 
-    def is_limbo(self, number: int, name: bytes) -> bool:
-        """Tell whether a name in a directory is that of an open limbo."""
+    def is_none_of_it(self, number: int, name: bytes) -> bool:
+        """Tell whether a name in a directory of an epoch is of no concern: an open limbo, or excluded."""
         limbo = self._limbos.get(number)
-        return limbo is not None and limbo.inside and limbo.number != 0 and limbo.name == name
+        if limbo is not None and limbo.inside and limbo.number != 0 and limbo.name == name:
+            return True
+        return number >= 0 and self._excludes.has(name, self._declared.get(number))
 
     def limbo_for(self, entry: Entry, ops: FileOps) -> int:
         """Return the number of the limbo on an entry's file system; it is made if it is not there."""

@@ -31,6 +31,7 @@ import structlog
 from common.criu.images import SpaceKey
 from common.durable import cause_of
 from common.errors import ConfigError, StoreError
+from common.excludes import NOTHING, Excludes
 from common.file_records import CONTENTS, ROOTS
 from common.model import EpochId
 from replica.file_check import differences
@@ -47,6 +48,12 @@ from replica.stored_files import EpochFiles
 log = structlog.get_logger(__name__)
 
 _MOST_SENTENCES: Final = 100
+_IN_THE_WAY: Final = {
+    errno.EXDEV: "something moved from one file system to another",
+    errno.ENOTEMPTY: "a directory that goes has something that is in no epoch",
+    errno.EEXIST: "something that is in no epoch has the name of what comes",
+}
+"""What keeps changes from being made, and not the whole epoch."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -81,17 +88,20 @@ class FileTree:
         roots: Mapping[bytes, Path],
         state: Path,
         *,
+        excludes: Excludes = NOTHING,
         boot_id: Callable[[], str] = read_boot_id,
         step: Step = lambda op: None,
     ) -> None:
         """`roots`: for each declared path the directory on this node, which is made if it is not there.
 
-        `state` is a file outside of them, in a directory that is there. `step` is told of each operation
-        that changes something before it is done; what it raises keeps it from being done. Raises ConfigError
-        if one directory lies in another one.
+        `state` is a file outside of them, in a directory that is there. What `excludes` has is in no epoch:
+        it stays as it is, as long as the directory that it is in stays. `step` is told of each operation that
+        changes something before it is done; what it raises keeps it from being done. Raises ConfigError if
+        one directory lies in another one.
         """
         self._roots = {declared: path.resolve() for declared, path in sorted(roots.items())}
         _check_apart(self._roots, state.resolve())
+        self._excludes = excludes
         self._step = step
         self._state = StateFile(state, boot_id, step)
         self._model: FileModel | None = None
@@ -169,7 +179,7 @@ class FileTree:
             model = self._model = self._read(files)
         if model is None or (files is None and not quick):
             raise StoreError(f"what {epoch} has is not in memory", hint="pass its files from the store")
-        with Site(model, self._roots) as site:
+        with self._site(model) as site:
             return list(islice(differences(site, model, None if quick else files), _MOST_SENTENCES))
 
     # --- which way ----------------------------------------------------------------------------------
@@ -191,9 +201,10 @@ class FileTree:
         try:
             applied = self._make_changes(files, changed, self._model)
         except StoreError as error:
-            if cause_of(error) != errno.EXDEV:
+            because = _IN_THE_WAY.get(cause_of(error) or 0)
+            if because is None:
                 raise
-            return self._make_all(files, "something moved from one file system to another")
+            return self._make_all(files, because)
         return applied or self._make_all(files, "a declared directory was replaced by another one")
 
     def _make_changes(
@@ -208,7 +219,7 @@ class FileTree:
         holes = gone_from(contents, model.contents)
         dirty = dict(_touched(model, difference, np.union1d(changed[CONTENTS], holes)))
         self._check(model, files, difference.after)
-        with Site(model, self._roots) as site:
+        with self._site(model) as site:
             moves = moves_since(difference, model, site)
             portions = changed_portions(model, difference, dirty)
             numbers = _unsettled(model, difference, moves)
@@ -222,7 +233,7 @@ class FileTree:
         """Make the epoch of whatever there is."""
         model = self._read(files)
         self._model = None
-        with Site(model, self._roots) as site:
+        with self._site(model) as site:
             moves = moves_on_disk(model, site, files)
             portions = all_portions(model, moves.fresh)
             return self._make(files, model, site, moves, portions, _in_order(model), because)
@@ -275,6 +286,9 @@ class FileTree:
         for number in numbers:
             if model.inodes[number].extra is not None:
                 traits_of(model.inodes[number], files)
+
+    def _site(self, model: FileModel) -> Site:
+        return Site(model, self._roots, self._excludes)
 
     def _make_roots(self) -> RootIds:
         """Make the directories that are not there, and return which ones they are."""

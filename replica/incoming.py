@@ -19,7 +19,7 @@ from common.durable import Disk
 from common.errors import NoSpaceError, StoreError
 from common.model import EpochId
 from replica.holdings import Lender
-from replica.level_writer import LevelWriter, restore_text
+from replica.level_writer import LevelWriter, Repeats, restore_text
 from replica.levels import BaseError, EpochHeader, Flags, Layout, Level, Numbers, rows_in, tells_damage
 from replica.store_reader import EpochRecord
 
@@ -35,6 +35,10 @@ class Home(Protocol):
 
     def admit(self, header: EpochHeader, made: Level, numbers: dict[SpaceKey, Numbers]) -> EpochRecord:
         """Give a finished level its name; raises StoreError if it may not have it any more."""
+        ...
+
+    def read_base(self, epoch: EpochId, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
+        """Read pages of a committed epoch, in blocks that are valid until the next one."""
         ...
 
     def keep_seed(self, made: Level) -> bool:
@@ -103,16 +107,18 @@ class IncomingEpoch:
                 if len(self._descriptors) > _DESCRIPTORS_BYTES:
                     raise StoreError(f"{name} has more than {_DESCRIPTORS_BYTES} bytes")
 
-    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
+    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags, sources: Numbers | None = None) -> None:
         """Announce an address space: its pages, ascending, and a flags byte each; shape (n,).
 
         PE_PARENT: unchanged, the base has it. PE_PRESENT: its bytes follow. `ZERO`: changed, and all zeros
-        now, so that none follow. `COPIED`: changed, but the seed has it as it is now. PE_LAZY is kept.
+        now, so that none follow. `COPIED`: changed, but the seed has it as it is now. `REPEATED`: changed,
+        and like the page that `sources` (one for each of these) says. PE_LAZY is kept.
         Raises StoreError for what cannot be, and BaseError for pages that the base or the seed does not have:
         CRIU would fail at restore.
         """
         with self._step():
-            self._writer.space(key, numbers, flags, self._lender)
+            repeats = None if sources is None or not len(sources) else Repeats(sources, self._read_base)
+            self._writer.space(key, numbers, flags, self._lender, repeats)
             inherited = numbers[(flags & PE_PARENT) != 0]
             if inherited.size:
                 held = self._pages_of_base(key)
@@ -121,6 +127,14 @@ class IncomingEpoch:
                         f"{key.pagemap_name} has unchanged pages that {self.header.base} does not have"
                     )
             self._numbers[key] = numbers.copy()
+
+    def _read_base(self, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
+        if self.header.base is None:
+            raise BaseError("pages are said to be like those of the base, and there is none")
+        try:
+            yield from self._home.read_base(self.header.base, key, numbers)
+        except StoreError as error:
+            raise BaseError(f"pages of {self.header.base} cannot be taken over: {error.message}") from error
 
     def _pages_of_base(self, key: SpaceKey) -> Numbers | None:
         if self.header.base is None:

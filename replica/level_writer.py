@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, get_args
 
 import msgspec
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey, serialize_pages
 from common.durable import Disk, Writer
@@ -37,6 +39,7 @@ from replica.levels import (
     Numbers,
     SpaceEntry,
     encode_manifest,
+    rows_in,
 )
 
 ZERO = 0x80
@@ -45,8 +48,15 @@ ZERO = 0x80
 COPIED = 0x40
 """Our own page flag: the page's bytes are taken from what is held already, so that they are not sent."""
 
+REPEATED = 0x20
+"""Our own page flag: the page holds what an earlier one of its space does, or one of the base."""
+
+IN_BASE = np.uint64(1 << 63)
+"""Added to the number of the page that a repeated one is like: it is the base's."""
+
 MAX_PAGE_NUMBER = 1 << 52
-_KNOWN_FLAGS = PE_PARENT | PE_LAZY | PE_PRESENT | ZERO | COPIED
+_OURS = ZERO | COPIED | REPEATED
+_KNOWN_FLAGS = PE_PARENT | PE_LAZY | PE_PRESENT | _OURS
 _ZEROS = bytes(256 * 1024)
 _METADATA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _RESERVED_NAME = re.compile(r"pages-.*|pagemap-.*")
@@ -85,7 +95,7 @@ class _HashedFile:
 
 
 class _PagesFile:
-    """The pages' bytes of one space: those that come, holes for pages of zeros, copies of what is held."""
+    """The pages' bytes of one space: those that come, holes for pages of zeros, copies of others."""
 
     def __init__(
         self,
@@ -95,10 +105,14 @@ class _PagesFile:
         numbers: Numbers,
         kinds: Flags,
         held: Held | None,
+        repeats: Repeats | None,
         *,
         op: str,
     ) -> None:
-        """`kinds` has for each present page `ZERO`, `COPIED` (from `held`), or 0 where its bytes come."""
+        """`kinds` has for each present page 0 where its bytes come, else where it is taken from.
+
+        `COPIED` from `held`; `REPEATED`: what `repeats` says, in the order of pages.
+        """
         self._key = key
         self._disk = disk
         self._path = path
@@ -107,6 +121,9 @@ class _PagesFile:
         self._numbers = numbers
         self._kinds = kinds
         self._held = held
+        self._repeats = repeats
+        self._repeated = 0
+        """How many of these there are so far."""
         self._left_bytes = self.expected_bytes = int(np.count_nonzero(kinds == 0)) * PAGE_BYTES
         # Rows at which runs of one kind end, from the last to the first.
         self._ends = [len(kinds), *(np.flatnonzero(np.diff(kinds)) + 1).tolist()[::-1]] if len(kinds) else []
@@ -151,12 +168,51 @@ class _PagesFile:
                 size_bytes = end * PAGE_BYTES - self._at_bytes
                 self._open().skip(size_bytes)
                 self._go_on(size_bytes)
+            elif kind == REPEATED:
+                self._repeat(end)
             elif self._held is None:
                 raise BaseError("pages are said to be held already, but nothing is")
             else:
                 for block in self._held.read(self._key, self._numbers[self._at_bytes // PAGE_BYTES : end]):
                     self._open().write(block)
                     self._go_on(len(block))
+
+    def _repeat(self, end: int) -> None:
+        """Go on to the page in row `end` with what others hold."""
+        count = end - self.whole_pages
+        if self._repeats is None:
+            raise StoreError(f"{self._key.pagemap_name}: it was not said what repeated pages are like")
+        sources = self._repeats.sources[self._repeated : self._repeated + count]
+        self._repeated += count
+        in_base = sources >= IN_BASE
+        rows = rows_in(self._numbers, sources)
+        while len(sources):
+            if in_base[0]:
+                here = _leading(in_base)
+                blocks = self._repeats.base(self._key, sources[:here] - IN_BASE)
+            else:  # one that is read now may be what is behind it is like
+                here = _leading(~in_base & (rows >= 0) & (rows < self.whole_pages))
+                if not here:
+                    raise StoreError(f"{self._key.pagemap_name}: a page repeats one that is not before it")
+                blocks = self._again(rows[:here])
+            for block in blocks:
+                self._open().write(block)
+                self._go_on(len(block))
+            sources, in_base, rows = sources[here:], in_base[here:], rows[here:]
+
+    def _again(self, rows: NDArray[np.intp]) -> Iterator[memoryview]:
+        """Read pages of this file that were written before."""
+        buffer = memoryview(bytearray(PAGE_BYTES))
+        fd = self._disk.open_file(self._path, op=f"{self._op}-again")
+        try:
+            for row in rows.tolist():
+                if os.preadv(fd, [buffer], row * PAGE_BYTES) != PAGE_BYTES:
+                    raise StoreError(f"{self._path} cannot be read back")
+                yield buffer
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read back: {error.strerror}") from error
+        finally:
+            os.close(fd)
 
     def _go_on(self, size_bytes: int) -> None:
         self._at_bytes += size_bytes
@@ -175,6 +231,16 @@ class Held(Protocol):
     def read(self, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
         """Yield the bytes of these pages, in blocks of whole pages that are valid until the next one."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """What the `REPEATED` pages of a space are like."""
+
+    sources: Numbers
+    """For each of them an earlier page, which is not of zeros, or a page of the base (`IN_BASE`)."""
+    base: Callable[[SpaceKey, Numbers], Iterator[memoryview]]
+    """Reads pages of the base, in blocks that are valid until the next one. Raises BaseError."""
 
 
 class LevelWriter:
@@ -221,18 +287,28 @@ class LevelWriter:
         self._disk.link(source, self.directory / entry.name, op=f"{self._op}.link")
         self._files[entry.name] = entry
 
-    def space(self, key: SpaceKey, numbers: Numbers, flags: Flags, held: Held | None = None) -> None:
-        """Announce a space: its pages, ascending, and their flags (CRIU's, `ZERO`, `COPIED`); shape (n,).
+    def space(
+        self,
+        key: SpaceKey,
+        numbers: Numbers,
+        flags: Flags,
+        held: Held | None = None,
+        repeats: Repeats | None = None,
+    ) -> None:
+        """Announce a space: its pages, ascending, and their flags (CRIU's and ours); shape (n,).
 
-        The bytes of all pages that are present and neither `ZERO` nor `COPIED` must follow. Those that are
-        `COPIED` are taken from `held`, in their turn. Raises StoreError for what cannot be, and when the
-        space before is not complete.
+        The bytes of all pages that are present, with none of our flags, must follow. Those that are `COPIED`
+        are taken from `held`, those that are `REPEATED` from where `repeats` says, in their turn. Raises
+        StoreError for what cannot be, and when the space before is not complete.
         """
         self._finish_pages()
         check_space(key, numbers, flags)
         if key in self._spaces:
             raise StoreError(f"{key.pagemap_name} came twice in one epoch")
-        ours = flags & np.uint8(ZERO | COPIED)
+        ours = flags & np.uint8(_OURS)
+        repeated = int(np.count_nonzero(ours & REPEATED))
+        if repeated != (0 if repeats is None else len(repeats.sources)):
+            raise StoreError(f"{key.pagemap_name}: it is not said what {repeated} repeated pages are like")
         stored = np.where(ours != 0, (flags & PE_LAZY) | PE_PRESENT, flags).astype(np.uint8)
         present = (stored & PE_PRESENT) != 0
         pages_id = len(self._spaces) + 1
@@ -243,7 +319,14 @@ class LevelWriter:
         self._open_pages = (
             key,
             _PagesFile(
-                self._disk, path, key, self._open_numbers, ours[present], held, op=f"{self._op}.pages"
+                self._disk,
+                path,
+                key,
+                self._open_numbers,
+                ours[present],
+                held,
+                repeats,
+                op=f"{self._op}.pages",
             ),
         )
 
@@ -376,9 +459,14 @@ def check_space(key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
     if numbers.size and (int(numbers[-1]) >= MAX_PAGE_NUMBER or not np.all(numbers[1:] > numbers[:-1])):
         raise StoreError(f"{name}: page numbers are not ascending or too large")
     in_base = (flags & PE_PARENT) != 0
-    in_level = (flags & (PE_PRESENT | ZERO | COPIED)) != 0
+    in_level = (flags & (PE_PRESENT | _OURS)) != 0
     if (flags & ~np.uint8(_KNOWN_FLAGS)).any() or not (in_base ^ in_level).all():
         raise StoreError(f"{name}: a page must be either in the base or in the epoch, and have known flags")
+
+
+def _leading(marks: NDArray[np.bool_]) -> int:
+    """Return how many are true before the first that is not."""
+    return len(marks) if marks.all() else int(np.argmin(marks))
 
 
 def restore_text(view: Path, command: Sequence[str], descriptors: bytes | None) -> bytes:

@@ -31,6 +31,7 @@ from common.config import NodeConfig
 from common.criu.locate import locate_criu
 from common.criu.rpc import spawn
 from common.errors import OutliveError
+from common.excludes import Excludes
 from common.file_records import RECORDS
 from common.model import FilePath, WorkloadSpec
 from common.origin import Origin, obstacles, read_origin
@@ -167,18 +168,23 @@ class Readiness:
     ) -> Iterator[str]:
         """Say which files stand in the way. What the epoch itself has (`with_files`) is laid out from it."""
         said: set[str] = set()
+        excludes = Excludes(spec.exclude)
         for file in needs.files:
             if file.path in said or any(is_below(file.path, directory) for directory in _NOT_LOOKED_FOR):
                 continue
             declared = closest(spec, file.path)
-            if with_files and declared is not None and not declared.shared:
+            excluded = declared is not None and excludes.has_path(declared.path, file.path)
+            if with_files and declared is not None and not declared.shared and not excluded:
                 continue
             if file.written and file.is_data and not (declared is not None and declared.shared):
                 how = "open for writing" if file.written == "open" else "mapped as writable shared memory"
-                yield (
-                    f"{file.path} is {how} and is not replicated: declare its directory in `files` of the "
-                    "workload, or (a log) write to standard output"
+                advice = (
+                    "take it out of `exclude` of the workload, or have it closed"
+                    if excluded
+                    else "declare its directory in `files` of the workload, or (a log) write to standard "
+                    "output"
                 )
+                yield f"{file.path} is {how} and is not replicated: {advice}"
                 said.add(file.path)
             elif reason := self._difference(file, view):
                 yield reason
@@ -233,6 +239,14 @@ def closest(spec: WorkloadSpec, path: str) -> FilePath | None:
     """Return the declared directory that the workload's `path` lies in, the closest one; None: in none."""
     declared = [item for item in spec.files if is_below(path, item.path.rstrip("/"))]
     return max(declared, key=lambda item: len(item.path.rstrip("/")), default=None)
+
+
+def stays_on_node(spec: WorkloadSpec, path: str) -> bool:
+    """Tell whether what the workload writes at that path is on no other node."""
+    declared = closest(spec, path)
+    if declared is None:
+        return True
+    return not declared.shared and Excludes(spec.exclude).has_path(declared.path, path)
 
 
 def _missing_programs(config: NodeConfig, spec: WorkloadSpec) -> list[str]:

@@ -39,7 +39,7 @@ from replica.doubt import StoredDoubt, end_doubt, keep_doubt, read_doubt
 from replica.folding import FoldAbandonedError, fold_due, fold_into, plan_fold
 from replica.holdings import HeldPart, Holdings, Lender
 from replica.incoming import IncomingEpoch
-from replica.level_writer import COPIED, ZERO, LevelWriter
+from replica.level_writer import COPIED, IN_BASE, REPEATED, ZERO, LevelWriter
 from replica.levels import (
     CRIU_RESTORE,
     RESTORE_NAME,
@@ -64,6 +64,8 @@ from replica.stored_files import StoredFiles
 
 __all__ = [
     "COPIED",
+    "IN_BASE",
+    "REPEATED",
     "ZERO",
     "EpochDetails",
     "EpochHeader",
@@ -274,12 +276,7 @@ class EpochStore(StoreReader):
         with self.hold():
             if isinstance(what, int):
                 return self._lender(what).identify(key, first_row, most, hasher)
-            with self._mutex:
-                chain = self._chain(what)
-                if self._holdings is None or self._holdings[0] != chain:
-                    self._holdings = chain, Holdings(chain, self._disk)
-                holdings = self._holdings[1]
-            return holdings.identify(key, first_row, most, hasher)
+            return self._holdings_of(what).identify(key, first_row, most, hasher)
 
     def sample(
         self, epoch: EpochId, key: SpaceKey, first: int, end: int, most: int, hasher: PageHasher
@@ -542,6 +539,19 @@ class EpochStore(StoreReader):
         if known and known[0] == epoch:
             return known[1].get(key)
         return level.pages_of(key, self._disk)[0] if level.space(key) else None
+
+    def read_base(self, epoch: EpochId, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
+        """Read pages of a committed epoch, in blocks that are valid until the next one. Raises StoreError."""
+        with self.hold():
+            yield from self._holdings_of(epoch).read(key, numbers)
+
+    def _holdings_of(self, epoch: EpochId) -> Holdings:
+        """Return what reads an epoch's chain, as it is now: to be used within `hold`."""
+        with self._mutex:
+            chain = self._chain(epoch)
+            if self._holdings is None or self._holdings[0] != chain:
+                self._holdings = chain, Holdings(chain, self._disk)
+            return self._holdings[1]
 
     def _lender(self, seed: int) -> Lender:
         """Open a seed for reading. It fails to read, and never reads another one, once it is dropped."""

@@ -62,6 +62,12 @@ class WorkloadAnswer(Answer, frozen=True, kw_only=True):
 @click.option("--files", multiple=True, metavar="PATH", help="A directory of its own; may be repeated.")
 @click.option("--shared", multiple=True, metavar="PATH", help="A directory that all nodes see alike.")
 @click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="A name ('*.tmp') or path ('/data/cache') below --files that is not replicated; may be repeated.",
+)
+@click.option(
     "--interval-ms",
     default=0,
     show_default="200 with the fast memory backend, 1000 with stock",
@@ -89,6 +95,7 @@ def protect(
     working_directory: str,
     files: tuple[str, ...],
     shared: tuple[str, ...],
+    exclude: tuple[str, ...],
     interval_ms: int,
     right_to_lead: Literal["manual", "fence", "etcd"],
     on_exit: str,
@@ -112,6 +119,7 @@ def protect(
         user=user,
         working_directory=working_directory,
         files=(*(FilePath(path=path) for path in files), *(FilePath(path=p, shared=True) for p in shared)),
+        exclude=exclude,
         vip=vip,
         health=health,
         right_to_lead=right_to_lead,

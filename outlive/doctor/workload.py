@@ -13,7 +13,7 @@ from common.fencing import coverage
 from common.inspection import OpenDescriptor, ProcessUse, TreeUse
 from common.model import WorkloadSpec
 from outlive.doctor.report import Check
-from replica.readiness import closest, is_below
+from replica.readiness import closest, is_below, stays_on_node
 
 _SOCKETS = {
     *("TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITE", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6"),
@@ -244,8 +244,9 @@ def _is_lost(spec: WorkloadSpec, descriptor: OpenDescriptor) -> bool:
     if descriptor.name.startswith(("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage")):
         return False
     if descriptor.links > 0:
-        declared = closest(spec, descriptor.name.removesuffix(" (deleted)"))
-        return declared is None or declared.shared
+        name = descriptor.name.removesuffix(" (deleted)")
+        declared = closest(spec, name)
+        return declared is None or declared.shared or stays_on_node(spec, name)
     return descriptor.size_bytes > _GHOST_LIMIT_BYTES
 
 
@@ -253,14 +254,15 @@ def _is_local_data(spec: WorkloadSpec, name: str, deleted: bool) -> bool:
     """Tell whether what is written there stays on this node; what is deleted travels with the epochs."""
     if deleted or any(is_below(name, directory) for directory in ("/proc", "/sys")):
         return False
-    return closest(spec, name) is None
+    return stays_on_node(spec, name)
 
 
 def _not_restorable(how: str, using: str) -> Check:
     return _fail(
         "local files",
         f"not restorable: {how}, outside of the directories that are replicated: {using}",
-        "declare their directory in `files` of the workload, or (a log) write to standard output",
+        "declare their directory in `files` of the workload, without `exclude` for them; or (a log) write to "
+        "standard output",
     )
 
 

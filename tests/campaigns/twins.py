@@ -38,7 +38,7 @@ from common.criu.images import SpaceKey, Vma, read_memory_map
 from common.criu.locate import locate_criu
 from common.errors import CaptureError, OutliveError
 from common.identity import PageHasher
-from common.messages import BULK_BYTES, PROTOCOL, decode
+from common.messages import BULK_BYTES, decode
 from common.model import PAGE_BYTES, EpochId, FilePath, WorkloadSpec
 from common.terms import TermGuard
 from primary.capture import CapturedEpoch
@@ -236,7 +236,7 @@ class Replica:
             outcome = self._assembly.take(message, bulk, frames)
         if not isinstance(outcome, Committed):
             raise AssertionError(f"epoch {epoch.id} was answered by {outcome}")
-        self._held = Held.of(epoch, PROTOCOL)
+        self._held = Held.of(epoch)
         while self.store.fold_due():
             self.store.fold()
 

@@ -12,7 +12,6 @@ from common.config import Node, NodeConfig, Store
 from common.criu.images import SpaceKey
 from common.durable import RealDisk
 from common.errors import CaptureError, NoSpaceError
-from common.messages import PROTOCOL
 from common.model import EpochId, WorkloadSpec
 from outlive.aside import MOST_KEPT, Aside, AsideEpoch, kept_aside
 from primary.capture import CapturedEpoch
@@ -62,7 +61,7 @@ def content(reader: StoreReader, kept: AsideEpoch) -> None:
 def test_an_epoch_whose_pages_are_all_here_is_kept_whole_with_the_command_that_restores_it(
     tmp_path: Path,
 ) -> None:
-    kept = aside(tmp_path).keep(epoch(tmp_path), SPEC, Held.of(captured(41, BASE), PROTOCOL))
+    kept = aside(tmp_path).keep(epoch(tmp_path), SPEC, Held.of(captured(41, BASE)))
     assert kept.path.name == "redis-t1-e42-unacknowledged"
     reader = StoreReader.inspect(kept.path.parent, kept.path.name)
     content(reader, kept)
@@ -81,7 +80,7 @@ def test_what_changed_only_is_kept_on_top_of_what_the_replica_has_and_whole_agai
     tmp_path: Path,
 ) -> None:
     base = captured(41, BASE)
-    kept = aside(tmp_path).keep(epoch(tmp_path, stands_on=EpochId(1, 40)), SPEC, Held.of(base, PROTOCOL))
+    kept = aside(tmp_path).keep(epoch(tmp_path, stands_on=EpochId(1, 40)), SPEC, Held.of(base))
     level, needs = aside_level(kept.path, kept.epoch)
     assert level is not None
     assert sum(space.present for space in level.spaces) == 3, "one changed, one of zeros, one new"
@@ -103,7 +102,7 @@ def test_what_changed_only_is_kept_on_top_of_what_the_replica_has_and_whole_agai
 
 @pytest.mark.parametrize("held", [None, 39], ids=["nothing is known", "too old"])
 def test_what_stands_on_nothing_that_anybody_has_is_not_kept(tmp_path: Path, held: int | None) -> None:
-    base = Held.of(captured(held, BASE), PROTOCOL) if held else None
+    base = Held.of(captured(held, BASE)) if held else None
     with pytest.raises(CaptureError, match="t1-e40"):
         aside(tmp_path).keep(epoch(tmp_path, stands_on=EpochId(1, 40)), SPEC, base)
     assert kept_aside(tmp_path / "store/_aside") == []

@@ -126,6 +126,18 @@ def test_mappings(used: MappedFile, found: dict[str, str]) -> None:
     assert problems(process(mappings=(used,))) == found
 
 
+def test_what_is_excluded_stays_on_this_node() -> None:
+    spec = msgspec.structs.replace(SPEC, files=(FilePath(path="/data"),), exclude=("/data/cache", "*.tmp"))
+    for name, found in [("x", ""), ("cache/x", "fail"), ("deep/x.tmp", "fail"), ("deep/cache/x", "")]:
+        used = process(descriptor(name=f"/data/{name}", flags=os.O_RDWR))
+        told = {
+            check.name: check
+            for check in judge_tree(spec, TreeUse(processes=(used,), outside_peers=frozenset()))
+        }
+        assert (told["local files"].status if "local files" in told else "") == found
+        assert not found or "without `exclude`" in told["local files"].hint
+
+
 def test_a_unix_socket_to_the_outside_stands_in_the_way() -> None:
     used = process(descriptor(kind="socket", protocol="UNIX", inode=70))
     assert problems(used, outside_peers=frozenset({70})) == {"unix sockets": "fail"}

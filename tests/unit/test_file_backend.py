@@ -81,7 +81,6 @@ async def test_an_epoch_has_memory_and_files(both: tuple[WithFiles, Memory, File
     assert bytes(content) == page(1)
     epoch.pages.read(CONTENTS, np.array([0]), memoryview(content))
     assert bytes(content) == b"x" * PAGE_BYTES
-    assert [space.key for space in epoch.as_of(6)] == [TASK]
     assert backend.name == "fast"
     epoch.release()
     await backend.close()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from common.errors import CaptureError, NoSpaceError, UnsupportedError
+from common.excludes import Excludes
 from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES, RECORDS, ROOTS, Record, unpack_page
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
@@ -549,3 +550,49 @@ def test_a_file_whose_content_was_not_read_is_in_no_epoch(tmp_path: Path) -> Non
     book.put_content([(node, np.arange(2, dtype=np.uint64), np.ones((2, 2), dtype=np.uint64), None)])
     book.read(node, path.stat(), 0)
     assert len(book.seal()[0][1].pages) == 2
+
+
+LEFT_OUT = Excludes(["n*1\udcff\n", "/data/n2\udcff\n"])
+
+
+def kept(tree: Tree) -> Tree:
+    """Leave out what is excluded."""
+    here = {
+        path: what
+        for path, what in tree.items()
+        if not LEFT_OUT.has_path("/data", os.fsdecode(path)) or path == b"/data"
+    }
+    return {
+        path: (
+            *what[:6],
+            *(tuple(name for name in names if name in here) for names in what[6:]),
+        )
+        for path, what in here.items()
+    }
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_is_excluded_is_in_no_epoch_wherever_it_is_moved(
+    root: Path, tmp_path: Path, watched: bool
+) -> None:
+    watch = FileWatch([root]) if watched else None
+    files = FileCapture(
+        {b"/data": root},
+        hasher=PageHasher(),
+        layers=tmp_path,
+        pids=lambda: [],
+        watch=watch,
+        excludes=LEFT_OUT,
+    )
+    changes, left_out = Changes(root, seed=3), 0
+    try:
+        for number in range(1, 60):
+            changes.some(6)
+            reader = epoch(files, number, lambda: changes.some(6))
+            there = walk(root)
+            assert told(reader) == kept(there)
+            left_out += len(there) - len(kept(there))
+            reader.release()
+    finally:
+        files.close()
+    assert left_out > 50

@@ -29,6 +29,7 @@ from file_worlds import (
 )
 
 from common.errors import ConfigError, NoSpaceError, StoreError
+from common.excludes import Excludes
 from common.file_records import CONTENTS, RECORDS, Entry, Inode, pack_page, pack_record
 from common.model import PAGE_BYTES, EpochId
 from replica.file_site import limbo_name
@@ -81,8 +82,14 @@ class Place:
         self.steps = Steps()
         directory.mkdir(exist_ok=True)
 
-    def open(self) -> FileTree:
-        return FileTree({b"/data": self.root}, self.state, boot_id=lambda: self.boot, step=self.steps)
+    def open(self, *excluded: str) -> FileTree:
+        return FileTree(
+            {b"/data": self.root},
+            self.state,
+            excludes=Excludes(excluded),
+            boot_id=lambda: self.boot,
+            step=self.steps,
+        )
 
     def walk(self, *, holes: bool = True) -> object:
         return walk({b"/data": self.root}, holes=holes)
@@ -181,6 +188,53 @@ def test_the_whole_is_made_of_a_tree_that_somebody_else_altered(
     again = tree.apply(files, full=True)
     assert (again.made, again.removed, again.written_bytes) == (0, 0, 0)
     assert place.steps.names == ["state", "state"]
+
+
+def test_what_is_excluded_stays_as_long_as_its_directory_does(place: Place) -> None:
+    world, epochs = small_world(), Epochs()
+    tree = place.open("*.tmp", "/data/cache")
+    tree.apply(epochs.tell(world))
+    (place.root / "cache").mkdir()
+    left_out = [place.root / "cache" / "x", place.root / "a" / "y.tmp", place.root / "b" / "z.tmp"]
+    for path in left_out:
+        path.write_bytes(b"of this node")
+    (place.root / "a" / "cache").write_bytes(b"excluded in /data alone")
+    files = epochs.tell(world)
+    assert tree.apply(files, full=True).removed == 1
+    assert [path.read_bytes() for path in left_out] == [b"of this node"] * 3
+    assert tree.check(files, quick=False) == []
+    rename(world, (b"a",), (b"b", b"moved"))
+    assert not tree.apply(epochs.tell(world)).full
+    assert (place.root / "b" / "moved" / "y.tmp").read_bytes() == b"of this node"
+    world.remove(number_of(world, b"b"), b"moved")
+    applied = tree.apply(epochs.tell(world))
+    assert "has something that is in no epoch" in applied.full_because
+    assert not (place.root / "b" / "moved").exists()
+    assert (place.root / "b" / "z.tmp").exists()
+    assert tree.check() == []
+
+
+def test_what_is_excluded_no_more_is_made_what_the_epoch_says(place: Place) -> None:
+    world, epochs = small_world(), Epochs()
+    files = epochs.tell(world)
+    place.open("x").apply(files)
+    (place.root / "a" / "x").mkdir()
+    (place.root / "a" / "x" / "file").write_bytes(b"of this node")
+    tree = place.open()
+    tree.apply(files)
+    world.make(number_of(world, b"a"), b"x", REG | 0o600, b"of the epoch")
+    applied = tree.apply(epochs.tell(world))
+    assert "has the name of what comes" in applied.full_because
+    assert place.walk() == world.found()
+
+
+def test_what_the_epoch_has_is_not_left_out_whatever_is_excluded_here(place: Place) -> None:
+    world, epochs = small_world(), Epochs()
+    tree = place.open("f", "h*")
+    tree.apply(epochs.tell(world))
+    (place.root / "a" / "f").write_bytes(b"altered")
+    tree.apply(epochs.tell(world), full=True)
+    assert place.walk() == world.found()
 
 
 def test_an_epoch_in_which_nothing_changed_costs_nothing(place: Place) -> None:
@@ -1019,9 +1073,7 @@ def test_names_are_not_lost_where_limbo_is_taken(place: Place) -> None:
     (limbo / "left/over").touch()
     rename(world, (b"a", b"f"), (b"b", b"f"))
     files = epochs.tell(world)
-    with pytest.raises(StoreError, match="limbo"):
-        tree.apply(files)
-    tree.apply(files)
+    assert "has the name of what comes" in tree.apply(files).full_because
     assert place.walk() == world.found()
     assert not limbo.exists()
 

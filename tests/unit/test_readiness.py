@@ -38,6 +38,7 @@ from common.criu.proto import (
     remap_file_path_pb2,
     sk_opts_pb2,
 )
+from common.file_records import RECORDS
 from common.model import FilePath, WorkloadSpec
 from common.origin import ORIGIN_FILE, encode_origin, read_origin
 from replica import readiness
@@ -290,6 +291,15 @@ class TestFiles:
     async def test_nor_one_in_a_declared_directory_that_is_not_shared(self, epoch: Epoch) -> None:
         epoch.opens("/srv/own/dump.rdb", flags=os.O_RDWR)
         assert "open for writing" in (await epoch.judged()).reasons[0]
+
+    async def test_nor_one_that_is_excluded_from_what_is_replicated(self, epoch: Epoch) -> None:
+        epoch.make("/srv/own/x.tmp")
+        epoch.opens("/srv/own/x.tmp", flags=os.O_RDWR)
+        (epoch.directory / RECORDS.pagemap_name).write_bytes(b"")
+        assert (await epoch.judged()).restorable
+        epoch.spec = msgspec.structs.replace(epoch.spec, exclude=("*.tmp",))
+        (reason,) = (await epoch.judged()).reasons
+        assert reason.startswith("/srv/own/x.tmp is open for writing and is not replicated: take it out of")
 
     async def test_on_shared_storage_it_is(self, epoch: Epoch) -> None:
         storage = Path(epoch.spec.files[0].source)

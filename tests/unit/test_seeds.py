@@ -16,7 +16,8 @@ from common.errors import StoreError
 from common.identity import PageHasher
 from common.model import EpochId
 from replica.levels import BaseError
-from replica.store import COPIED, ZERO, EpochStore, IncomingEpoch
+from replica.store import COPIED, IN_BASE, REPEATED, ZERO, EpochStore, IncomingEpoch
+from replica.store_reader import EpochRecord
 
 TASK, OTHER = SpaceKey("task", 1), SpaceKey("task", 2)
 HASHER = PageHasher(7)
@@ -268,3 +269,104 @@ def test_an_abort_that_meets_a_broken_disk_leaves_neither_a_directory_nor_a_clai
             arriving.abort()
         assert list((tmp_path / "web" / "incoming").iterdir()) == []
         assert store._arriving == []
+
+
+# Pages that repeat others
+
+
+def repeating(arriving: IncomingEpoch, flags: dict[int, int], sources: list[int]) -> None:
+    numbers = np.array(sorted(flags), dtype=np.uint64)
+    told = np.array([flags[n] for n in sorted(flags)], dtype=np.uint8)
+    arriving.space(TASK, numbers, told, np.array(sources, dtype=np.uint64))
+
+
+def stored(record: EpochRecord) -> list[bytes]:
+    data = (record.path / "pages-1.img").read_bytes()
+    return [data[at : at + 4096] for at in range(0, len(data), 4096)]
+
+
+def test_repeated_pages_are_copied_from_the_epoch_and_from_its_base(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        first = store.begin(header(EpochId(1, 1), None))
+        announce(first, TASK, {7: PE_PRESENT, 8: PE_PRESENT, 9: PE_PRESENT})
+        first.pages(TASK, page(70) + page(80) + page(90))
+        first.commit()
+        second = store.begin(header(EpochId(1, 2), EpochId(1, 1)))
+        flags = {
+            0: PE_PRESENT,
+            1: PE_PRESENT | REPEATED,
+            2: PE_PRESENT | REPEATED,
+            3: ZERO,
+            4: PE_PRESENT | REPEATED,
+            5: PE_PRESENT | REPEATED,
+            6: PE_PRESENT,
+            7: PE_PRESENT | REPEATED,
+            8: PE_PARENT,
+        }
+        # The base's 9 is gone in this epoch; 4 is like 2, which was copied itself.
+        base = int(IN_BASE)
+        repeating(second, flags, [0, base + 9, 2, base + 8, 6])
+        second.pages(TASK, page(1))
+        second.pages(TASK, page(2))
+        record = second.commit()
+        expected = [page(1), page(1), page(90), bytes(4096), page(90), page(80), page(2), page(2)]
+        assert stored(record) == expected
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "error", "words"),
+    [
+        ([2], StoreError, "repeats one that is not before it"),
+        ([1], StoreError, "repeats one that is not before it"),
+        ([5], StoreError, "repeats one that is not before it"),
+        ([9], StoreError, "repeats one that is not before it"),
+        ([], StoreError, "not said what 1 repeated pages are like"),
+        ([0, 0], StoreError, "not said what 1 repeated pages are like"),
+        ([int(IN_BASE)], BaseError, "there is none"),
+    ],
+)
+def test_a_page_that_repeats_what_cannot_be_is_refused(
+    tmp_path: Path, sources: list[int], error: type[StoreError], words: str
+) -> None:
+    with opened(tmp_path) as store:
+        arriving = store.begin(header(EpochId(1, 1), None))
+
+        def whole() -> None:
+            repeating(arriving, {0: PE_PRESENT, 1: PE_PRESENT | REPEATED, 2: PE_PRESENT}, sources)
+            arriving.pages(TASK, page(1) + page(2))
+            arriving.commit()
+
+        with pytest.raises(error, match=words):
+            whole()
+        arriving.abort()
+        assert store.newest is None
+
+
+def test_a_page_that_the_base_lost_is_asked_for_anew(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        first = store.begin(header(EpochId(1, 1), None))
+        announce(first, TASK, {7: PE_PRESENT})
+        first.pages(TASK, page(70))
+        level = first.commit().path
+        for missing in (True, False):
+            if not missing:
+                os.truncate(level / "pages-1.img", 0)
+            second = store.begin(header(EpochId(1, 2), EpochId(1, 1)))
+            repeating(second, {0: PE_PRESENT | REPEATED}, [int(IN_BASE) + (99 if missing else 7)])
+            with pytest.raises(BaseError, match="t1-e1 cannot be taken over"):
+                second.commit()
+            second.abort()
+
+
+def test_what_came_of_an_interrupted_epoch_has_its_repeated_pages(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        arriving = store.begin(header(EpochId(1, 1), None))
+        flags = {n: PE_PRESENT | (REPEATED if n % 2 else 0) for n in range(1200)}
+        repeating(arriving, flags, [n - 1 for n in range(1, 1200, 2)])
+        for n in range(0, 700, 2):
+            arriving.pages(TASK, page(n + 1))
+        arriving.interrupt()
+        part = store.identify(store.seed, TASK, 0, ALL, HASHER)
+        assert part.numbers.tolist() == list(range(699))
+        assert part.identity[5].tolist() == identity_of(5)

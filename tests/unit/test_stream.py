@@ -885,7 +885,7 @@ async def test_cancelling_both_ends_leaves_no_task_and_no_epoch(pair: Pair) -> N
 
 def test_what_a_base_has_is_not_sent_whatever_else_changes() -> None:
     first, second = captured(1, memory_of(300)), captured(2, memory_of(300, p20=0, p21=4242))
-    frames = frames_of(second, Held.of(first, PROTOCOL))
+    frames = frames_of(second, Held.of(first))
     messages = [decode(message)[0] for message in frames]
     assert isinstance(messages[0], Begin)
     assert messages[0].base == first.id

@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Iterator
 
 import msgpack
+import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
 
 from common.config import Peer
+from common.file_records import CONTENTS
 from common.heartbeat import BeatFilter
 from common.keyring import Keyring
 from common.messages import OLDEST, PROTOCOL, Beat, Versions, encode
-from common.model import EpochId
+from common.model import PAGE_BYTES, EpochId
 from common.transport import Incoming, Server, open_link
 from primary.verification import Verification
 from tests.unit.wire_fakes import (
@@ -164,3 +166,27 @@ def test_a_keeper_takes_in_the_heartbeats_of_a_newer_one() -> None:
     header[2]["new"] = 1
     incoming = Incoming(b"c", "b", "key", (msgpack.packb(header),))
     assert BeatFilter().read(incoming) == beat
+
+
+@pytest.mark.parametrize(("replica", "sent_pages"), [(PRESENT, 400), (PREVIOUS, 1000)])
+async def test_copies_are_not_sent_to_who_can_make_them(
+    pair: Pair, replica: Versions, sent_pages: int
+) -> None:
+    pair.versions = replica
+    random = np.random.default_rng(7)
+    contents = [random.bytes(PAGE_BYTES) for _ in range(1000)]
+    files = {CONTENTS: dict(enumerate(contents[:400])) | {1000 + n: contents[n % 400] for n in range(600)}}
+    # Written anew under another name: the old pages are gone.
+    anew = {CONTENTS: {5000 + n: contents[n] for n in range(400)} | {9000: contents[999]}}
+    async with pair.receiving(), pair.streaming() as stream:
+        one = offer(stream, captured(1, files))
+        await acknowledged(stream, one)
+        sent_bytes = stream.counters.bytes_sent
+        assert sent_pages * PAGE_BYTES < sent_bytes < (sent_pages + 30) * PAGE_BYTES
+        two = offer(stream, captured(2, anew))
+        await acknowledged(stream, two)
+        stored = pair.store.epochs
+        assert stored[one.id].memory == files
+        assert stored[two.id].memory == anew
+        again_pages = (stream.counters.bytes_sent - sent_bytes) // PAGE_BYTES
+        assert again_pages < 10 if replica == PRESENT else again_pages > 400

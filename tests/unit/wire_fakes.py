@@ -15,7 +15,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from common.bulk import SEEDED, ZERO
+from common.bulk import IN_BASE, REPEATED, SEEDED, ZERO
 from common.config import Node, NodeConfig, Peer
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey
 from common.errors import CaptureError
@@ -220,6 +220,7 @@ class _IncomingInMemory:
         self._seed = seed
         self._base = store.epochs[header.base].memory if header.base else {}
         self._pending: list[int] = []
+        self._repeated: list[tuple[SpaceKey, int, int]] = []
         self._key = TASK
         self.epoch = StoredEpoch(
             header.id, header.base, {}, {}, 0, frozen_wall_s=header.frozen_wall_s, last=header.last
@@ -228,15 +229,20 @@ class _IncomingInMemory:
     def metadata(self, name: str, data: bytes, *, more: bool = False) -> None:
         self.epoch.metadata[name] = self.epoch.metadata.get(name, b"") + bytes(data)
 
-    def space(self, key: SpaceKey, numbers: np.ndarray, flags: np.ndarray) -> None:
+    def space(
+        self, key: SpaceKey, numbers: np.ndarray, flags: np.ndarray, sources: np.ndarray | None = None
+    ) -> None:
         assert not self._pending
         self._key = key
         pages = self.epoch.memory[key] = {}
+        left = iter([] if sources is None else sources.tolist())
         for number, flag in zip(numbers.tolist(), flags.tolist(), strict=True):
             if flag & PE_PARENT:
                 pages[number] = self._base[key][number]
             elif flag & ZERO:
                 pages[number] = bytes(PAGE_BYTES)
+            elif flag & REPEATED:
+                self._repeated.append((key, number, next(left)))
             elif flag & SEEDED:
                 pages[number] = self._seed[key][number]
             else:
@@ -257,6 +263,9 @@ class _IncomingInMemory:
         if self._store.fail_commit:
             raise self._store.fail_commit
         assert not self._pending
+        for key, number, source in self._repeated:
+            of = self._base if source & IN_BASE else self.epoch.memory
+            self.epoch.memory[key][number] = of[key][source & ~IN_BASE]
         self._store.epochs[self.epoch.id] = self.epoch
         return self.epoch
 

@@ -133,7 +133,7 @@ class Ends(Pair):
         self, epoch: CapturedEpoch, base: CapturedEpoch | None, term: int = 1, seed: Seed | None = None
     ) -> Messages:
         """What a sound primary says to send an epoch."""
-        held = Held.of(base, PROTOCOL) if base else None
+        held = Held.of(base) if base else None
         return [list(frames) for frames in epoch_messages(epoch, term, held, seed, bytearray(BULK_BYTES))]
 
     @asynccontextmanager
