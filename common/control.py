@@ -293,6 +293,17 @@ class Verify(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Empty: all that this node leads."""
 
 
+class CompareFiles(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """To a follower's agent: compare a workload's directories with the epoch that they should be.
+
+    Answered at once with how far that is: ask again until it is not `running` any more.
+    """
+
+    workload: str
+    begin: bool
+    """Begin, unless it is under way. False: only say how it stands."""
+
+
 KeeperRequest = (
     Report
     | AnnounceFreeze
@@ -311,6 +322,7 @@ KeeperRequest = (
     | AskHistory
     | Resync
     | Verify
+    | CompareFiles
 )
 
 # --- answers ----------------------------------------------------------------------------------------
@@ -344,6 +356,24 @@ class Verifying(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """
 
     before: dict[str, tuple[VerificationProgress, ...]]
+
+
+class FilesComparison(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The answer to `CompareFiles`: how far the last comparison is, and what it has found."""
+
+    running: bool
+    epoch: EpochId | None = None
+    """The epoch that was compared with last: they go on meanwhile."""
+    pages_done: int = 0
+    pages_due: int = 0
+    """Of contents, which come after all names. 0: these are not done."""
+    different: int = 0
+    examples: tuple[str, ...] = ()
+    """The first of what differed, one sentence each."""
+    repaired: bool = False
+    """All was looked at, and made equal."""
+    problem: str = ""
+    """Why it could not be compared to the end, or not be repaired."""
 
 
 class Orders(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -586,6 +616,15 @@ class AgentMetrics(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 KeeperAnswer = (
-    Done | Refused | Resyncing | Verifying | Orders | NodeStatus | Explanation | History | AgentMetrics
+    Done
+    | Refused
+    | Resyncing
+    | Verifying
+    | FilesComparison
+    | Orders
+    | NodeStatus
+    | Explanation
+    | History
+    | AgentMetrics
 )
-"""Every answer on a node's control sockets; the agent gives `AgentMetrics` and `Refused` only."""
+"""Every answer on a node's control sockets."""

@@ -72,6 +72,7 @@ class Event(StrEnum):
     VERIFY_MISMATCH = "verify.mismatch"
     VERIFY_DOUBTED = "verify.doubted"
     VERIFY_MENDED = "verify.mended"
+    FILES_ALTERED = "files.altered"
 
     RPO_EXCEEDED = "rpo.exceeded"
     RPO_MET = "rpo.met"

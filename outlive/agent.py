@@ -33,8 +33,10 @@ from common.control import (
     AnnounceFreeze,
     AskStatus,
     CaptureStatus,
+    CompareFiles,
     Done,
     EndFreeze,
+    FilesComparison,
     Order,
     Orders,
     Refused,
@@ -52,6 +54,7 @@ from common.errors import (
     CaptureError,
     OutliveError,
     UnsupportedError,
+    WorkloadError,
 )
 from common.events import Event, EventLog, event_file
 from common.excludes import Excludes
@@ -507,12 +510,16 @@ class Agent:
                 except (OutliveError, OSError) as error:
                     log.error("judge.failed", workload=workload.spec.name, error=str(error))
 
-    async def _answer(self, request: object) -> AgentMetrics | Resyncing | Verifying | Refused:
+    async def _answer(
+        self, request: object
+    ) -> AgentMetrics | Resyncing | Verifying | FilesComparison | Refused:
         """Answer the command line and the benchmarks."""
         if isinstance(request, Resync):
             return self._resync(request)
         if isinstance(request, Verify):
             return self._verify(request)
+        if isinstance(request, CompareFiles):
+            return self._compare_files(request)
         if not isinstance(request, AskStatus):
             return Refused(error="ProtocolError", message="the agent takes orders from its keeper only")
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -540,6 +547,14 @@ class Agent:
             message=f"{self._config.node.name} does not lead {what} with a replica that is connected",
             hint="outlive status: give this order on the primary, while a replica is connected",
         )
+
+    def _compare_files(self, request: CompareFiles) -> FilesComparison:
+        workload = self._workloads.get(request.workload)
+        if workload is None:
+            raise WorkloadError(
+                f"{self._config.node.name} knows no workload {request.workload!r}", hint="outlive status"
+            )
+        return workload.compare_files(begin=request.begin)
 
     def _resync(self, request: Resync) -> Resyncing | Refused:
         since: dict[str, EpochId | None] = {}

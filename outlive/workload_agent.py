@@ -32,8 +32,15 @@ from common.container import (
     stop_workload,
     thaw_cgroup,
 )
-from common.control import Order, VerificationProgress, WorkloadMetrics, WorkloadReport
-from common.errors import CaptureError, OutliveError, ProtocolError, RestoreError, StaleTermError
+from common.control import FilesComparison, Order, VerificationProgress, WorkloadMetrics, WorkloadReport
+from common.errors import (
+    CaptureError,
+    OutliveError,
+    ProtocolError,
+    RestoreError,
+    StaleTermError,
+    WorkloadError,
+)
 from common.events import Event, EventLog
 from common.excludes import Excludes
 from common.heartbeat import read_boot_id
@@ -108,7 +115,7 @@ class WorkloadAgent:
         self._end_session = end_session
         self._events = events
         self._unacknowledged = UnacknowledgedEpochs(aside, lambda: self.spec, events)
-        self._files = FollowedFiles(spec.name, store, self._make_tree)
+        self._files = FollowedFiles(spec.name, store, self._make_tree, self._tell_altered)
         self._order: Order | None = None
         self._done = 0
         self._failed = 0
@@ -322,6 +329,24 @@ class WorkloadAgent:
         """See `Leading.verify`; None if this node does not lead."""
         return self._leading.verify() if self._leading is not None else None
 
+    def compare_files(self, *, begin: bool) -> FilesComparison:
+        """Say how a comparison of the directories with their epoch stands. Raises WorkloadError."""
+        here, name = self._config.node.name, self.spec.name
+        if not file_roots(self.spec, WorkloadPaths(self._config, name)):
+            raise WorkloadError(f"{name} declares no files that are replicated", hint="outlive config show")
+        if begin:
+            if not self.follows:
+                raise WorkloadError(
+                    f"{here} leads {name}: it changes its files itself", hint="give this order on a standby"
+                )
+            if self._files.laid_out is None:
+                raise WorkloadError(
+                    f"the files of {name} are not laid out on {here} since it follows",
+                    hint="outlive status says why, once an epoch of its leader has come",
+                )
+            self._files.compare()
+        return self._files.comparison
+
     def metrics(self) -> WorkloadMetrics | None:
         """Return what was measured while leading; None if this node doesn't."""
         return self._leading.metrics() if self._leading is not None else None
@@ -456,6 +481,10 @@ class WorkloadAgent:
             return detail
         assert failure is not None  # noqa: S101 - the loop ran at least once
         raise failure
+
+    def _tell_altered(self, reason: str) -> None:
+        log.error("files.altered", workload=self.spec.name, reason=reason)
+        self._events.append(Event.FILES_ALTERED, workload=self.spec.name, reason=reason)
 
     def _make_tree(self) -> FileTree:
         paths = WorkloadPaths(self._config, self.spec.name)

@@ -17,11 +17,12 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.durable import cause_of
 from common.errors import StoreError
 from common.file_records import CONTENTS, Inode
 from common.model import PAGE_BYTES
 from replica.file_model import Difference, FileModel
-from replica.file_ops import FileOps, check_kind, data_between, explained, reopened
+from replica.file_ops import MISSING, FileOps, check_kind, data_between, explained, reopened
 from replica.file_site import Site
 from replica.folding import DAMAGE_HINT
 from replica.levels import Numbers, rows_in
@@ -141,22 +142,49 @@ class ContentWriter:
         self._ops.clear(descriptor, row * PAGE_BYTES, past * PAGE_BYTES)
 
 
-def differing(site: Site, model: FileModel, files: EpochFiles, there: Set[int]) -> Iterator[Inode]:
-    """Yield those of the files that are `there` (by number) whose content is not the epoch's.
+def portions_from(model: FileModel, page: int, most_pages: int) -> tuple[list[Portion], int | None]:
+    """Return what stands in the contents from a page on, about so many pages, and where the rest begins.
+
+    None: there is no more. A large file is cut.
+    """
+    portions: list[Portion] = []
+    left = most_pages
+    for first, number in model.places.all(page):
+        inode = model.inodes[number]
+        if inode.place != first:
+            continue  # attributes
+        start, end = max(first, page), first + inode.pages
+        if left <= 0:
+            return portions, start
+        numbers = model.present(start, end)
+        if len(numbers) > left:
+            end, numbers = int(numbers[left]), numbers[:left]
+        portions.append(Portion(inode, numbers, _gaps(numbers, start, end), "unknown"))
+        left -= len(numbers) + 1
+        if end < first + inode.pages:
+            return portions, end
+    return portions, None
+
+
+def differing(
+    site: Site, model: FileModel, files: EpochFiles, portions: Iterable[Portion]
+) -> Iterator[Inode]:
+    """Yield the files of those portions that are not what the epoch has there; not those that are missing.
 
     Raises StoreError if something cannot be read.
     """
-    for portion, stream in _streamed(all_portions(model), files):
+    for portion, stream in _streamed(portions, files):
         entry = model.names[portion.inode.number][0]
         blocks = stream.take(portion.numbers)
         differs = False
-        if portion.inode.number in there:
-            with (
-                explained("read", lambda: site.path(entry)),  # noqa: B023
-                site.opened(entry) as found,
-                reopened(found, os.O_RDONLY) as descriptor,
-            ):
-                differs = _differs(descriptor, portion, blocks)
+        try:
+            with explained("read", lambda: site.path(entry)), site.opened(entry) as found:  # noqa: B023
+                if stat.S_ISREG(os.fstat(found).st_mode):
+                    with reopened(found, os.O_RDONLY) as descriptor:
+                        differs = _differs(descriptor, portion, blocks)
+        except StoreError as error:
+            if cause_of(error) not in MISSING:
+                raise
         for _ in blocks:
             pass  # the next file's pages come behind
         if differs:

@@ -226,9 +226,9 @@ class PlaceTable:
             row = rows[start]
             yield int(self._table[row, 0]), int(self._table[row, 2]), numbers[start:end]
 
-    def all(self) -> Iterator[tuple[int, int]]:
-        """Yield first page and inode of each range, ascending."""
-        for row in range(len(self._table)):
+    def all(self, first: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield first page and inode of each range that does not end before a page, ascending."""
+        for row in range(int(np.searchsorted(self._table[:, 1], first, side="right")), len(self._table)):
             yield int(self._table[row, 0]), int(self._table[row, 2])
 
 

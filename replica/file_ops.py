@@ -95,6 +95,10 @@ def check_kind(status: os.stat_result, inode: Inode) -> None:
         raise OSError(errno.ESTALE, "somebody has put something else there")
 
 
+MISSING: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""There is nothing of that name, or on the way to it something that is no directory."""
+
+
 @contextlib.contextmanager
 def explained(what: str, path: Callable[[], str]) -> Iterator[None]:
     """Turn the operating system's errors into ours: what was to be done, to which file, and why it failed."""

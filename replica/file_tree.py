@@ -34,7 +34,7 @@ from common.errors import ConfigError, StoreError
 from common.excludes import NOTHING, Excludes
 from common.file_records import CONTENTS, ROOTS
 from common.model import EpochId
-from replica.file_check import differences
+from replica.file_check import START, Cursor, differences, differences_in_part
 from replica.file_contents import ContentWriter, Portion, all_portions, changed_portions
 from replica.file_model import Difference, FileModel, gone_from, readable, traits_of
 from replica.file_moves import Mover, Moves, moves_on_disk, moves_since
@@ -181,6 +181,26 @@ class FileTree:
             raise StoreError(f"what {epoch} has is not in memory", hint="pass its files from the store")
         with self._site(model) as site:
             return list(islice(differences(site, model, None if quick else files), _MOST_SENTENCES))
+
+    def compare_part(
+        self, files: EpochFiles | None, cursor: Cursor = START
+    ) -> tuple[list[str], Cursor | None]:
+        """Say how a part of the tree differs from the epoch that it is, and where to go on; None: at its end.
+
+        `files` are that epoch's; None: only names are compared, kinds, sizes, modes, owners and times. In
+        between the tree may become other epochs. Raises StoreError if it is not known what it should be.
+        """
+        epoch, model = self.epoch, self._model
+        if epoch is None or model is None or (files is not None and files.epoch != epoch):
+            raise StoreError(f"it is not known what the files of {epoch or 'this workload'} should be")
+        with self._site(model) as site:
+            return differences_in_part(site, model, files, cursor)
+
+    def content_pages(self, before: int | None = None) -> int:
+        """Return how many pages the contents of its epoch have; `before` a page number, if that is given."""
+        if self._model is None:
+            return 0
+        return len(self._model.contents if before is None else self._model.present(0, before))
 
     # --- which way ----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from common.config import NodeConfig
 from common.errors import StoreError
 from common.model import EpochId
 from outlive.cli.call import Call, Verbs, examples
+from outlive.cli.compare import compare_files
 from outlive.cli.output import Answer, Rows, wall_time, yes_no
 from outlive.cli.running import configure_logs
 
@@ -182,16 +183,37 @@ def show(call: Call, workload: str, epoch: EpochId | None) -> None:
     call.show(answer, *lines)
 
 
-@store.command(epilog=examples("outlive store verify redis", "outlive store verify redis t3-e1042"))
+@store.command(
+    epilog=examples(
+        "outlive store verify redis",
+        "outlive store verify redis t3-e1042",
+        "outlive store verify redis --files",
+    )
+)
 @click.argument("workload")
 @click.argument("epoch", type=EpochType(), required=False)
+@click.option(
+    "--files",
+    is_flag=True,
+    help="Instead: compare the workload's directories on this standby with what is stored, and mend them.",
+)
+@click.option("--timeout", "timeout_s", default=86400.0, show_default=True, help="Of --files, in seconds.")
 @click.pass_context
-def verify(context: click.Context, workload: str, epoch: EpochId | None) -> None:
+def verify(
+    context: click.Context, workload: str, epoch: EpochId | None, files: bool, timeout_s: float
+) -> None:
     """Read every byte that a restore of an epoch (default: the newest) would read, and check it.
 
-    Exits with 7 if something is wrong.
+    With --files the agent, which must run, compares every file that it has laid out here. Epochs go on
+    meanwhile, and a takeover does not wait for it. Exits with 7 if something is wrong, mended or not.
     """
     call = context.ensure_object(Call)
+    if files:
+        if epoch is not None:
+            raise click.UsageError("--files compares with the newest epoch that is laid out: name none")
+        if compare_files(call, workload, timeout_s).different:
+            context.exit(StoreError.exit_code)
+        return
     chosen, found = _verified(call.config(), workload, epoch)
     problems = tuple(FoundProblem(epoch=each.epoch, path=str(each.path), what=each.what) for each in found)
     answer = StoreVerifyAnswer(workload=workload, epoch=chosen, sound=not problems, problems=problems)
