@@ -32,6 +32,18 @@ class PlannedSwitchover(msgspec.Struct, frozen=True, kw_only=True):
     """Only while this node leads that term: with the next one it is forgotten."""
 
 
+class SendingProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far an epoch on its way to a replica is."""
+
+    epoch: EpochId
+    for_s: float
+    """Since when, in seconds."""
+    done_bytes: int
+    """Of its pages: sent, or there already, ..."""
+    due_bytes: int
+    """... of so many."""
+
+
 class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far one replica is, as its primary's agent knows."""
 
@@ -43,6 +55,8 @@ class ReplicaProgress(msgspec.Struct, frozen=True, kw_only=True):
     restorable: bool = False
     reasons: tuple[str, ...] = ()
     """Why not restorable there, one sentence each."""
+    sending: SendingProgress | None = None
+    """What is on its way there."""
 
 
 class VerificationProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +89,8 @@ class CaptureStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How the fast one finds what is written, as `capture.tracker` has it; empty for the stock one."""
     reason: str
     """Why these, in a sentence."""
+    files_scanned: int = 0
+    """Files that were looked through so far, while all are; 0: they are not."""
 
 
 class WorkloadReport(msgspec.Struct, frozen=True, kw_only=True):

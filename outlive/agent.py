@@ -22,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import structlog
 import zmq.asyncio
 
@@ -428,7 +429,9 @@ class Agent:
         for hooks in self._config.freeze_hooks:
             if hooks.workload == spec.name:
                 backend = WithHooks(backend, hooks)
-        return backend, memory.status
+        if files is None:
+            return backend, memory.status
+        return backend, lambda: msgspec.structs.replace(memory.status(), files_scanned=files.scanned)
 
     def _make_files(
         self, spec: WorkloadSpec, store: EpochStore, restored: EpochId | None

@@ -157,6 +157,8 @@ class FileCapture:
         self._writes = writes or FileWrites()
         self._reader = FileReader(self._book, roots, hasher, watch, self._writes, excludes)
         self._intake = FileIntake(self._book, self._reader, self._writes, hasher, layers)
+        self.scanned = 0
+        """How many files were looked at so far, while all are; 0: they are not."""
         self._scan_due = True
         self._sealed = False
         self._left: defaultdict[bytes, set[bytes]] = defaultdict(set)
@@ -288,12 +290,16 @@ class FileCapture:
     def _everything(self, how: How) -> Iterator[Found]:
         """Look at all there is, and say from time to time how far that has come."""
         said_s = time.monotonic()
-        for path, directory in self._roots.items():
-            for found in self._root(path, directory, how):
-                yield found
-                if time.monotonic() - said_s > _SAY_EVERY_S:
-                    said_s = time.monotonic()
-                    log.info("capture.files_scanned", directory=str(directory), files=len(self._book))
+        try:
+            for path, directory in self._roots.items():
+                for found in self._root(path, directory, how):
+                    self.scanned += 1
+                    yield found
+                    if time.monotonic() - said_s > _SAY_EVERY_S:
+                        said_s = time.monotonic()
+                        log.info("capture.files_scanned", directory=str(directory), files=len(self._book))
+        finally:
+            self.scanned = 0
 
     def _hear(self) -> None:
         """Take note of what was reported."""

@@ -65,6 +65,16 @@ class Held:
         return cls(epoch.id, PageTable(epoch.spaces))
 
 
+@dataclass(slots=True)
+class Passage:
+    """How far an epoch on its way is; whoever draws its messages changes it, others may read it."""
+
+    done_bytes: int = 0
+    """Of all its pages: what was sent, and what the replica has already or can copy."""
+    on_copies: Callable[[int], None] = lambda size_bytes: None
+    """Told how many bytes the replica is going to copy, because another page holds the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seed:
     """What a replica kept of an interrupted epoch, as it told."""
@@ -80,18 +90,18 @@ def epoch_messages(
     seed: Seed | None,
     buffer: bytearray,
     version: int = PROTOCOL,
-    on_repeats: Callable[[int], None] = lambda size_bytes: None,
+    passage: Passage | None = None,
 ) -> Iterator[Frames]:
     """Yield the frames of each message in order; `buffer` (BULK_BYTES) is overwritten between them.
 
-    `version` is that of the wire format which the replica speaks. `on_repeats` is told beforehand, by whoever
-    draws, how many bytes the replica is going to copy because another page holds the same.
+    `version` is that of the wire format which the replica speaks. `passage` is kept up to date meanwhile.
 
     Raises CaptureError when a page or metadata file cannot be read: the epoch cannot be finished then.
     """
     speak = partial(encode, version=version)
     digest = EpochDigest()
-    for frames in _body(speak, epoch, term, base, seed, buffer, on_repeats, repeats=version >= REPEATS_SINCE):
+    passage = passage or Passage()
+    for frames in _body(speak, epoch, term, base, seed, buffer, passage, repeats=version >= REPEATS_SINCE):
         digest.add(frames)
         yield frames
     yield speak(Commit(digest=digest.value()))
@@ -109,7 +119,7 @@ def _body(
     base: Held | None,
     seed: Seed | None,
     buffer: bytearray,
-    on_repeats: Callable[[int], None],
+    passage: Passage,
     *,
     repeats: bool,
 ) -> Iterator[Frames]:
@@ -133,8 +143,9 @@ def _body(
     for space in epoch.spaces:
         # Of memory seldom a page is like another one; of files, those that were copied or written anew.
         plan = _planned(space, base, seed, repeats=repeats and space.key.kind == "file")
-        on_repeats(len(plan.sources) * PAGE_BYTES)
-        yield from _space(speak, epoch, space, plan, memoryview(buffer))
+        passage.on_copies(len(plan.sources) * PAGE_BYTES)
+        passage.done_bytes += (len(space.pages) - len(plan.content)) * PAGE_BYTES
+        yield from _space(speak, epoch, space, plan, memoryview(buffer), passage)
 
 
 def _metadata(speak: Speak, file: MetadataFile) -> Iterator[Frames]:
@@ -158,6 +169,7 @@ def _space(
     space: SpacePages,
     plan: _Plan,
     buffer: memoryview,
+    passage: Passage,
 ) -> Iterator[Frames]:
     for place, runs in enumerate(plan.runs, start=1):
         yield speak(
@@ -176,6 +188,7 @@ def _space(
         raw = buffer[: len(block) * PAGE_BYTES]
         epoch.pages.read(space.key, space.pages.rank(block), raw)
         yield speak(Pages(raw_bytes=len(raw)), [pack(raw)])
+        passage.done_bytes += len(raw)
 
 
 @dataclass(frozen=True, slots=True)

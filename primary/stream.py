@@ -31,7 +31,7 @@ import zmq.asyncio
 
 from common.clock import Clock, SystemClock
 from common.config import Peer
-from common.control import ReplicaProgress
+from common.control import ReplicaProgress, SendingProgress
 from common.errors import CaptureError, OutliveError, ProtocolError, UnreachableError
 from common.keyring import Keyring
 from common.messages import (
@@ -54,8 +54,9 @@ from common.rate import RateLimit
 from common.threads import in_thread
 from common.transport import DEFAULT_TIMING, Link, LinkTiming, open_link
 from primary.backlog import Backlog, Offer, SharedEpoch
+from primary.capture import CapturedEpoch
 from primary.inquiry import ask_held
-from primary.outgoing import Frames, Held, Seed, epoch_messages, full_bytes
+from primary.outgoing import Frames, Held, Passage, Seed, epoch_messages, full_bytes
 from primary.session import DEFAULT_STREAM_TIMING, RefusedError, Session, StreamTiming
 from primary.store_verifier import StoreVerifier
 from primary.verification import Verification
@@ -153,6 +154,8 @@ class ReplicaStream:
         self._seed = 0
         self._resync: Literal["", "ask", "full"] = ""
         self._unconfirmed: tuple[Held, float] | None = None
+        self._sending: tuple[CapturedEpoch, Passage, float] | None = None
+        """The epoch on its way, and since when."""
         self._connected = False
         self._acknowledged: EpochId | None = None
         self._acknowledged_wall_s: float | None = None
@@ -198,6 +201,18 @@ class ReplicaStream:
             acknowledged_wall_s=self._acknowledged_wall_s,
             restorable=self._restorable,
             reasons=self._reasons,
+            sending=self._sending_progress(),
+        )
+
+    def _sending_progress(self) -> SendingProgress | None:
+        if self._sending is None:
+            return None
+        epoch, passage, since_s = self._sending
+        return SendingProgress(
+            epoch=epoch.id,
+            for_s=self._clock.monotonic_s() - since_s,
+            done_bytes=passage.done_bytes,
+            due_bytes=epoch.memory_bytes + epoch.file_bytes,
         )
 
     @property
@@ -378,6 +393,8 @@ class ReplicaStream:
             self._buffer = bytearray(BULK_BYTES)
         session.begin(epoch.id, lent_bytes=seed.table.pages * PAGE_BYTES if seed else 0)
         self._unconfirmed = Held.of(epoch), epoch.frozen_wall_s
+        passage = Passage(on_copies=session.copies)
+        self._sending = epoch, passage, self._clock.monotonic_s()
         try:
             await self._send_messages(
                 session,
@@ -388,7 +405,7 @@ class ReplicaStream:
                     seed,
                     self._buffer,
                     session.version,
-                    on_repeats=session.copies,
+                    passage,
                 ),
             )
             outcome = await session.acknowledged()
@@ -400,6 +417,7 @@ class ReplicaStream:
                 self._held, self._base = None, held.id
             return False
         finally:
+            self._sending = None
             session.end()
         self._unconfirmed = None
         if isinstance(outcome, Ack):

@@ -19,6 +19,7 @@ from common.control import (
     PeerStatus,
     PlannedSwitchover,
     ReplicaProgress,
+    SendingProgress,
     VerificationProgress,
     WorkloadStatus,
 )
@@ -29,6 +30,7 @@ from outlive.cli.call import Call, Verb, examples
 from outlive.cli.output import Answer, Rows, duration, wall_time, yes_no
 
 REFRESH_S = 1.0
+_SENDING_TOLD_S = 3.0
 _NOTHING = "-"
 NEVER_HEARD = "never heard"
 REFUSED = "refused"
@@ -212,6 +214,8 @@ def _sentences(workload: WorkloadStatus) -> list[str]:
         lines.append(
             f"{name}: captured by the {workload.capture.backend} backend{tracker}: {workload.capture.reason}"
         )
+        if workload.capture.files_scanned:
+            lines.append(f"{name}: all its files are looked through: {workload.capture.files_scanned} so far")
     if workload.exit_code is not None:
         lines.append(f"{name}: its last run here ended with exit code {workload.exit_code}")
     if workload.volatile:
@@ -281,9 +285,19 @@ def _verification(progress: VerificationProgress) -> str:
 def _replica_sentences(name: str, replica: ReplicaProgress) -> list[str]:
     if not replica.connected:
         return [f"{name}: replica {replica.node} is not connected"]
+    lines = []
+    if replica.sending is not None and replica.sending.for_s >= _SENDING_TOLD_S:
+        lines.append(f"{name}: {_sending(replica.node, replica.sending)}")
     if replica.restorable:
-        return []
-    return [f"{name}: replica {replica.node} could not restore it: {why}" for why in replica.reasons]
+        return lines
+    return lines + [f"{name}: replica {replica.node} could not restore it: {why}" for why in replica.reasons]
+
+
+def _sending(node: str, progress: SendingProgress) -> str:
+    done, due = progress.done_bytes / (1 << 20), progress.due_bytes / (1 << 20)
+    share = 100 * progress.done_bytes // max(progress.due_bytes, 1)
+    how_far = f"{done:.0f} of {due:.0f} MiB ({share} %) are there"
+    return f"{progress.epoch} is on its way to {node} since {duration(progress.for_s)}: {how_far}"
 
 
 def _watch(call: Call, config: NodeConfig) -> None:

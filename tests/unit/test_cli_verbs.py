@@ -22,9 +22,11 @@ from common.control import (
     AskStatus,
     CancelSwitchover,
     CaptureStatus,
+    CompareFiles,
     Done,
     Explanation,
     Failover,
+    FilesComparison,
     ForgetWorkload,
     History,
     KeeperAnswer,
@@ -38,6 +40,7 @@ from common.control import (
     Refused,
     ReplicaProgress,
     ResumeTakeover,
+    SendingProgress,
     StartWorkload,
     StopWorkload,
     Switchover,
@@ -741,6 +744,70 @@ def test_status_says_how_far_verification_is(node: FakeNode, capsys: Captured) -
     assert node.run("status", "--output", "json") == 0
     workload = read_json(capsys)["workloads"][0]  # type: ignore[index]
     assert [each["pages_done"] for each in workload["verification"]] == [340, 0]
+
+
+def test_status_says_how_far_the_first_sync_is(node: FakeNode, capsys: Captured) -> None:
+    capture = CaptureStatus(backend="fast", tracker="none", reason="chosen", files_scanned=345_000)
+    sending = SendingProgress(epoch=EpochId(3, 1), for_s=75.0, done_bytes=3 << 30, due_bytes=4 << 30)
+    replica = ReplicaProgress(node="b", connected=True, sending=sending)
+    node.answers[AskStatus] = node_status(replace(LEADING, capture=capture, replicas=(replica,)))
+    node.run("status")
+    lines = capsys.readouterr().out.splitlines()
+    assert "redis: all its files are looked through: 345000 so far" in lines
+    (line,) = [line for line in lines if "on its way" in line]
+    assert line.startswith("redis: t3-e1 is on its way to b since 75.0 s: 3072 of 4096 MiB (75 %) are there")
+    soon = replace(replica, sending=replace(sending, for_s=1.0))
+    node.answers[AskStatus] = node_status(replace(LEADING, replicas=(soon,)))
+    node.run("status")
+    assert "on its way" not in capsys.readouterr().out
+
+
+# --- store verify --files ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(silent: FakeNode, monkeypatch: pytest.MonkeyPatch) -> FakeNode:
+    """A node whose agent compares files, in three answers."""
+    monkeypatch.setattr("outlive.cli.compare._POLL_S", 0.01)
+    silent.listen(silent.config.agent_endpoint)
+    running = FilesComparison(running=True, epoch=EpochId(3, 7))
+    silent.answers[CompareFiles] = in_turn(
+        running,
+        replace(running, pages_done=256, pages_due=512),
+        FilesComparison(running=False, epoch=EpochId(3, 9), pages_done=512, pages_due=512),
+    )
+    return silent
+
+
+def test_files_that_are_as_they_should_be(compared: FakeNode, capsys: Captured) -> None:
+    assert compared.run("store", "verify", "redis", "--files") == 0
+    assert [each.begin for each in compared.asked] == [True, False, False]  # type: ignore[union-attr]
+    shown = capsys.readouterr()
+    assert shown.out.startswith("redis: every file is what t3-e9 says (2.0 MiB compared in ")
+    assert shown.err.splitlines() == ["redis: names are compared", "redis: contents are compared: 50 %"]
+
+
+def test_files_that_are_not_are_shown_and_the_exit_code_says_so(compared: FakeNode, capsys: Captured) -> None:
+    examples = tuple(f"/srv/{n} is missing" for n in range(30))
+    found = FilesComparison(running=False, different=30, examples=examples, repaired=True)
+    compared.answers[CompareFiles] = found
+    assert compared.run("store", "verify", "redis", "--files", "--output", "json") == 7
+    answer = read_json(capsys)
+    assert (answer["different"], answer["repaired"], len(answer["examples"])) == (30, True, 30)  # type: ignore[arg-type]
+    assert compared.run("store", "verify", "redis", "--files") == 7
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "/srv/0 is missing"
+    assert lines[20] == "... and 10 more"
+    assert "all was made equal again" in lines[21]
+
+
+def test_files_that_cannot_be_compared_to_the_end(compared: FakeNode, capsys: Captured) -> None:
+    compared.answers[CompareFiles] = FilesComparison(running=False, problem="it was broken off")
+    assert compared.run("store", "verify", "redis", "--files") == 7
+    assert "not compared to the end: it was broken off" in capsys.readouterr().err
+    compared.answers[CompareFiles] = FilesComparison(running=True)
+    assert compared.run("store", "verify", "redis", "--files", "--timeout", "0.1") == 4
+    assert compared.run("store", "verify", "redis", "t3-e9", "--files") == 2
 
 
 # --- pause and resume -------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ def test_the_status_page_has_every_json_key() -> None:
         control.CaptureStatus,
         pauses.Pause,
         control.ReplicaProgress,
+        control.SendingProgress,
         control.VerificationProgress,
     ]
     assert len(tables) == len(kinds)
