@@ -73,6 +73,7 @@ class Event(StrEnum):
     VERIFY_DOUBTED = "verify.doubted"
     VERIFY_MENDED = "verify.mended"
     FILES_ALTERED = "files.altered"
+    FILES_NOT_REPORTED = "files.not-reported"
 
     RPO_EXCEEDED = "rpo.exceeded"
     RPO_MET = "rpo.met"

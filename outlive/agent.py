@@ -453,6 +453,9 @@ class Agent:
             watch=watch,
             excludes=Excludes(spec.exclude),
             adopt=partial(_records_of, store, restored),
+            on_missed=lambda what: self._events.append(
+                Event.FILES_NOT_REPORTED, workload=spec.name, reason=f"nothing was reported of it: {what}"
+            ),
         )
 
     def _make_stream(

@@ -347,6 +347,20 @@ class FileBook:
             return np.ones(len(pages), dtype=np.bool_)
         return self._contents.differs(pages + np.uint64(node.inode.place), identity)
 
+    def unlike(
+        self, node: Node, pages: NDArray[np.uint64], identity: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
+        """Mark those pages of a file (ascending, from 0) that are not known to hold that; shape (n,).
+
+        Unlike `differs`, it takes a page of zeros for what it is: not known to hold anything.
+        """
+        numbers = pages + np.uint64(node.inode.place)
+        known, zero = self._contents.pages.has(numbers), ~identity.any(axis=1)
+        marks: NDArray[np.bool_] = np.where(zero, known, True)
+        rest = np.flatnonzero(~zero)
+        marks[rest] = self._contents.differs(numbers[rest], identity[rest])
+        return marks
+
     def read(self, node: Node, status: os.stat_result | Status, now_ns: int) -> None:
         """Take note that the content was read after `status` was taken, which was at `now_ns`."""
         doubtful = max(status.st_ctime_ns, status.st_mtime_ns) > now_ns - _DOUBTFUL_NS

@@ -44,6 +44,7 @@ from primary.file_epoch import EpochFiles
 from primary.file_intake import FileIntake
 from primary.file_look import Directory, Place, QuickLook, opened
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
+from primary.file_scrub import FileScrub, Suspicions
 from primary.file_watch import SYSTEM_BYTES
 from primary.file_writes import FileWrites
 from primary.open_files import mapped_by, opened_by, timeless
@@ -142,10 +143,14 @@ class FileCapture:
         writes: FileWrites | None = None,
         excludes: Excludes = NOTHING,
         adopt: Callable[[], Iterable[Record]] = tuple,
+        on_missed: Callable[[str], None] = lambda what: None,
     ) -> None:
         """`roots`: declared paths, and where these directories are on this node.
 
         `adopt` returns the records of an epoch that this is about to go on from; see `FileBook.adopt`.
+
+        `on_missed` is told in a sentence when something had changed that was not reported: see
+        `primary.file_scrub`. All is looked at again then.
 
         `layers` is where contents are kept for a while; `pids` tells whose files may be open. `writes`
         follows large files; it is closed with this. `excludes` says what is left out.
@@ -170,6 +175,9 @@ class FileCapture:
         self._taken: list[Found | _Files | _Names] = []
         """In the order in which it was found: a freeze may take several attempts."""
         self._quick = QuickLook(handles=watch is not None)
+        self._scrub = FileScrub(self._book, self._reader, self._writes, hasher)
+        self._suspicions = Suspicions()
+        self._on_missed = on_missed
         self._mapped: frozenset[FileId] = frozenset()
         self._now_mapped: frozenset[FileId] = frozenset()
         self._begun = False
@@ -193,6 +201,8 @@ class FileCapture:
             self._book.adopt(self._adopt())
             self._adopt = None
         self._intake.take_in(self._look(how, frozen=False))
+        if self._watch is not None and self._is_more_missed(how):
+            self._intake.take_in(self._look(how, frozen=False))
         with self._intake.lock:
             self._book.adopted()
         for file in self._writes.followed:
@@ -287,6 +297,36 @@ class FileCapture:
                 with contextlib.suppress(UnreadableError):  # then a freeze reads it once more, if it is open
                     yield from self._itself(node, how)
 
+    def _is_more_missed(self, how: How) -> bool:
+        """Look at some files of which nothing was reported, and tell whether more must have been missed.
+
+        What has changed may still be reported, for a while. After that all is to be looked at.
+        """
+        self._reader.begin()
+        found = list(self._scrub.some(how, self._is_due))
+        told = [each for each in found if each.what]
+        if told:
+            mapped = self._mapped.union(*map(mapped_by, self._pids()))  # of which nothing has to be reported
+            for each in told:
+                if each.found.seen is None or each.found.seen.id not in mapped:
+                    self._suspicions.add(each)
+        if self._suspicions:
+            self._hear()
+        self._intake.take_in(each.found for each in found)
+        missed = self._suspicions.overdue()
+        if content := self._scrub.some_content():
+            missed.append(content)
+        for what in missed:
+            log.error("capture.change_not_reported", what=what)
+            self._on_missed(what)
+        self._scan_due = self._scan_due or bool(missed)
+        return bool(missed)
+
+    def _is_due(self, directory: bytes, name: bytes, file: bytes) -> bool:
+        """Tell whether an entry (empty: a directory) was reported, and is still to be looked at."""
+        names = self._left.get(directory, ())
+        return bool(names) if not name else name in names or file in self._left_objects
+
     def _everything(self, how: How) -> Iterator[Found]:
         """Look at all there is, and say from time to time how far that has come."""
         said_s = time.monotonic()
@@ -308,8 +348,12 @@ class FileCapture:
             self._again = set()
             drained = self._watch.drain()
             self._scan_due = self._scan_due or drained.overflowed
+            if drained.overflowed:
+                self._suspicions.clear()
             knows_file, leads_only_to = self._book.knows_file, self._book.leads_only_to
             for hint in drained.changed:
+                if self._suspicions:
+                    self._suspicions.told(hint.handle, hint.name, hint.object)
                 if hint.content and knows_file(hint.object):
                     self._left_objects.add(hint.object)
                     continue

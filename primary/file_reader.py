@@ -342,11 +342,18 @@ class FileReader:
         node = self._book.find(_id(status))
         if node is not None and node.key == key and node.whole and not how.everything:
             return found, []
+        return found, self._names_in(node, fd, _id(status))
+
+    def names_in(self, node: Node, fd: int) -> list[bytes]:
+        """Return the names in a known directory that is open, and those that are known and not there."""
+        return self._names_in(node, fd, node.id)
+
+    def _names_in(self, node: Node | None, fd: int, here: FileId) -> list[bytes]:
         names = [os.fsencode(each) for each in os.listdir(fd)]
         if self._excludes:
-            names = [each for each in names if not self.is_excluded(_id(status), each)]
+            names = [each for each in names if not self.is_excluded(here, each)]
         known = node.children.keys() if node is not None else ()
-        return found, [*names, *(known - set(names) if known else ())]
+        return [*names, *(known - set(names) if known else ())]
 
     def _whole(self, fd: int, status: os.stat_result, node: Node | None, how: How) -> Content:
         """Read all of a file; have what is written to a large one followed, if that is read while it runs."""

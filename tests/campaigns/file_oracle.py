@@ -185,6 +185,7 @@ async def run_seed(
                 layers=Path(subject.config.node.image_dir) / subject.spec.name,
                 pids=lambda: workload_pids(subject.config, subject.spec.name),
                 watch=FileWatch([source]) if watched else None,
+                on_missed=lambda what: wrong.append(f"nothing was reported of it: {what}"),
             )
             backend = WithFiles(subject.fast, files, subject.hook)
             store = Path(subject.config.node.image_dir) / "store"
