@@ -73,6 +73,10 @@ class Seen:
         return stat.S_ISREG(self.status.st_mode)
 
 
+NO_CHILDREN: Final[dict[bytes, int]] = {}
+"""That of all files: one of its own takes 64 bytes."""
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """One inode that is known."""
@@ -81,10 +85,10 @@ class Node:
     id: FileId
     key: bytes = b""
     """How `primary.file_watch` calls it; empty if nothing is watched."""
-    names: set[tuple[int, bytes]] = field(default_factory=set)
+    names: tuple[tuple[int, bytes], ...] = ()
     """Directory (our number) and name of each entry."""
-    children: dict[bytes, int] = field(default_factory=dict)
-    """Of a directory: our number of what each name leads to."""
+    children: dict[bytes, int] = field(default_factory=lambda: NO_CHILDREN)
+    """Of a directory: our number of what each name leads to; of all else, always empty."""
     whole: bool = False
     """Of a directory: all that it has was looked at once, and since then what was reported."""
     times: tuple[int, int, int] | None = None
@@ -261,12 +265,14 @@ class FileBook:
             node = None
         if node is None:
             node = Node(self._promised_inode(seen, at) or self._new_inode(), seen.id)
+            if seen.is_directory:
+                node.children = {}
             self._nodes[node.number] = node
             if node.inode.pages:
                 self._unread.add(node.number)
             for place in _places_of(node.inode):
                 self._by_place[place] = node.number
-            self._by_id[seen.id] = node.number
+            self._by_id[node.id] = node.number
             self._orphans.add(node.number)
         if node.key != key:
             self._by_key.pop(node.key, None)
@@ -287,9 +293,10 @@ class FileBook:
             return
         self.unlink(parent, name)
         children[name] = node.number
-        node.names.add((parent, name))
+        entry = parent, name
+        node.names += (entry,)
         self._orphans.discard(node.number)
-        self._records.put((parent, name), pack_record(Entry(parent, name, node.number)))
+        self._records.put(entry, pack_record(Entry(parent, name, node.number)))
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Take note that a name leads to nothing. What has no name any more goes with the next epoch."""
@@ -300,7 +307,7 @@ class FileBook:
             return
         self._records.remove((parent, name))
         node = self._nodes[number]
-        node.names.discard((parent, name))
+        node.names = tuple(entry for entry in node.names if entry != (parent, name))
         if not node.names:
             self._orphans.add(number)
 
