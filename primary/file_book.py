@@ -93,6 +93,9 @@ class Node:
     """Of a directory: all that it has was looked at once, and since then what was reported."""
     times: tuple[int, int, int] | None = None
     """Change time, modification time and size when its content was read; None: it has to be read again."""
+    still: bool = False
+    """Whether it was read while all stood still. If not, a store through a mapping may have come later, and
+    moved no time because an earlier one had; until it is closed by who has it open, which is reported."""
     followed: bool = False
     """Whether all of it is known but for what `primary.file_writes` holds for doubtful."""
 
@@ -368,8 +371,12 @@ class FileBook:
         marks[rest] = self._contents.differs(numbers[rest], identity[rest])
         return marks
 
-    def read(self, node: Node, status: os.stat_result | Status, now_ns: int) -> None:
-        """Take note that the content was read after `status` was taken, which was at `now_ns`."""
+    def read(self, node: Node, status: os.stat_result | Status, now_ns: int, *, still: bool = False) -> None:
+        """Take note that the content was read after `status` was taken, which was at `now_ns`.
+
+        `still`: nobody could change it meanwhile.
+        """
+        node.still = still
         doubtful = max(status.st_ctime_ns, status.st_mtime_ns) > now_ns - _DOUBTFUL_NS
         node.times = None if doubtful else _times(status)
         if doubtful:

@@ -24,7 +24,7 @@ import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Final, Protocol
@@ -306,9 +306,9 @@ class FileCapture:
         found = list(self._scrub.some(how, self._is_due))
         told = [each for each in found if each.what]
         if told:
-            mapped = self._mapped.union(*map(mapped_by, self._pids()))  # of which nothing has to be reported
+            in_use = self._in_use()
             for each in told:
-                if each.found.seen is None or each.found.seen.id not in mapped:
+                if each.found.seen is None or each.found.seen.id not in in_use:
                     self._suspicions.add(each)
         if self._suspicions:
             self._hear()
@@ -321,6 +321,14 @@ class FileCapture:
             self._on_missed(what)
         self._scan_due = self._scan_due or bool(missed)
         return bool(missed)
+
+    def _in_use(self) -> frozenset[FileId]:
+        """Find the files that may be, or lately were, stored to through a mapping: that is not reported."""
+        found = set(self._mapped)
+        for pid in self._pids():
+            found |= mapped_by(pid)
+            found |= {(status.st_dev, status.st_ino) for status, writable in opened_by(pid) if writable}
+        return frozenset(found)
 
     def _is_due(self, directory: bytes, name: bytes, file: bytes) -> bool:
         """Tell whether an entry (empty: a directory) was reported, and is still to be looked at."""
@@ -511,9 +519,10 @@ class FileCapture:
             mapped |= mapped_by(pid)
             for status, writable in opened_by(pid):
                 node = self._book.find((status.st_dev, status.st_ino))
-                if node is not None and not (
-                    node.looks_same(status) and not (writable and status.st_dev in self._timeless)
-                ):
+                if node is None:
+                    continue
+                unsure = status.st_dev in self._timeless or not (node.still or node.followed)
+                if not node.looks_same(status) or (writable and unsure):
                     doubtful.add(node.id)
         self._now_mapped = frozenset(mapped)
         return frozenset(doubtful) | self._now_mapped | self._mapped
@@ -538,7 +547,7 @@ class _Files:
         for look in quick.found(self.looks):
             if look.status is not None:
                 key, content = self.nodes[look.at].key, Content(look.content)
-                yield Found(None, b"", Seen(look.status), key, content, self.at_ns, itself=True)
+                yield Found(None, b"", Seen(look.status), key, content, self.at_ns, itself=True, still=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,8 +566,8 @@ class _Names:
                 continue
             key = directory.key[:SYSTEM_BYTES] + look.handle if look.handle else b""
             seen, content = Seen(look.status), Content(look.content)
-            yield Found(directory.id, place.name, seen, key, content, self.at_ns)
+            yield Found(directory.id, place.name, seen, key, content, self.at_ns, still=True)
 
 
 def _renamed(found: Found, name: bytes) -> Found:
-    return Found(found.parent, name, found.seen, found.key, found.content, found.at_ns)
+    return replace(found, name=name)

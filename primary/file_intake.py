@@ -171,7 +171,7 @@ class FileIntake:
                 continue  # it was seen again since, with another size
             if pages:
                 parts.append((node, *self._identified(content), content.within))
-            self.book.read(node, seen.status, found.at_ns)
+            self.book.read(node, seen.status, found.at_ns, still=found.still)
             node.followed = content.followed
         parts.sort(key=lambda part: part[0].inode.place)
         changed = self.book.put_content(parts)

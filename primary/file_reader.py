@@ -82,6 +82,8 @@ class Found:
     """It is about no entry: all that `parent` has was looked at."""
     itself: bool = False
     """It is about no entry, but about a directory or file that is known, wherever it is by now."""
+    still: bool = False
+    """All stood still then."""
 
 
 class Handles(Protocol):
@@ -275,7 +277,7 @@ class FileReader:
                 elif not same:
                     self._read.add(seen.id)
                     content = self._whole(fd, status, node, how)
-            return Found(parent, name, seen, key, content, at_ns, itself=itself)
+            return Found(parent, name, seen, key, content, at_ns, itself=itself, still=how.still)
         finally:
             os.close(fd)
 

@@ -227,11 +227,10 @@ class FileScrub:
                 os.preadv(fd, [part], first * PAGE_BYTES)
                 at += len(part)
             status = os.fstat(fd)
-            doubtful = self._writes.doubtful(file, fd, status.st_size, touched=True)
-            if doubtful is None or not node.followed or status.st_size != node.inode.size:
+            if not node.followed or status.st_size != node.inode.size:
                 return PageSet.union([])
             unlike = self._book.unlike(node, numbers, self._hasher.identify(memoryview(content)))
-            return PageSet.of(numbers[unlike]) - doubtful
+            return PageSet.of(numbers[unlike]) - self._writes.pages_in_doubt(file)
         except OSError:
             return PageSet.union([])
         finally:

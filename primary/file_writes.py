@@ -101,6 +101,11 @@ class FileWrites:
             file for file, each in self._files.items() if each.size is not None and len(each.doubtful) > most
         ]
 
+    def pages_in_doubt(self, file: FileId) -> PageSet:
+        """Return which pages of a followed file may not be what was read, as far as was reported."""
+        self.hear()
+        return self._files[file].doubtful
+
     def told(self) -> list[FileId]:
         """Return the followed files of which something was reported since they were read."""
         self.hear()

@@ -596,3 +596,25 @@ def test_what_is_excluded_is_in_no_epoch_wherever_it_is_moved(
     finally:
         files.close()
     assert left_out > 50
+
+
+def test_a_store_after_a_look_is_seen_though_it_moved_no_time_and_the_mapping_is_gone(
+    root: Path, make: Make
+) -> None:
+    path = root / "mapped"
+    path.write_bytes(b"x" * PAGE_BYTES)
+    files = make(watched=True)
+    assert told(epoch(files, 1)) == walk(root)
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), PAGE_BYTES) as mapping:
+            mapping[0] = 1  # this moves the file's times
+            os.pwrite(file.fileno(), b"y", 100)  # and this is reported
+            time.sleep(0.05)
+            files.ahead(None)
+            before = os.fstat(file.fileno())
+            mapping[0] = 2
+            after = os.fstat(file.fileno())
+        files.take(patient=False)
+        files.settle()
+    assert (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+    assert told(sealed(files, 2)) == walk(root)
