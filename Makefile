@@ -3,7 +3,7 @@ BENCHMARK := bench.epoch
 BIN := .venv/bin
 PYTEST := $(BIN)/coverage run -m pytest
 
-.PHONY: help setup demo check test coverage bench sim kill-series switchovers scenarios injection-kills torture file-oracle databases oracle test-kernels clean
+.PHONY: help setup demo check test coverage bench sim kill-series switchovers scenarios injection-kills torture file-oracle many-files databases oracle test-kernels clean
 
 SEEDS := 5000
 ROUNDS := 120
@@ -61,6 +61,9 @@ injection-kills: setup  ## signals at random moments of an injection, ROUNDS of 
 
 torture: setup  ## crashes, power loss and errors of a store, restores, hostile wires, planted bugs; SCALE=short for seconds
 	@$(BIN)/python -m tests.campaigns.torture --scale $(SCALE)
+
+many-files: setup  ## a redis among a million files: first sync, epochs, host loss (needs 15 GB of disk)
+	@$(BIN)/python -m tests.campaigns.many_files --files 1000000
 
 databases: setup  ## SQLite and PostgreSQL lose their hosts under load, every way that they are tried
 	DATABASES=all $(BIN)/pytest tests/system/test_files_databases.py

@@ -44,7 +44,7 @@ from primary.file_epoch import EpochFiles
 from primary.file_intake import FileIntake
 from primary.file_look import Directory, Place, QuickLook, opened
 from primary.file_reader import Content, FileReader, FilesError, Found, How, UnreadableError
-from primary.file_scrub import FileScrub, Suspicions
+from primary.file_scrub import FileScrub, Suspicions, Unlike
 from primary.file_watch import SYSTEM_BYTES
 from primary.file_writes import FileWrites
 from primary.open_files import mapped_by, opened_by, timeless
@@ -302,17 +302,15 @@ class FileCapture:
 
         What has changed may still be reported, for a while. After that all is to be looked at.
         """
+        told: list[Unlike] = []
         self._reader.begin()
-        found = list(self._scrub.some(how, self._is_due))
-        told = [each for each in found if each.what]
-        if told:
-            in_use = self._in_use()
-            for each in told:
-                if each.found.seen is None or each.found.seen.id not in in_use:
-                    self._suspicions.add(each)
+        self._intake.take_in(self._unlike(how, told))
+        in_use = self._in_use() if told else frozenset()
+        for each in told:
+            if each.found.seen is None or each.found.seen.id not in in_use:
+                self._suspicions.add(each)
         if self._suspicions:
             self._hear()
-        self._intake.take_in(each.found for each in found)
         missed = self._suspicions.overdue()
         if content := self._scrub.some_content():
             missed.append(content)
@@ -321,6 +319,13 @@ class FileCapture:
             self._on_missed(what)
         self._scan_due = self._scan_due or bool(missed)
         return bool(missed)
+
+    def _unlike(self, how: How, told: list[Unlike]) -> Iterator[Found]:
+        """Yield what is not as it is known; `told` gets what an epoch would have otherwise."""
+        for each in self._scrub.some(how, self._is_due):
+            if each.what:
+                told.append(each)
+            yield each.found
 
     def _in_use(self) -> frozenset[FileId]:
         """Find the files that may be, or lately were, stored to through a mapping: that is not reported."""

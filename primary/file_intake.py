@@ -145,8 +145,8 @@ class FileIntake:
             return None
         if found.parent is not None:
             directory = self.book.find(found.parent)
-            if directory is None:
-                return None  # it is gone, with all that was in it
+            if directory is None or not directory.is_directory:
+                return None  # it is gone, with all that was in it; its number may be a file's by now
             parent = directory.number
             if found.whole:
                 directory.whole = True

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -51,7 +52,8 @@ class Suspicions:
     def __init__(self) -> None:
         self._waiting: dict[tuple[bytes, bytes], tuple[str, float]] = {}
         """By directory and name (empty: the directory): what it is, and since when."""
-        self._by_file: dict[bytes, tuple[bytes, bytes]] = {}
+        self._by_file: defaultdict[bytes, set[tuple[bytes, bytes]]] = defaultdict(set)
+        """A file may have several names, and is told of by one."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -61,14 +63,14 @@ class Suspicions:
         key = unlike.directory, unlike.found.name
         self._waiting.setdefault(key, (unlike.what, time.monotonic()))
         if unlike.found.key:
-            self._by_file[unlike.found.key] = key
+            self._by_file[unlike.found.key].add(key)
 
     def told(self, directory: bytes, name: bytes, file: bytes) -> None:
         """Take note of a report; what it does not say is empty."""
         self._waiting.pop((directory, name), None)
         self._waiting.pop((directory, b""), None)  # names in it came and went
         for changed in (directory, file):
-            if (key := self._by_file.get(changed)) is not None:
+            for key in self._by_file.pop(changed, ()):
                 self._waiting.pop(key, None)
 
     def clear(self) -> None:

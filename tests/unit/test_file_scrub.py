@@ -151,3 +151,18 @@ def test_what_is_reported_late_is_not_told(rounds: Rounds, monkeypatch: pytest.M
     rounds.epoch()
     assert rounds.files._suspicions._waiting == {}
     assert rounds.missed == []
+
+
+def test_a_file_of_two_names_is_told_of_by_one(rounds: Rounds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("primary.file_scrub._REPORTED_WITHIN_S", 3600.0)
+    monkeypatch.setattr("primary.file_scrub._LEAST_ENTRIES", 100)
+    for _ in range(3):
+        rounds.epoch()
+    rounds.watch.deaf = True
+    (rounds.root / "a" / "b" / "linked").write_bytes(b"new")
+    rounds.epoch()
+    assert len(rounds.files._suspicions._waiting) == 1
+    rounds.watch.deaf = False
+    (rounds.root / "a" / "f1").write_bytes(b"newer")
+    rounds.epoch()
+    assert rounds.files._suspicions._waiting == {}
