@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -160,6 +161,9 @@ async def run(count: int, epochs: int) -> Report:
         took_s = time.monotonic() - lost_s
         lacking = await asyncio.to_thread(missing, files_of(b), count, versions)
         lacking += await cluster.redis("get", "key") != "value"
+        await b.cli("stop", NAME)
+        for node in (a, b):  # the lab has half a minute to clean up after itself
+            await asyncio.to_thread(shutil.rmtree, files_of(node))
     return Report(
         files=count,
         first_look_s=round(captured_s - began_s, 1),
