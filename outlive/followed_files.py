@@ -217,8 +217,8 @@ class FollowedFiles:
                 break
             try:
                 found, cursor = tree.compare_part(None, cursor)
-            except StoreError as error:  # what cannot even be looked at is not as it should be
-                found = [error.message]
+            except (StoreError, OSError) as error:  # what cannot even be looked at is not as it should be
+                found = [str(error)]
         return found
 
     def _compare_part(self, cursor: Cursor) -> tuple[list[str], Cursor | None]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import structlog
 
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
@@ -27,6 +28,8 @@ from primary.file_book import FileBook, FileId, Node
 from primary.file_reader import FileReader, Found, How, UnreadableError
 from primary.file_writes import FileWrites
 from primary.page_set import PageSet
+
+log = structlog.get_logger(__name__)
 
 _ROUND_EPOCHS: Final = 500
 _LEAST_ENTRIES: Final = 50
@@ -140,6 +143,9 @@ class FileScrub:
                     known = self._book.node(node.children.get(name, 0))
                     if not is_due(node.key, name, known.key if known is not None else b""):
                         yield from self._entry(node, fd, name, known, how)
+            except OSError as error:  # it counts as it is known; the next round looks again
+                log.info("capture.not_looked_at_again", directory=node.number, reason=error.strerror)
+                self._names = []
             finally:
                 os.close(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,3 +167,15 @@ def test_a_file_of_two_names_is_told_of_by_one(rounds: Rounds, monkeypatch: pyte
     (rounds.root / "a" / "f1").write_bytes(b"newer")
     rounds.epoch()
     assert rounds.files._suspicions._waiting == {}
+
+
+def test_a_directory_that_cannot_be_listed_does_not_end_the_capture(
+    rounds: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> list[bytes]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("primary.file_reader.FileReader.names_in", fails)
+    for _ in range(5):
+        assert rounds.epoch(lambda: (rounds.root / "a" / "f3").write_bytes(os.urandom(50)) and None)
+    assert rounds.missed == []
