@@ -277,9 +277,11 @@ async def test_clearing_a_directory_never_enters_a_mount(lab: Lab, tmp_path: Pat
 
 
 OWNER = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from outlive.lab import Lab
+# Whoever runs the tests in the background of a shell ignores it, and all that they start would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 async def main():
     async with Lab() as lab:
         for name in "ab":
