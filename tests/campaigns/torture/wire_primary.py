@@ -174,7 +174,7 @@ def _flags(chance: random.Random, messages: Messages) -> Messages:
         values = {
             "start": (0, 1, 1 << 52, (1 << 64) - 1),
             "count": (0, 1, 2, (1 << 32) - 1),
-            "flags": (0, 1, 3, 4, 5, 0x10, 0x21, 0x24, 0x29, 0x40, 0x44, 0x84, 0xC4, 0x104, 0xFFFFFFFF),
+            "flags": (0, 1, 3, 4, 5, 0x10, 0x14, 0x21, 0x24, 0x29, 0x40, 0x44, 0x84, 0xC4, 0x104, 0xFFFFFFFF),
         }[field]
         runs[field][run] = chance.choice(values)
     return [*messages[:at], encode(message, [pack(runs.tobytes())]), *messages[at + 1 :]]
