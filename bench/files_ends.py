@@ -96,7 +96,8 @@ class Replica:
             raise LabError(f"epoch {epoch.id} was not committed: {outcome}")
         committed_s = time.monotonic()
         self._held = Held.of(epoch)
-        self._files.apply(self._store.files_of(epoch.id))
+        with self._store.files_of(epoch.id) as files:
+            self._files.apply(files)
         ended_s = time.monotonic()
         return Brought(sent_bytes, (committed_s - begun_s) * 1000, (ended_s - committed_s) * 1000, ended_s)
 
@@ -109,7 +110,9 @@ class Replica:
         """Raise LabError unless the tree is the epoch that was brought last, contents included."""
         if (newest := self.newest) is None:
             raise LabError("no epoch was brought")
-        if wrong := self._files.check(self._store.files_of(newest), quick=False):
+        with self._store.files_of(newest) as files:
+            wrong = self._files.check(files, quick=False)
+        if wrong:
             raise LabError(f"the replica's files are not those of {newest}: {wrong[0]}")
 
     def close(self) -> None:

@@ -583,8 +583,7 @@ def _records_of(store: EpochStore, epoch: EpochId | None) -> list[Record]:
     if epoch is None:
         return []
     try:
-        with store.hold():
-            files = store.files_of(epoch)
+        with store.files_of(epoch) as files:
             blocks = files.read(RECORDS, files.pages(RECORDS))
             return [
                 record

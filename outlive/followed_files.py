@@ -198,11 +198,8 @@ class FollowedFiles:
         tree = self._known_tree()
         if tree.epoch == epoch:
             return False
-        try:
-            applied = tree.apply(self._store.files_of(epoch))
-        except StoreError:  # a fold may have taken a level's place: once more, with none
-            with self._store.hold():
-                applied = tree.apply(self._store.files_of(epoch))
+        with self._store.files_of(epoch) as files:
+            applied = tree.apply(files)
         log.debug("files.laid_out", workload=self._workload, epoch=str(epoch), full=applied.full)
         return applied.full
 
@@ -226,8 +223,7 @@ class FollowedFiles:
         tree = self._known_tree()
         if tree.epoch is None:
             raise StoreError("which epoch the directories are is not known: they are being laid out")
-        with self._store.hold():
-            files = self._store.files_of(tree.epoch)
+        with self._store.files_of(tree.epoch) as files:
             found, following = tree.compare_part(files, cursor)
         self.comparison = msgspec.structs.replace(
             self.comparison,
@@ -242,16 +238,16 @@ class FollowedFiles:
         epoch = epoch or tree.epoch
         if epoch is None:
             return  # it is looked at wholly, then
-        with self._store.hold():
-            tree.apply(self._store.files_of(epoch), full=True)
+        with self._store.files_of(epoch) as files:
+            tree.apply(files, full=True)
 
     def _known_tree(self) -> FileTree:
         """Return the tree, and have it know the records of the epoch that it is, if they are stored still."""
         if self._tree is None:
             tree = self._make_tree()
             if tree.epoch is not None:
-                with contextlib.suppress(StoreError):
-                    tree.apply(self._store.files_of(tree.epoch))
+                with contextlib.suppress(StoreError), self._store.files_of(tree.epoch) as files:
+                    tree.apply(files)
             self._tree = tree
         return self._tree
 

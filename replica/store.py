@@ -18,6 +18,7 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ from replica.store_reader import (
     StoreReader,
     stored_workloads,
 )
-from replica.stored_files import StoredFiles
+from replica.stored_files import FoldedChanges, StoredFiles
 
 __all__ = [
     "COPIED",
@@ -129,6 +130,8 @@ class EpochStore(StoreReader):
         self._wanting: list[tuple[Level, str]] = []  # discarded, and not set aside yet
         self._stale: list[Path] = []  # what is to be removed and may not have been: the rest of it, next time
         self._holds = 0
+        self._in_use: Counter[Path] = Counter()  # levels that are being read; they may be stale
+        self._folded = FoldedChanges()
         self._known: tuple[EpochId, dict[SpaceKey, Numbers]] | None = None  # pages of the newest epoch
         self._seed = seed
         self._lending: tuple[int, Lender] | None = None
@@ -273,10 +276,10 @@ class EpochStore(StoreReader):
 
         Raises StoreError if that is not there (any more), or cannot be read.
         """
-        with self.hold():
-            if isinstance(what, int):
-                return self._lender(what).identify(key, first_row, most, hasher)
-            return self._holdings_of(what).identify(key, first_row, most, hasher)
+        if isinstance(what, int):
+            return self._lender(what).identify(key, first_row, most, hasher)
+        with self._reading(what) as chain:
+            return self._holdings_of(chain).identify(key, first_row, most, hasher)
 
     def sample(
         self, epoch: EpochId, key: SpaceKey, first: int, end: int, most: int, hasher: PageHasher
@@ -296,12 +299,14 @@ class EpochStore(StoreReader):
                     raise
                 # A fold has taken a level's place meanwhile: what it left may be gone.
 
-    def files_of(self, epoch: EpochId) -> StoredFiles:
-        """Return the files of a committed epoch, to be read at once: a fold may take the levels' place.
+    @contextmanager
+    def files_of(self, epoch: EpochId) -> Iterator[StoredFiles]:
+        """Have the files of a committed epoch, and keep their bytes; holds up no fold.
 
-        Raises StoreError if it is not held. `hold` keeps the levels where they are.
+        Raises StoreError if it is not held.
         """
-        return StoredFiles(self._chain(epoch), self._disk)
+        with self._reading(epoch) as chain:
+            yield StoredFiles(chain, self._disk, self._folded)
 
     def doubt(self, reason: str) -> None:
         """Hold all that is stored for doubtful: its primary found that it is not what was captured.
@@ -387,7 +392,7 @@ class EpochStore(StoreReader):
             newest = self.newest
             return bool(
                 self._wanting
-                or self._stale
+                or self._removable()
                 or self._unswept
                 or self._garbage()
                 or (newest and fold_due(newest.levels, self._max_levels))
@@ -434,6 +439,7 @@ class EpochStore(StoreReader):
             writer = LevelWriter(self._disk, directory, op="fold")
             try:
                 fold_into(writer, folded, self._disk, step=self._breathe)
+                self._folded.take(folded, self._disk)
                 command = self._disk.read_file(newest.path / RESTORE_NAME, op="fold.read-command")
                 made = writer.finish(self._layout, header, newest.manifest.committed_wall_s, command)
             finally:
@@ -492,6 +498,7 @@ class EpochStore(StoreReader):
                 self._disk.unlink(view, op="commit.undo")
                 raise
             self._levels[level.id] = level
+            self._folded.forget(level.id)
             self._known = (level.id, numbers)
             if self._seed is not None:
                 self._stale.append(self._seed.path)
@@ -542,13 +549,25 @@ class EpochStore(StoreReader):
 
     def read_base(self, epoch: EpochId, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
         """Read pages of a committed epoch, in blocks that are valid until the next one. Raises StoreError."""
-        with self.hold():
-            yield from self._holdings_of(epoch).read(key, numbers)
+        with self.files_of(epoch) as files:
+            yield from files.read(key, numbers)
 
-    def _holdings_of(self, epoch: EpochId) -> Holdings:
-        """Return what reads an epoch's chain, as it is now: to be used within `hold`."""
+    @contextmanager
+    def _reading(self, epoch: EpochId) -> Iterator[tuple[Level, ...]]:
+        """Have an epoch's chain as it is now, and keep its levels' files, also if folds take their place."""
         with self._mutex:
             chain = self._chain(epoch)
+            self._in_use.update(level.path for level in chain)
+        try:
+            yield chain
+        finally:
+            with self._mutex:
+                self._in_use.subtract(level.path for level in chain)
+                self._in_use = +self._in_use
+
+    def _holdings_of(self, chain: tuple[Level, ...]) -> Holdings:
+        """Return what reads a chain: to be used within `_reading`."""
+        with self._mutex:
             if self._holdings is None or self._holdings[0] != chain:
                 self._holdings = chain, Holdings(chain, self._disk)
             return self._holdings[1]
@@ -598,6 +617,10 @@ class EpochStore(StoreReader):
         needed = {level.id for root in roots for level in chain_of(self._levels, root) or ()}
         return [self._levels[epoch] for epoch in sorted(self._levels.keys() - needed, reverse=True)]
 
+    def _removable(self) -> list[Path]:
+        """List what is to be removed and read by nobody."""
+        return [path for path in self._stale if not self._in_use[path]]
+
     def _collect_if_idle(self) -> None:
         if self._folding.acquire(blocking=False):
             try:
@@ -613,7 +636,7 @@ class EpochStore(StoreReader):
             self._set_wanting_aside()
             # Newest first: at no moment does one stand on what is not there.
             garbage = self._garbage()
-            if not garbage and not self._stale and not self._unswept:
+            if not garbage and not self._removable() and not self._unswept:
                 return
             if garbage and self._stale:
                 # A power loss that takes back where a fold's view leads, and no removal, would leave it on
@@ -626,9 +649,9 @@ class EpochStore(StoreReader):
             # What a fold replaced goes only when no power loss can make its view lead there again: the
             # command beside an epoch works without our recovery too.
             self._disk.sync_dir(self._layout.views, op="collect.sync-views")
-            while self._stale:
-                throw_away(self._layout, self._disk, self._stale[0])
-                self._stale.pop(0)
+            for path in self._removable():
+                throw_away(self._layout, self._disk, path)
+                self._stale.remove(path)
             self._unswept = False
             if self._doubt is not None and not any(map(self.doubt_about, self._levels)):
                 end_doubt(self._layout, self._disk)

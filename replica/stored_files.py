@@ -1,15 +1,16 @@
 """The files of one committed epoch, read out of the levels of a store, and what changed since an older one.
 
-In: a chain of levels, newest first. Out: which pages of records and contents (`common.file_records`) the
-epoch has, their bytes, and which of them may hold something else than in an older epoch. Of the levels'
-pagemaps only the runs are kept in memory: kilobytes for each level, if it was not changed all over.
+In: a chain of levels, newest first, and what is remembered of levels that folds took the place of. Out: which
+pages of records and contents (`common.file_records`) the epoch has, their bytes, and which of them may hold
+something else than in an older epoch. Of the levels' pagemaps only the runs are kept in memory: kilobytes for
+each level, if it was not changed all over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Final, Protocol
 
 import numpy as np
@@ -25,6 +26,8 @@ from replica.folding import DAMAGE_HINT, Origin, read_pages
 from replica.levels import Level, Numbers
 
 _BUFFER_BYTES: Final = 1 << 20
+_MOST_REMEMBERED: Final = 1 << 20
+"""Numbers of pages: 8 MiB. What thousands of epochs change, unless each changes very much."""
 
 NO_NUMBERS: Final[Numbers] = np.empty(0, dtype=np.uint64)
 
@@ -56,13 +59,58 @@ class EpochFiles(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What an epoch had of its own when it was committed, and on which one it stood."""
+
+    base: EpochId
+    pages: Mapping[SpaceKey, Numbers]
+
+
+class FoldedChanges:
+    """Which pages of files had epochs of their own whose levels were folded; the last ones, in memory only.
+
+    A tree that is slow to become an epoch, while a fold swallows the one that it is, need not be looked at
+    wholly for that. For several threads.
+    """
+
+    def __init__(self) -> None:
+        self._changes: dict[EpochId, Changes] = {}
+        self._remembered = 0
+        self._mutex = threading.RLock()
+
+    def take(self, folded: Sequence[Level], disk: Disk) -> None:
+        """Remember levels, newest first, that are about to be folded. Raises StoreError for damage."""
+        for level in reversed(folded):
+            if level.base is None or level.space(RECORDS) is None or level.id in self._changes:
+                continue  # what was a fold already says more than the epoch changed
+            pages = {key: _Runs.read(level, key, disk).numbers(present=True) for key in _spaces_of(level)}
+            with self._mutex:
+                self.forget(level.id)
+                self._changes[level.id] = Changes(level.base, pages)
+                self._remembered += sum(map(len, pages.values()))
+                while self._remembered > _MOST_REMEMBERED:
+                    self.forget(next(iter(self._changes)))
+
+    def forget(self, epoch: EpochId) -> None:
+        """Forget an epoch: another one may take its name."""
+        with self._mutex:
+            if (changes := self._changes.pop(epoch, None)) is not None:
+                self._remembered -= sum(map(len, changes.pages.values()))
+
+    def get(self, epoch: EpochId) -> Changes | None:
+        """Return what is remembered of an epoch."""
+        return self._changes.get(epoch)
+
+
 class StoredFiles:
     """`EpochFiles` in a store. The levels must stay where they are meanwhile. Not for several threads."""
 
-    def __init__(self, chain: Sequence[Level], disk: Disk) -> None:
+    def __init__(self, chain: Sequence[Level], disk: Disk, folded: FoldedChanges | None = None) -> None:
         """`chain`: the epoch's own level first, its full base last."""
         self._chain = tuple(chain)
         self._disk = disk
+        self._folded = folded or FoldedChanges()
         self._runs: dict[tuple[int, SpaceKey], _Runs] = {}
 
     @property
@@ -90,23 +138,48 @@ class StoredFiles:
     def changed_since(self, epoch: EpochId) -> dict[SpaceKey, Numbers] | None:
         """See `EpochFiles`: the pages of both spaces that have their bytes in a newer level than that one.
 
-        None if no level of the chain is that epoch: a fold swallowed it, or it is of another history.
+        None if no level of the chain is that epoch, nor one that it is remembered to have had.
         """
         newer = next((depth for depth, level in enumerate(self._chain) if level.id == epoch), None)
-        if newer is None:
-            return None
-        return {key: self._changed_above(key, newer) for key in (RECORDS, CONTENTS)}
+        if newer is not None:
+            changes = [self._own(depth) for depth in range(newer)]
+        else:
+            remembered = self._remembered_since(epoch)
+            if remembered is None:
+                return None
+            changes = remembered
+        return {key: self._still_there(key, changes) for key in (RECORDS, CONTENTS)}
 
-    def _changed_above(self, key: SpaceKey, depth: int) -> Numbers:
-        """Return the epoch's pages that have their bytes in one of the `depth` newest levels."""
-        levels = [at for at in range(depth) if self._chain[at].space(key) is not None]
-        if not levels or levels[0] != 0:
+    def _remembered_since(self, epoch: EpochId) -> list[Mapping[SpaceKey, Numbers]] | None:
+        """Go from epoch to epoch as they were committed; None if that does not lead to the one wanted."""
+        depths = {level.id: depth for depth, level in enumerate(self._chain)}
+        changes: list[Mapping[SpaceKey, Numbers]] = []
+        at: EpochId | None = self.epoch
+        while at != epoch:
+            if at is None:
+                return None
+            if (folded := self._folded.get(at)) is not None:
+                changes.append(folded.pages)
+                at = folded.base
+            elif at in depths:
+                changes.append(self._own(depths[at]))
+                at = self._chain[depths[at]].base
+            else:
+                return None
+        return changes
+
+    def _own(self, depth: int) -> Mapping[SpaceKey, Numbers]:
+        """Return which pages of files a level has the bytes of."""
+        return {
+            key: self._runs_of(depth, key).numbers(present=True) for key in _spaces_of(self._chain[depth])
+        }
+
+    def _still_there(self, key: SpaceKey, changes: Iterable[Mapping[SpaceKey, Numbers]]) -> Numbers:
+        """Return all those pages that the epoch still has."""
+        if self._chain[0].space(key) is None:
             return NO_NUMBERS
-        newest = self._runs_of(0, key)
-        own = newest.numbers(present=True)
-        older = [self._runs_of(at, key).numbers(present=True) for at in levels[1:]]
-        inherited = reduce(np.union1d, older, NO_NUMBERS)
-        return np.union1d(own, inherited[newest.rows(inherited) >= 0])
+        numbers = np.unique(np.concatenate([NO_NUMBERS, *(each.get(key, NO_NUMBERS) for each in changes)]))
+        return numbers[self._runs_of(0, key).rows(numbers) >= 0]
 
     def _origin(self, key: SpaceKey, numbers: Numbers) -> Origin:
         """Follow pages down the levels to the first that has their bytes. Raises StoreError if none has."""
@@ -136,12 +209,7 @@ class StoredFiles:
 
     def _runs_of(self, depth: int, key: SpaceKey) -> _Runs:
         if (depth, key) not in self._runs:
-            level = self._chain[depth]
-            path = level.path / key.pagemap_name
-            if level.space(key) is None:
-                raise StoreError(f"{level.path} lacks {key.pagemap_name}", hint=DAMAGE_HINT)
-            runs = parse_runs(self._disk.read_file(path, op="read.pagemap"), path.name)
-            self._runs[depth, key] = _Runs.of(runs)
+            self._runs[depth, key] = _Runs.read(self._chain[depth], key, self._disk)
         return self._runs[depth, key]
 
 
@@ -155,7 +223,12 @@ class _Runs:
     """Pages in the level's own file before the run."""
 
     @classmethod
-    def of(cls, runs: PageRuns) -> _Runs:
+    def read(cls, level: Level, key: SpaceKey, disk: Disk) -> _Runs:
+        """Read it. Raises StoreError if it is not there, or damaged."""
+        path = level.path / key.pagemap_name
+        if level.space(key) is None:
+            raise StoreError(f"{level.path} lacks {key.pagemap_name}", hint=DAMAGE_HINT)
+        runs = parse_runs(disk.read_file(path, op="read.pagemap"), path.name)
         present = (runs.flags & PE_PRESENT) != 0
         own = np.where(present, runs.counts, np.uint64(0)).astype(np.int64)
         return cls(runs, present, np.cumsum(own) - own)
@@ -179,3 +252,7 @@ class _Runs:
         """Find where in the level's own file pages of such runs stand."""
         places: NDArray[np.int64] = self.before[rows] + (numbers - self.runs.first[rows]).astype(np.int64)
         return places
+
+
+def _spaces_of(level: Level) -> list[SpaceKey]:
+    return [key for key in (RECORDS, CONTENTS) if level.space(key) is not None]

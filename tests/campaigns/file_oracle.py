@@ -286,7 +286,8 @@ def _lay_out(replica: Replica, tree: FileTree, captured: CapturedEpoch, wrong: l
     """Commit an epoch and lay its files out; whether all of them were looked at."""
     try:
         replica.take(captured)
-        return tree.apply(replica.store.files_of(captured.id)).full
+        with replica.store.files_of(captured.id) as files:
+            return tree.apply(files).full
     except (CaptureError, AssertionError) as error:
         if "changed before its content was sent" not in str(error):
             wrong.append(f"epoch {captured.id}: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,14 +37,11 @@ class Standby:
         self.trees.append(FileTree({b"/data": self.root}, self._state))
         return self.trees[-1]
 
-    def files_of(self, epoch: EpochId) -> FakeFiles:
+    @contextmanager
+    def files_of(self, epoch: EpochId) -> Iterator[FakeFiles]:
         if epoch not in self.stored:
             raise StoreError(f"{epoch} is not held")
-        return self.stored[epoch]
-
-    @contextmanager
-    def hold(self):
-        yield
+        yield self.stored[epoch]
 
     def commit(self) -> EpochId:
         files = self.epochs.tell(self.world)

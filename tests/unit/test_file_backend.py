@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -166,22 +167,12 @@ class Tree:
 class Store:
     """A store whose epochs' files are their names."""
 
-    held = 0
-
-    def files_of(self, epoch: EpochId) -> EpochId:
-        return epoch
-
-    def hold(self) -> Store:
-        self.held += 1
-        return self
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    def files_of(self, epoch: EpochId) -> nullcontext[EpochId]:
+        return nullcontext(epoch)
 
 
-async def followed(tree: Tree, store: Store | None = None) -> FollowedFiles:
-    return FollowedFiles("redis", store or Store(), lambda: tree)  # type: ignore[arg-type,return-value]
+async def followed(tree: Tree) -> FollowedFiles:
+    return FollowedFiles("redis", Store(), lambda: tree)  # type: ignore[arg-type,return-value]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -203,21 +194,10 @@ async def test_directories_follow_to_the_newest_epoch() -> None:
     await files.close()
 
 
-async def test_what_a_fold_took_away_is_read_again_with_the_store_held() -> None:
-    tree, store = Tree(), Store()
-    tree.fails = [StoreError("a level is gone")]
-    files = await followed(tree, store)
-    files.follow(EpochId(1, 1))
-    await until(lambda: files.laid_out == EpochId(1, 1))
-    assert store.held == 1
-    assert files.problem == ""
-    await files.close()
-
-
 async def test_what_cannot_be_laid_out_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outlive.followed_files._AGAIN_S", 0.05)
     tree = Tree()
-    tree.fails = [StoreError("no permission")] * 2
+    tree.fails = [StoreError("no permission")]
     files = await followed(tree)
     files.follow(EpochId(1, 1))
     await until(lambda: files.problem == "no permission")

@@ -16,7 +16,8 @@ from store_disks import Content, UnsyncedDisk, commit, composed, header
 
 from common.criu.images import PE_LAZY, PE_PARENT, PE_PRESENT, SpaceKey, read_pagemap
 from common.errors import NoSpaceError, StoreError
-from common.model import EpochId
+from common.file_records import CONTENTS, RECORDS
+from common.model import PAGE_BYTES, EpochId
 from replica import store as store_module
 from replica.folding import fold_due, plan_fold
 from replica.store import ZERO, EpochStore, IncomingEpoch, StoreReader, stored_workloads
@@ -431,6 +432,28 @@ def test_a_fold_does_not_end_while_the_store_is_held(
         assert store.records() == before
     monkeypatch.undo()
     assert store.fold() is not None
+
+
+def test_files_stay_readable_while_folds_take_their_levels_place(store: EpochStore) -> None:
+    content: Content = {RECORDS: {0: 1}, CONTENTS: {7: 1, 8: 2}}
+    commit(store, EpochId(1, 1), content)
+    for number in range(2, 7):
+        commit(store, EpochId(1, number), content, EpochId(1, number - 1), content, resend=2)
+    wanted = np.array([7, 8], dtype=np.uint64)
+    with store.files_of(EpochId(1, 6)) as files:
+        before = {link.path for link in files._chain}
+        assert store.fold() is not None, "reading holds up no fold"
+        for number in (7, 8):
+            commit(store, EpochId(1, number), content, EpochId(1, number - 1), content)
+        assert store.fold() is None
+        assert {record.id.epoch for record in store.records()} == {6, 7, 8}
+        assert all(path.is_dir() for path in before)
+        assert not store.fold_due(), "there is nothing to do for it meanwhile"
+        assert [block[0] for block in files.read(CONTENTS, wanted)] == [1]
+    assert store.fold_due()
+    assert store.fold() is None
+    assert not any(path.exists() for path in before), "a fold leaves nothing behind"
+    assert b"".join(map(bytes, store.read_base(EpochId(1, 6), CONTENTS, wanted)))[::PAGE_BYTES] == b"\1\2"
 
 
 def test_a_fold_refuses_to_carry_damage_on(store: EpochStore) -> None:

@@ -108,7 +108,7 @@ def test_what_changed_cannot_be_told_of_an_epoch_that_is_not_in_the_chain(
     assert changed(files_of(tmp_path, SECOND), THIRD) is None
 
 
-def test_what_a_fold_swallowed_cannot_be_told(tmp_path: Path) -> None:
+def test_what_a_fold_swallowed_cannot_be_told_once_it_is_not_remembered(tmp_path: Path) -> None:
     with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk()) as store:
         three_epochs(store)
         assert store.fold() is not None
@@ -116,6 +116,39 @@ def test_what_a_fold_swallowed_cannot_be_told(tmp_path: Path) -> None:
     assert fills(files, CONTENTS, files.pages(CONTENTS)) == [5, 0, 8, 4]
     assert changed(files, SECOND) is None
     assert changed(files, THIRD) == {RECORDS: [], CONTENTS: []}
+
+
+def test_what_a_fold_swallowed_is_remembered(tmp_path: Path) -> None:
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk()) as store:
+        three_epochs(store)
+        assert store.fold() is not None
+        with store.files_of(THIRD) as files:
+            assert changed(files, SECOND) == {RECORDS: [2], CONTENTS: [12, 13]}
+            assert changed(files, FIRST) == {RECORDS: [1, 2], CONTENTS: [10, 12, 13]}
+            assert changed(files, EpochId(1, 7)) is None
+
+
+def test_an_epoch_that_was_discarded_is_remembered_no_more(tmp_path: Path) -> None:
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk()) as store:
+        three_epochs(store)
+        assert store.fold() is not None
+        store.discard(THIRD, "for a test")
+        commit(store, THIRD, {RECORDS: {0: 1, 4: 4}})
+        with store.files_of(THIRD) as files:
+            assert changed(files, SECOND) is None
+            assert changed(files, FIRST) is None
+
+
+def test_no_more_is_remembered_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replica.stored_files._MOST_REMEMBERED", 4)  # the third has 3, the second has 3
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk()) as store:
+        three_epochs(store)
+        assert store.fold() is not None
+        with store.files_of(THIRD) as files:
+            known = [changed(files, each) is not None for each in (FIRST, SECOND)]
+    assert known.count(False) == 1
 
 
 def test_an_epoch_may_have_no_files_or_be_the_first_that_has(store: EpochStore, tmp_path: Path) -> None:
@@ -161,11 +194,19 @@ def test_damage_is_an_error(store: EpochStore, tmp_path: Path, what: str) -> Non
         list(StoredFiles(levels, UnsyncedDisk()).read(CONTENTS, numbers(1 << 50)))
 
 
+@pytest.mark.parametrize("max_levels", [20, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_any_history_is_read_as_it_was_sent(store: EpochStore, tmp_path: Path, seed: int) -> None:
-    chance = random.Random(seed)
+def test_any_history_is_read_as_it_was_sent(tmp_path: Path, seed: int, max_levels: int) -> None:
+    with EpochStore.open(
+        tmp_path, "web", min_free_bytes=0, max_levels=max_levels, disk=UnsyncedDisk()
+    ) as store:
+        _check_history(store, random.Random(seed), folds=max_levels == 4)
+
+
+def _check_history(store: EpochStore, chance: random.Random, *, folds: bool) -> None:
     history: list[tuple[EpochId, Content]] = []
-    for number in range(1, 8):
+    folded = 0
+    for number in range(1, 12):
         before = history[-1][1] if history else {}
         content: Content = {}
         for key in (RECORDS, CONTENTS):
@@ -178,8 +219,14 @@ def test_any_history_is_read_as_it_was_sent(store: EpochStore, tmp_path: Path, s
         epoch = EpochId(1, number)
         commit(store, epoch, content, history[-1][0] if history else None, before)
         history.append((epoch, content))
+        folded += chance.random() < 0.6 and store.fold() is not None
+    assert folded > 1 or not folds
     newest, content = history[-1]
-    files = files_of(tmp_path, newest)
+    with store.files_of(newest) as files:
+        _check_files(files, history, content)
+
+
+def _check_files(files: StoredFiles, history: list[tuple[EpochId, Content]], content: Content) -> None:
     for key, pages in content.items():
         wanted = files.pages(key)
         assert dict(zip(wanted.tolist(), fills(files, key, wanted), strict=True)) == pages
