@@ -140,6 +140,8 @@ class FileBook:
         self._promised: dict[tuple[int, bytes], Inode] = {}
         """What names led to in an epoch of another process, until all files were looked at."""
         self._orphans: set[int] = set()
+        self._moved: set[int] = set()
+        """Directories that came into another one with all that is known to be in them."""
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -210,13 +212,18 @@ class FileBook:
         return [self._nodes[number] for number in taken if number in self._nodes]
 
     def path_of(self, number: int) -> list[bytes] | None:
-        """Return the names that lead to it: a declared directory, then entries. None: none do."""
+        """Return the names that lead to it: a declared directory, then entries. None: none do.
+
+        Directories that were seen before and after they were moved may be known to be in each other.
+        """
         parts: list[bytes] = []
+        passed: set[int] = set()
         while number != ROOTS:
             node = self._nodes.get(number)
-            if node is None or not node.names:
+            if node is None or not node.names or number in passed:
                 return None
-            number, name = next(iter(node.names))
+            passed.add(number)
+            number, name = node.names[-1]  # found last: what was found before may be gone
             parts.append(name)
         return parts[::-1]
 
@@ -296,6 +303,8 @@ class FileBook:
             return
         self.unlink(parent, name)
         children[name] = node.number
+        if node.children:
+            self._moved.add(node.number)
         entry = parent, name
         node.names += (entry,)
         self._orphans.discard(node.number)
@@ -392,7 +401,12 @@ class FileBook:
     # --- an epoch -----------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Forget what no name leads to any more."""
+        """Forget what no name leads to any more, directories that are only in each other as well."""
+        for number in self._moved & self._nodes.keys():
+            for parent, name in self._nodes[number].names:
+                if parent != ROOTS and self.path_of(parent) is None:
+                    self.unlink(parent, name)
+        self._moved.clear()
         while self._orphans:
             node = self._nodes.get(self._orphans.pop())
             if node is None or node.names:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from common.excludes import Excludes
 from common.file_records import CONTENTS, MOST_LIST_BYTES, MOST_PAGES, RECORDS, ROOTS, Record, unpack_page
 from common.identity import PageHasher
 from common.model import PAGE_BYTES, EpochId
-from primary.file_book import FileBook, Seen
+from primary.file_book import FileBook, Node, Seen
 from primary.file_capture import FileCapture, TooMuchWrittenError
 from primary.file_epoch import EpochFiles
 from primary.file_places import Places, RecordPages
-from primary.file_reader import FileReader, UnreadableError
+from primary.file_reader import FileReader, Found, UnreadableError
 from primary.file_watch import FileWatch
+from primary.page_set import NO_PAGES
 from tests.unit.file_trees import Changes, Tree, rebuild, walk
 
 Make = Callable[..., FileCapture]
@@ -550,6 +552,52 @@ def test_a_file_whose_content_was_not_read_is_in_no_epoch(tmp_path: Path) -> Non
     book.put_content([(node, np.arange(2, dtype=np.uint64), np.ones((2, 2), dtype=np.uint64), None)])
     book.read(node, path.stat(), 0)
     assert len(book.seal()[0][1].pages) == 2
+
+
+def test_directories_that_are_known_to_be_in_each_other_lead_nowhere(tmp_path: Path) -> None:
+    book = FileBook(PageHasher())
+    top = book.see(Seen(tmp_path.stat()), b"", (ROOTS, b"/data"))
+    book.link(ROOTS, b"/data", top)
+    nodes = []
+    for name in (b"a", b"b"):
+        path = tmp_path / name.decode()
+        path.mkdir()
+        nodes.append(book.see(Seen(path.stat()), b"", (top.number, name)))
+    a, b = nodes
+    book.link(top.number, b"a", a)
+    book.link(a.number, b"b", b)
+    assert book.path_of(b.number) == [b"/data", b"a", b"b"]
+    book.link(b.number, b"a", a)  # b was moved out of a, which is seen later, and a into it
+    book.unlink(top.number, b"a")
+    assert book.path_of(a.number) is book.path_of(b.number) is None
+    book.sweep()
+    assert list(book.nodes) == [top]
+    assert book.seal()[0][1].pages == NO_PAGES
+
+
+def test_directories_that_went_while_they_were_looked_at_are_in_no_epoch(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(watched=True)
+    (root / "b" / "a").mkdir(parents=True)
+    epoch(files, 1)
+    real, moved = files._entries, (root / "b" / "a").stat().st_ino
+
+    def gone_then(directory: Node, *rest: Any) -> Iterator[Found]:
+        yield from real(directory, *rest)
+        if directory.id[1] == moved and (root / "a").exists():
+            (root / "a" / "b").rmdir()
+            (root / "a").rmdir()
+
+    monkeypatch.setattr(files, "_entries", gone_then)
+    (root / "b" / "a").rename(root / "a")
+    (root / "b").rename(root / "a" / "b")
+    files._hear()
+    found = sorted(files._left.items(), key=lambda hint: files._book.by_key(hint[0]).id[1] != moved)  # type: ignore[union-attr]
+    files._left.clear()
+    files._left.update(found)
+    reader = epoch(files, 2)
+    assert told(reader) == walk(root) == {b"/data": walk(root)[b"/data"]}
 
 
 LEFT_OUT = Excludes(["n*1\udcff\n", "/data/n2\udcff\n"])
