@@ -9,6 +9,8 @@
  *
  * What becomes dirty is a folio, which may be large. File systems that write by iomap say first which bytes they are
  * about to write, or to let a mapping write: then only these are told, each time.
+ *
+ * What shifts or exchanges blocks makes no page dirty. It is told when it begins, with the file locked.
  */
 #include <linux/types.h>
 
@@ -57,6 +59,10 @@ struct iomap_iter {
 	unsigned int flags;
 } CORE;
 
+struct xfs_inode {
+	struct inode i_vnode;
+} CORE;
+
 struct folio {
 	unsigned long flags;
 	unsigned long index;
@@ -79,8 +85,10 @@ enum pageflags { PG_head = 6 };
 struct written {
 	__u64 inode;
 	__u64 first; /* page of the file */
-	__u64 end;   /* behind the last one; 0: behind those of a folio whose size is not known */
+	__u64 end;   /* behind the last one; 0: behind those of a folio whose size is not known; or MOVES */
 };
+
+#define MOVES (1ull << 63) /* in `end`: blocks are about to move */
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -206,5 +214,43 @@ int BPF_PROG(outlive_direct, struct kiocb *iocb, int error, long done)
 		tell(iocb->ki_filp->f_inode, 0, BEYOND);
 	else
 		tell(iocb->ki_filp->f_inode, (at - done) >> PAGE_SHIFT, ((at + done - 1) >> PAGE_SHIFT) + 1);
+	return 0;
+}
+
+SEC("tp_btf/ext4_collapse_range")
+int BPF_PROG(outlive_ext4_collapsed, struct inode *inode, long long at)
+{
+	tell(inode, (__u64)at >> PAGE_SHIFT, BEYOND | MOVES);
+	return 0;
+}
+
+SEC("tp_btf/ext4_insert_range")
+int BPF_PROG(outlive_ext4_inserted, struct inode *inode, long long at)
+{
+	tell(inode, (__u64)at >> PAGE_SHIFT, BEYOND | MOVES);
+	return 0;
+}
+
+SEC("tp_btf/xfs_collapse_file_space")
+int BPF_PROG(outlive_xfs_collapsed, struct xfs_inode *inode)
+{
+	tell(&inode->i_vnode, 0, BEYOND | MOVES);
+	return 0;
+}
+
+SEC("tp_btf/xfs_insert_file_space")
+int BPF_PROG(outlive_xfs_inserted, struct xfs_inode *inode)
+{
+	tell(&inode->i_vnode, 0, BEYOND | MOVES);
+	return 0;
+}
+
+SEC("tp_btf/xfs_reflink_remap_range")
+int BPF_PROG(outlive_xfs_cloned, struct xfs_inode *from, long long from_at, long long size, struct xfs_inode *to,
+	     long long at)
+{
+	const __u64 end = size > 0 ? (((__u64)at + size - 1) >> PAGE_SHIFT) + 1 : BEYOND;
+
+	tell(&to->i_vnode, (__u64)at >> PAGE_SHIFT, end | MOVES);
 	return 0;
 }

@@ -53,8 +53,9 @@ struct cached {
 	uint64_t pages, dirty, writeback, evicted, recently_evicted;
 };
 
-/* Whether what the kernel tells of an open file's pages is all that happens to them: 1 or 0. */
-EXPORTED int outlive_writes_fit(int fd)
+/* The type of an open file's file system (statfs(2)) if what the kernel tells of its pages is all that happens to them; or
+ * else 0. */
+EXPORTED uint64_t outlive_writes_fit(int fd)
 {
 	struct statfs system;
 	struct statx attributes;
@@ -66,7 +67,9 @@ EXPORTED int outlive_writes_fit(int fd)
 		return 0;
 	if (ioctl(fd, FS_IOC_GETFLAGS, &flags) && errno != ENOTTY)
 		return 0;
-	return !(attributes.stx_attributes & STATX_ATTR_DAX) && !(flags & FS_JOURNAL_DATA_FL);
+	if (attributes.stx_attributes & STATX_ATTR_DAX || flags & FS_JOURNAL_DATA_FL)
+		return 0;
+	return (uint64_t)system.f_type;
 }
 
 /* Begin to write back `runs` runs of pages (first and end of each). Done is what could be begun at once. */

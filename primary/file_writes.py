@@ -29,6 +29,7 @@ import os
 import struct
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import combinations
 from typing import Final
 
 import numpy as np
@@ -60,6 +61,10 @@ _BEYOND: Final = 1 << 52
 _LARGEST_FOLIO: Final = 1 << 11
 _NOT_WRITTEN: Final = 0x806
 """FIEMAP_EXTENT_UNKNOWN, DELALLOC, UNWRITTEN of <linux/fiemap.h>."""
+_MOVES: Final = np.uint64(1 << 63)
+"""As in native/writes.bpf.c."""
+_SYSTEMS: Final = {0xEF53: b"outlive_ext4_", 0x58465342: b"outlive_xfs_"}
+"""By type of file system (statfs(2)): how programs are called that want its kernel module to be there."""
 _FLUSHED_PAGES: Final = 1024
 """From so many on, pages in doubt are written back before a freeze, so that they need not be read in it."""
 
@@ -70,6 +75,8 @@ class _Followed:
     extents: NDArray[np.void] = field(default_factory=lambda: np.empty(0, dtype=_EXTENT))
     size: int | None = None
     """How many bytes it had when all that was in doubt was read; None: it never was."""
+    moved: PageSet = field(default_factory=lambda: NO_PAGES)
+    """Pages whose blocks were reported to move since `extents` were asked for, or just before."""
 
 
 class FileWrites:
@@ -98,7 +105,9 @@ class FileWrites:
         """Return the followed files that were read of which more pages than `most` have to be read again."""
         self.hear()
         return [
-            file for file, each in self._files.items() if each.size is not None and len(each.doubtful) > most
+            file
+            for file, each in self._files.items()
+            if each.size is not None and (len(each.doubtful) > most or each.moved)
         ]
 
     def pages_in_doubt(self, file: FileId) -> PageSet:
@@ -132,9 +141,10 @@ class FileWrites:
         status = os.fstat(fd)
         file = status.st_dev, status.st_ino
         self.forget(file)
-        if not self._is_ready() or not _is_fit(fd) or _is_journalled(status.st_dev):
+        system = _system_of(fd)
+        if not system or not self._is_ready() or _is_journalled(status.st_dev):
             return False
-        if self._tracing is None or len(self._files) >= _MOST_FILES:
+        if self._tracing is None or system in self._tracing.untold or len(self._files) >= _MOST_FILES:
             return False
         self._tracing.watch(file[1])
         self._files[file] = _Followed(_all_pages())
@@ -167,15 +177,17 @@ class FileWrites:
                 self.doubt(file)
         if not len(written):
             return
-        first, end = written["first"], written["end"]
+        first, end, moves = written["first"], written["end"] & ~_MOVES, written["end"] & _MOVES != 0
         unknown = end == 0  # the end of a folio: it begins at a multiple of its size
         most = np.where(first == 0, _LARGEST_FOLIO, first & (~first + np.uint64(1)))
         end = np.where(unknown, first + np.minimum(most, _LARGEST_FOLIO).astype(np.uint64), end)
         for inode in np.unique(written["inode"]).tolist():
             own = written["inode"] == inode
             pages = PageSet.spanning(first[own], end[own])
+            moved = PageSet.spanning(first[own & moves], end[own & moves])
             for file in self._by_inode.get(inode, ()):
                 self._files[file].doubtful |= pages
+                self._files[file].moved |= moved
                 self._told.add(file)
 
     def doubtful(self, file: FileId, fd: int, size: int, *, touched: bool) -> PageSet | None:
@@ -183,13 +195,16 @@ class FileWrites:
 
         `touched`: its times are not what they were when it was read. None: it cannot be followed any more.
         """
+        self.hear()
         followed = self._files[file]
         if followed.size not in (size, None):  # what came or went in between is not told
             self.doubt(file, min(size, followed.size or 0) // PAGE_BYTES)
-        if touched or followed.size != size:
-            if not _is_fit(fd):  # chattr(1)
+        if touched or followed.size != size or len(followed.moved):
+            if not _system_of(fd):  # chattr(1)
                 self.forget(file)
                 return None
+            followed.doubtful |= followed.moved  # again, if it was read in between
+            followed.moved = NO_PAGES
             extents = _extents(fd)
             if extents is None:
                 followed.doubtful = _all_pages()
@@ -211,6 +226,7 @@ class FileWrites:
 
         Returns them one after the other. Raises OSError; what was not read stays in doubt.
         """
+        self.hear()  # of a large file more is reported while it is read than there is room for
         part = PageSet.of(numbers)
         content = np.empty(len(numbers) * PAGE_BYTES, dtype=np.uint8)
         dirty = np.empty(len(numbers), dtype=np.uint8)
@@ -247,16 +263,17 @@ class _Tracing:
         bpf = _bpf()
         program = str(built("outlive-writes.bpf.o"))
         _library()
-        self._object = bpf.bpf_object__open_file(program.encode(), None)
+        self._object: int | None = None
         self._links: list[int] = []
         self._programs: list[int] = []
+        self.untold: frozenset[int] = frozenset()
+        """Types of file systems of which not all is told: no such one was there when this began."""
         try:
-            if not self._object:
-                raise _unsupported("open", program)
-            if bpf.bpf_object__load(self._object):
-                raise _unsupported("load", program)
+            self._load(program)
             each = None
             while each := bpf.bpf_object__next_program(self._object, each):
+                if not bpf.bpf_program__autoload(each):
+                    continue
                 if not (link := bpf.bpf_program__attach(each)):
                     raise _unsupported("attach", program)
                 self._links.append(link)
@@ -274,6 +291,26 @@ class _Tracing:
         self._produced = np.frombuffer(self._ring, dtype=np.uint8).ctypes.data
         self._lost = self._missed = 0
         self._records = np.zeros(_RECORDS_AT_ONCE, dtype=_WRITTEN)
+
+    def _load(self, program: str) -> None:
+        """Load all programs, or else those of file systems that are there. Raises UnsupportedError."""
+        bpf = _bpf()
+        for count in range(len(_SYSTEMS) + 1):
+            for untold in combinations(_SYSTEMS, count):
+                self._object = bpf.bpf_object__open_file(program.encode(), None)
+                if not self._object:
+                    raise _unsupported("open", program)
+                each = None
+                while each := bpf.bpf_object__next_program(self._object, each):
+                    if bpf.bpf_program__name(each).startswith(tuple(map(_SYSTEMS.__getitem__, untold))):
+                        bpf.bpf_program__set_autoload(each, False)
+                if not bpf.bpf_object__load(self._object):
+                    self.untold = frozenset(untold)
+                    return
+                error = _unsupported("load", program)
+                bpf.bpf_object__close(self._object)
+                self._object = None
+        raise error
 
     def _map(self, name: str) -> int:
         bpf = _bpf()
@@ -335,9 +372,13 @@ def _first_pages(pages: int) -> PageSet:
     return PageSet(np.array([0, pages], dtype=np.uint64)) if pages else NO_PAGES
 
 
-def _is_fit(fd: int) -> bool:
-    """Tell whether what is promised above holds for an open file, as far as its mount has no say in it."""
-    return bool(_library().outlive_writes_fit(fd))
+def _system_of(fd: int) -> int:
+    """Return the type of an open file's file system (statfs(2)) if what is promised above holds for it; or 0.
+
+    As far as its mount has no say in it.
+    """
+    system: int = _library().outlive_writes_fit(fd)
+    return system
 
 
 def _is_journalled(device: int) -> bool:
@@ -416,6 +457,9 @@ def _bpf() -> ctypes.CDLL:
         ("bpf_object__close", [pointer], None),
         ("bpf_object__next_program", [pointer, pointer], pointer),
         ("bpf_program__attach", [pointer], pointer),
+        ("bpf_program__autoload", [pointer], ctypes.c_bool),
+        ("bpf_program__name", [pointer], text),
+        ("bpf_program__set_autoload", [pointer, ctypes.c_bool], number),
         ("bpf_program__fd", [pointer], number),
         ("bpf_link__destroy", [pointer], number),
         ("bpf_object__find_map_by_name", [pointer, text], pointer),
@@ -443,7 +487,7 @@ def _library() -> ctypes.CDLL:
     library.outlive_writes_missed.argtypes = [number]
     library.outlive_writes_missed.restype = u64
     library.outlive_writes_fit.argtypes = [number]
-    library.outlive_writes_fit.restype = number
+    library.outlive_writes_fit.restype = u64
     library.outlive_writes_flush.argtypes = [number, pointer, u64]
     library.outlive_writes_flush.restype = None
     return library

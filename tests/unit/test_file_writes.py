@@ -205,7 +205,7 @@ def test_more_reports_than_fit_are_noticed(writer: Writer, known: Known) -> None
 def test_a_file_with_journalled_data_is_not_followed(
     writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_writes, "_is_fit", lambda fd: False)
+    monkeypatch.setattr(file_writes, "_system_of", lambda fd: 0)
     assert known.writes.doubtful(known.file, known.fd, 5000, touched=True) is None
     assert known.file not in known.writes
     assert not known.writes.follow(known.fd)
