@@ -43,13 +43,13 @@ def repeats_in(space: SpacePages, content: PageSet, base: SpacePages | None) -> 
     identity = space.identities.get(numbers)
     known = ~is_fresh(identity)
     numbers, identity = numbers[known], identity[known]
-    sources = _earlier(numbers, identity)
-    again = sources != numbers
-    if base is not None and np.count_nonzero(~again) >= max(_LEAST, len(base.pages) // _SHARE):
-        rows = np.flatnonzero(~again)
+    earlier = _earlier(numbers, identity)
+    sources, rows = earlier.copy(), np.flatnonzero(earlier == numbers)
+    if base is not None and len(rows) >= max(_LEAST, len(base.pages) // _SHARE):
         found, held = _held(identity[rows], base)
         sources[rows[found]] = held | np.uint64(IN_BASE)
-        again[rows[found]] = True
+        sources = sources[np.searchsorted(numbers, earlier)]  # what is like those is read there as well
+    again = sources != numbers
     return Repeats(PageSet.of(numbers[again]), sources[again])
 
 

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, get_args
 
@@ -143,8 +144,7 @@ class _PagesFile:
         while data:
             self._fill()
             part = data[: self._ends[-1] * PAGE_BYTES - self._at_bytes]
-            self._open().write(part)
-            self._go_on(len(part))
+            self._copy(part)
             data = data[len(part) :]
 
     def finish(self) -> FileEntry | None:
@@ -174,8 +174,7 @@ class _PagesFile:
                 raise BaseError("pages are said to be held already, but nothing is")
             else:
                 for block in self._held.read(self._key, self._numbers[self._at_bytes // PAGE_BYTES : end]):
-                    self._open().write(block)
-                    self._go_on(len(block))
+                    self._copy(block)
 
     def _repeat(self, end: int) -> None:
         """Go on to the page in row `end` with what others hold."""
@@ -186,19 +185,26 @@ class _PagesFile:
         self._repeated += count
         in_base = sources >= IN_BASE
         rows = rows_in(self._numbers, sources)
-        while len(sources):
-            if in_base[0]:
-                here = _leading(in_base)
-                blocks = self._repeats.base(self._key, sources[:here] - IN_BASE)
-            else:  # one that is read now may be what is behind it is like
-                here = _leading(~in_base & (rows >= 0) & (rows < self.whole_pages))
-                if not here:
-                    raise StoreError(f"{self._key.pagemap_name}: a page repeats one that is not before it")
-                blocks = self._again(rows[:here])
-            for block in blocks:
-                self._open().write(block)
-                self._go_on(len(block))
-            sources, in_base, rows = sources[here:], in_base[here:], rows[here:]
+        if (~in_base & ((rows < 0) | (rows >= np.arange(self.whole_pages, end)))).any():
+            raise StoreError(f"{self._key.pagemap_name}: a page repeats one that is not before it")
+        base = iter(self._repeats.base(self._key, sources[in_base] - IN_BASE) if in_base.any() else ())
+        block = memoryview(b"")
+        turns = [0, *(np.flatnonzero(np.diff(in_base)) + 1).tolist(), count]
+        for first, stop in pairwise(turns):
+            if not in_base[first]:
+                for page in self._again(rows[first:stop]):
+                    self._copy(page)
+                continue
+            left_bytes = (stop - first) * PAGE_BYTES
+            while left_bytes:
+                block = block or next(base)
+                part, block = block[:left_bytes], block[left_bytes:]
+                self._copy(part)
+                left_bytes -= len(part)
+
+    def _copy(self, data: memoryview) -> None:
+        self._open().write(data)
+        self._go_on(len(data))
 
     def _again(self, rows: NDArray[np.intp]) -> Iterator[memoryview]:
         """Read pages of this file that were written before."""
@@ -462,11 +468,6 @@ def check_space(key: SpaceKey, numbers: Numbers, flags: Flags) -> None:
     in_level = (flags & (PE_PRESENT | _OURS)) != 0
     if (flags & ~np.uint8(_KNOWN_FLAGS)).any() or not (in_base ^ in_level).all():
         raise StoreError(f"{name}: a page must be either in the base or in the epoch, and have known flags")
-
-
-def _leading(marks: NDArray[np.bool_]) -> int:
-    """Return how many are true before the first that is not."""
-    return len(marks) if marks.all() else int(np.argmin(marks))
 
 
 def restore_text(view: Path, command: Sequence[str], descriptors: bytes | None) -> bytes:

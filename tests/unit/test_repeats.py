@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from store_disks import UnsyncedDisk
 from wire_fakes import captured
 
+from common.bulk import IN_BASE
 from common.file_records import CONTENTS
 from common.identity import PageHasher
 from common.messages import BULK_BYTES, decode
 from common.model import PAGE_BYTES, EpochId
 from common.terms import TermGuard
 from primary.outgoing import Held, epoch_messages
+from primary.page_set import PageSet
+from primary.repeats import repeats_in
 from replica.assembly import Assembly, Committed
 from replica.store import EpochStore
 
@@ -86,3 +90,20 @@ def test_what_is_stored_is_what_was_captured(
                 store.fold()
         assert store.verify() == []
     assert repeated > 60
+
+
+def test_what_repeats_a_page_that_the_base_has_is_read_from_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it is now here and now there, page by page, when a file of many equal pages is copied."""
+    monkeypatch.setattr("primary.repeats._LEAST", 1)
+    base = {number: 100 + number for number in range(0, 20, 2)} | dict.fromkeys(range(1, 20, 2), 7)
+    copied = base | {number + 1000: content for number, content in base.items()}
+    had, space = (captured(1, {CONTENTS: _content(each)}).spaces[0] for each in (base, copied))
+    repeats = repeats_in(space, PageSet.of(np.arange(1000, 1020, dtype=np.uint64)), had)
+    assert repeats.pages.numbers.tolist() == list(range(1000, 1020))
+    assert [base[int(each)] for each in repeats.sources - np.uint64(IN_BASE)] == list(
+        base[n] for n in range(20)
+    )
+
+
+def _content(pages: dict[int, int]) -> dict[int, bytes]:
+    return {number: page(content) for number, content in sorted(pages.items())}
