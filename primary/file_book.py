@@ -490,6 +490,7 @@ class FileBook:
     def _place(self, node: Node, place: int, before: int, pages: int) -> int:
         """Return where its content stands from now on, of so many pages; `before` there were at `place`."""
         stays = place != NOWHERE and pages > 0 and Places.fits(place, pages)
+        made = NOWHERE if stays or not pages else self._places.take(pages)  # first: it may be too large
         if pages < before or not stays:
             self._leave(place, before, stays=stays)
         if not stays:
@@ -502,7 +503,6 @@ class FileBook:
             self._unread.add(node.number)
         if stays:
             return place
-        made = self._places.take(pages)
         self._by_place[made] = node.number
         return made
 

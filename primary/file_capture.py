@@ -61,6 +61,8 @@ _DIRECTORIES_AT_ONCE: Final = 256
 _LEFT_TO_FREEZE: Final = 1024
 """So many pages of a large file that were written may be left for the freeze to read: a millisecond."""
 _SAY_EVERY_S: Final = 5.0
+_HEARD_EACH: Final = 1000
+"""Entries that are looked at between two times that reports are heard."""
 
 
 class TooMuchWrittenError(FilesError):
@@ -227,11 +229,11 @@ class FileCapture:
             self._frozen_bytes, self._patient = 0, patient
             always |= self._open_files().union(self._writes.in_doubt())
         self._hear()
-        if self._scan_due and self._watch is not None and not patient:
+        if self._scan_due and self._watch is not None:
             raise TooMuchWrittenError("reports of changes were lost: everything is looked at while it runs")
         how = How(raw_bytes=_RAW_BYTES, still=True, always=always, room=self._room, timeless=self._timeless)
         # What was found before an error is as good as what a whole round finds.
-        if self._scan_due or self._watch is None:
+        if self._watch is None:
             for found in self._look(how, frozen=True):
                 self._taken.append(found)
         else:
@@ -242,6 +244,7 @@ class FileCapture:
     def settle(self) -> None:
         """Take in what was found while frozen, whatever became of the freeze."""
         self._begun = False
+        self._mapped |= self._now_mapped  # until an epoch was sealed without them: stores may move no time
         taken, self._taken = self._taken, []
         try:
             self._intake.take_in(
@@ -261,11 +264,11 @@ class FileCapture:
         """Make it part of an epoch. Raises CaptureError if something could not be read."""
         if self._left or self._left_objects:
             raise CaptureError("not all files that changed could be read; it is tried again")
-        self._mapped = self._now_mapped
         with self._intake.lock:
             spaces, records, extras = self._book.seal()
         layered = self._intake.seal(epoch)
         self._sealed = True
+        self._mapped = self._now_mapped
         return spaces, EpochFiles(self._intake, spaces, layered, records, extras)
 
     def close(self) -> None:
@@ -281,12 +284,16 @@ class FileCapture:
         self._reader.begin()
         self._hear()
         if self._scan_due or self._watch is None:
-            how.everything = True
-            yield from self._everything(how)
-            how.everything = False
-            self._scan_due = False
+            how.everything, self._scan_due = True, False
             self._left.clear()
             self._left_objects.clear()
+            try:
+                yield from self._everything(how)  # what is reported meanwhile stays due
+            except BaseException:
+                self._scan_due = True
+                raise
+            finally:
+                how.everything = False
         else:
             yield from self._hinted(how)
         if frozen:
@@ -348,6 +355,8 @@ class FileCapture:
                 for found in self._root(path, directory, how):
                     self.scanned += 1
                     yield found
+                    if self.scanned % _HEARD_EACH == 0:  # there is no room for all that is reported meanwhile
+                        self._hear()
                     if time.monotonic() - said_s > _SAY_EVERY_S:
                         said_s = time.monotonic()
                         log.info("capture.files_scanned", directory=str(directory), files=len(self._book))

@@ -37,8 +37,10 @@ from primary.page_set import PageSet
 log = structlog.get_logger(__name__)
 
 _BLOCK_BYTES: Final = 1 << 20
+_MOST_KEPT_BYTES: Final = 64 << 20
+"""Of the new content of one file, while it is read: a file may be larger than the memory there is."""
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE)
+GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE)
 """It is not there any more, or became something else since a moment ago: that is reported too."""
 _PATH_BYTES: Final = 2048
 """How much of a path is opened at once: paths may be longer than the kernel takes."""
@@ -55,7 +57,8 @@ class Content:
     identified: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] | None = None
     """Pages (from 0) and their identities; shapes (n,) and (n, 2). All others are zeros."""
     kept: list[tuple[NDArray[np.uint64], bytes]] | None = None
-    """Pages (from 0) with their content: those that are not as they are known to be."""
+    """Pages (from 0) with their content: those that are not as they are known, as far as there is room."""
+    kept_bytes: int = 0
     within: PageSet | None = None
     """Only these pages (from 0) were read, the others are as they were known; None: all were."""
     place: int = NOWHERE
@@ -223,7 +226,7 @@ class FileReader:
         try:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise UnreadableError(f"{os.fsdecode(name)}: {error.strerror}") from error
             yield Found(parent, name, None)
             return
@@ -237,7 +240,7 @@ class FileReader:
             else:
                 yield self._other(parent, directory, name)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise UnreadableError(f"{os.fsdecode(name)}: {error.strerror}") from error
             yield Found(parent, name, None)
 
@@ -250,7 +253,7 @@ class FileReader:
         try:
             return None if fd is None else self._opened(fd, None, b"", how, itself=True)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise UnreadableError(f"a file cannot be read: {error.strerror}") from error
             return None
 
@@ -439,12 +442,13 @@ class FileReader:
         marks = identity.any(axis=1)
         if found.identified is not None:
             found.identified.append((pages[marks], identity[marks]))
-        if not how.keep or found.kept is None:
-            return
+        if not how.keep or found.kept is None or found.kept_bytes >= _MOST_KEPT_BYTES:
+            return  # it is in the file
         if node is not None:
             marks &= self._book.differs(node, pages, identity)
         for run in _runs(np.flatnonzero(marks)):
             found.kept.append((pages[run], bytes(block[run[0] * PAGE_BYTES : (run[-1] + 1) * PAGE_BYTES])))
+            found.kept_bytes += len(run) * PAGE_BYTES
 
 
 def open_path(path: list[bytes], flags: int) -> int | None:
@@ -467,7 +471,7 @@ def open_path(path: list[bytes], flags: int) -> int | None:
     except OSError as error:
         if fd is not None:
             os.close(fd)
-        if error.errno not in _GONE:
+        if error.errno not in GONE:
             raise UnreadableError(f"{os.fsdecode(b'/'.join(path))}: {error.strerror}") from error
         return None
     return fd

@@ -25,7 +25,7 @@ import structlog
 from common.identity import PageHasher
 from common.model import PAGE_BYTES
 from primary.file_book import FileBook, FileId, Node
-from primary.file_reader import FileReader, Found, How, UnreadableError
+from primary.file_reader import GONE, FileReader, Found, How, UnreadableError
 from primary.file_writes import FileWrites
 from primary.page_set import PageSet
 
@@ -162,8 +162,8 @@ class FileScrub:
     def _entry(self, directory: Node, fd: int, name: bytes, known: Node | None, how: How) -> Iterator[Unlike]:
         try:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        except OSError:
-            if known is not None:
+        except OSError as error:
+            if known is not None and error.errno in GONE:  # else it counts as it is known
                 yield self._told(directory, Found(directory.id, name, None), "is gone")
             return
         if status.st_dev != directory.id[0]:
@@ -235,7 +235,7 @@ class FileScrub:
                 os.preadv(fd, [part], first * PAGE_BYTES)
                 at += len(part)
             status = os.fstat(fd)
-            if not node.followed or status.st_size != node.inode.size:
+            if not node.followed or not node.looks_same(status):  # blocks may have moved
                 return PageSet.union([])
             unlike = self._book.unlike(node, numbers, self._hasher.identify(memoryview(content)))
             return PageSet.of(numbers[unlike]) - self._writes.pages_in_doubt(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -552,6 +553,103 @@ def test_a_file_whose_content_was_not_read_is_in_no_epoch(tmp_path: Path) -> Non
     book.put_content([(node, np.arange(2, dtype=np.uint64), np.ones((2, 2), dtype=np.uint64), None)])
     book.read(node, path.stat(), 0)
     assert len(book.seal()[0][1].pages) == 2
+
+
+def test_who_had_a_file_mapped_in_a_freeze_that_failed_is_not_forgotten(root: Path, make: Make) -> None:
+    files = make(watched=True)
+    path = root / "mapped"
+    path.write_bytes(b"x" * 8192)
+    time.sleep(0.05)
+    epoch(files, 1)
+    with path.open("r+b") as file:
+        mapping = mmap.mmap(file.fileno(), 8192)
+        mapping[0:3] = b"one"
+        time.sleep(0.05)
+        files.ahead(None)
+        files.take(patient=False)
+        files.settle()  # and something else kept it from being an epoch
+        mapping[0:3] = b"two"  # the page is dirty already: no time moves
+        mapping.close()
+    time.sleep(0.05)
+    assert told(epoch(files, 2)) == walk(root)
+
+
+def test_a_file_that_is_too_large_ends_no_later_epoch(root: Path, make: Make) -> None:
+    files = make(watched=True)
+    (root / "kept").write_bytes(b"y" * 9000)
+    path = root / "large"
+    path.write_bytes(b"x" * 9000)
+    epoch(files, 1)
+    with contextlib.suppress(OSError):  # tmpfs of 64 MiB has such files, ext4 up to 16 TiB
+        os.truncate(path, PAGE_BYTES * (MOST_PAGES + 1))
+    for number in (2, 3):
+        with pytest.raises(CaptureError, match="larger than 1 TiB"):
+            epoch(files, number)
+    os.truncate(path, 5000)
+    (root / "another").write_bytes(b"z" * 5000)
+    assert told(epoch(files, 4)) == walk(root)
+    assert told(epoch(files, 5)) == walk(root)
+
+
+def test_not_all_of_a_large_new_file_is_kept_in_memory(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("primary.file_reader._MOST_KEPT_BYTES", 2 << 20)
+    kept: list[int] = []
+    real = FileReader._opened
+
+    def opened(self: FileReader, *arguments: Any, **options: Any) -> Found:
+        found = real(self, *arguments, **options)
+        if found.content is not None:
+            kept.append(sum(len(data) for _, data in found.content.kept or ()))
+        return found
+
+    monkeypatch.setattr(FileReader, "_opened", opened)
+    files = make(watched=True)
+    epoch(files, 1)
+    (root / "large").write_bytes(os.urandom(6 << 20))
+    assert told(epoch(files, 2)) == walk(root)
+    assert 2 << 20 <= max(kept) <= 3 << 20
+
+
+def test_when_reports_were_lost_nothing_is_looked_through_in_a_freeze(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(watched=True)
+    changes = Changes(root, seed=4)
+    changes.some(20)
+    epoch(files, 1)
+    files._scan_due = True
+    for patient in (False, True):
+        with pytest.raises(TooMuchWrittenError, match="while it runs"):
+            files.take(patient=patient)
+        files.settle()
+    assert told(epoch(files, 2)) == walk(root)
+
+
+def test_what_is_reported_while_all_is_looked_through_is_looked_at(
+    root: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("primary.file_capture._HEARD_EACH", 1)
+    files = make(watched=True)
+    for number in range(30):
+        (root / f"f{number:02}").write_bytes(b"%d" % number * 100)
+    changed: list[bytes] = []
+    real = files._reader.look
+
+    def look(*arguments: Any) -> Iterator[Found]:
+        for found in real(*arguments):
+            yield found
+            if found.seen is not None and found.seen.is_regular and len(changed) < 5:
+                changed.append(found.name)
+                (root / os.fsdecode(found.name)).write_bytes(b"changed since")
+
+    monkeypatch.setattr(files._reader, "look", look)
+    files.ahead(None)
+    assert len(changed) == 5
+    files.take(patient=False)
+    files.settle()
+    assert told(sealed(files, 1)) == walk(root)
 
 
 def test_directories_that_are_known_to_be_in_each_other_lead_nowhere(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from file_trees import Changes, rebuild, walk
@@ -14,6 +15,7 @@ from common.errors import CaptureError, UnsupportedError
 from common.identity import PageHasher
 from common.model import EpochId
 from primary.file_capture import FileCapture
+from primary.file_reader import How
 from primary.file_watch import FileWatch, Hints
 
 
@@ -167,6 +169,24 @@ def test_a_file_of_two_names_is_told_of_by_one(rounds: Rounds, monkeypatch: pyte
     (rounds.root / "a" / "f1").write_bytes(b"newer")
     rounds.epoch()
     assert rounds.files._suspicions._waiting == {}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
+def test_a_file_that_cannot_be_looked_at_is_not_gone(
+    rounds: Rounds, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for _ in range(12):
+        assert rounds.epoch()
+    real = os.stat
+
+    def broken(path: Any, **options: Any) -> os.stat_result:
+        if path == b"f3":
+            raise OSError(number, os.strerror(number))
+        return real(path, **options)
+
+    monkeypatch.setattr("primary.file_scrub.os.stat", broken)
+    found = [each for _ in range(12) for each in rounds.files._scrub.some(How(raw_bytes=0), lambda *_: False)]
+    assert found == []
 
 
 def test_a_directory_that_cannot_be_listed_does_not_end_the_capture(
