@@ -47,7 +47,7 @@ from primary.file_reader import Content, FileReader, FilesError, Found, How, Unr
 from primary.file_scrub import FileScrub, Suspicions, Unlike
 from primary.file_watch import SYSTEM_BYTES
 from primary.file_writes import FileWrites
-from primary.open_files import mapped_by, opened_by, timeless
+from primary.open_files import is_writable, mapped_by, opened_by, timeless
 
 log = structlog.get_logger(__name__)
 
@@ -339,7 +339,7 @@ class FileCapture:
         found = set(self._mapped)
         for pid in self._pids():
             found |= mapped_by(pid)
-            found |= {(status.st_dev, status.st_ino) for status, writable in opened_by(pid) if writable}
+            found |= {(status.st_dev, status.st_ino) for status, at in opened_by(pid) if is_writable(at)}
         return frozenset(found)
 
     def _is_due(self, directory: bytes, name: bytes, file: bytes) -> bool:
@@ -531,12 +531,12 @@ class FileCapture:
         doubtful: set[FileId] = set()
         for pid in self._pids():
             mapped |= mapped_by(pid)
-            for status, writable in opened_by(pid):
+            for status, at in opened_by(pid):
                 node = self._book.find((status.st_dev, status.st_ino))
                 if node is None:
                     continue
                 unsure = status.st_dev in self._timeless or not (node.still or node.followed)
-                if not node.looks_same(status) or (writable and unsure):
+                if not node.looks_same(status) or (unsure and is_writable(at)):
                     doubtful.add(node.id)
         self._now_mapped = frozenset(mapped)
         return frozenset(doubtful) | self._now_mapped | self._mapped

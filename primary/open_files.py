@@ -34,8 +34,8 @@ def mapped_by(pid: int) -> set[FileId]:
     return found
 
 
-def opened_by(pid: int) -> Iterator[tuple[os.stat_result, bool]]:
-    """Yield the regular files that a process has open, and whether for writing."""
+def opened_by(pid: int) -> Iterator[tuple[os.stat_result, str]]:
+    """Yield the regular files that a process has open, and by which descriptors; see `is_writable`."""
     directory = f"/proc/{pid}/fd"
     try:
         names = os.listdir(directory)
@@ -43,9 +43,17 @@ def opened_by(pid: int) -> Iterator[tuple[os.stat_result, bool]]:
         return  # it has ended
     for name in names:
         with contextlib.suppress(OSError):
-            status = os.stat(f"{directory}/{name}")
+            status = os.stat(path := f"{directory}/{name}")
             if stat.S_ISREG(status.st_mode):
-                yield status, bool(os.lstat(f"{directory}/{name}").st_mode & stat.S_IWUSR)
+                yield status, path
+
+
+def is_writable(descriptor: str) -> bool:
+    """Tell whether something is open there for writing; not if it is closed by now."""
+    try:
+        return bool(os.lstat(descriptor).st_mode & stat.S_IWUSR)
+    except OSError:
+        return False
 
 
 def timeless(roots: Iterable[Path]) -> frozenset[int]:
