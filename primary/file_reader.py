@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -42,6 +42,8 @@ _MOST_KEPT_BYTES: Final = 64 << 20
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE)
 """It is not there any more, or became something else since a moment ago: that is reported too."""
+_BEYOND: Final = 1 << 52
+"""Behind the last page of any file."""
 _PATH_BYTES: Final = 2048
 """How much of a path is opened at once: paths may be longer than the kernel takes."""
 
@@ -397,10 +399,7 @@ class FileReader:
         """Read those pages of a file that is followed, at once if they are few in a freeze."""
         file = _id(status)
         runs = doubtful.bounds.reshape(-1, 2).tolist()
-        bounds = np.array(
-            [*chain.from_iterable(part for first, end in runs for part in _data(fd, end, first))],
-            dtype=np.uint64,
-        )
+        bounds = np.array([*chain.from_iterable(_data_in(fd, runs))], dtype=np.uint64)
         data = PageSet.spanning(bounds[0::2], bounds[1::2]) & doubtful
         how.room(len(data) * PAGE_BYTES)
         self._writes.pass_over(file, doubtful - data)
@@ -534,6 +533,26 @@ def _data(fd: int, pages: int, first: int = 0) -> Iterator[tuple[int, int]]:
         hole = os.lseek(fd, start * PAGE_BYTES, os.SEEK_HOLE)
         first, end = max(start, end), min(pages, max(start + 1, -(-hole // PAGE_BYTES)))
         yield first, end
+
+
+def _data_in(fd: int, runs: Iterable[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """Yield what of ascending runs of pages is no hole.
+
+    Where data ends is asked once for all runs that lie in it: btrfs goes through all extents up to there.
+    """
+    first = end = 0
+    for start, stop in runs:
+        at = start
+        while at < stop:
+            if end <= at:
+                found = next(_data(fd, _BEYOND, at), None)
+                if found is None:
+                    return
+                first, end = found
+            if first >= stop:
+                break
+            yield max(at, first), min(stop, end)
+            at = end
 
 
 def _runs(rows: NDArray[np.intp]) -> list[NDArray[np.intp]]:

@@ -18,7 +18,7 @@ from common.model import PAGE_BYTES, EpochId
 from primary import file_writes
 from primary.file_book import FileBook
 from primary.file_capture import FileCapture, TooMuchWrittenError
-from primary.file_reader import Content, FileReader
+from primary.file_reader import Content, FileReader, _data_in
 from primary.file_watch import FileWatch
 from primary.file_writes import FileWrites, check_support
 from primary.page_set import NO_PAGES, PageSet
@@ -209,6 +209,24 @@ def test_a_file_with_journalled_data_is_not_followed(
     assert known.writes.doubtful(known.file, known.fd, 5000, touched=True) is None
     assert known.file not in known.writes
     assert not known.writes.follow(known.fd)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_no_hole_is_found_in_any_runs(tmp_path: Path, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    path = tmp_path / "sparse"
+    there = np.repeat(chance.random(60) < 0.5, chance.integers(1, 20, 60))
+    with path.open("wb") as file:
+        for number in np.flatnonzero(there).tolist():
+            file.seek(number * PAGE_BYTES)
+            file.write(b"x" * PAGE_BYTES)
+        file.truncate(len(there) * PAGE_BYTES)
+        os.fsync(file.fileno())
+        wanted = PageSet.of(np.flatnonzero(chance.random(len(there) + 9) < 0.4).astype(np.uint64))
+        with path.open("rb") as reader:
+            found = list(_data_in(reader.fileno(), wanted.bounds.reshape(-1, 2).tolist()))
+    numbers = [number for first, end in found for number in range(first, end)]
+    assert numbers == [number for number in wanted.numbers.tolist() if there[number : number + 1].any()]
 
 
 def test_without_support_nothing_is_followed(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
