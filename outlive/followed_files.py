@@ -182,10 +182,23 @@ class FollowedFiles:
             )
 
     async def _repair(self, epoch: EpochId | None, found: list[str]) -> None:
-        """Make everything what an epoch (None: the one that it should be) says, and tell about it."""
-        await self._do(self._make_all, epoch)
+        """Make everything what an epoch (None: the one that it should be) says, and tell about it.
+
+        Raises OutliveError if that cannot be: the next epoch that is laid out looks at everything then.
+        """
         more = [f"and {len(found) - _TOLD} more"] if len(found) > _TOLD else []
         said = "; ".join(found[:_TOLD] + more)
+        try:
+            await self._do(self._make_all, epoch)
+        except OutliveError:
+            self._on_altered(
+                f"somebody else changed the directories, and they are not made equal yet: {said}"
+            )
+            await self._do(self._forget)
+            again, self.laid_out = self.laid_out, None
+            if epoch is None and again is not None and self._wanted is None:
+                self.follow(again)
+            raise
         self._on_altered(f"somebody else changed the directories, and all was made equal again: {said}")
 
     # --- in the thread ------------------------------------------------------------------------------
@@ -206,14 +219,18 @@ class FollowedFiles:
     def _look_over(self) -> list[str]:
         """Return what is not as it should be at a quick look, as far as there is time for one."""
         tree, until_s = self._known_tree(), time.monotonic() + _LOOK_OVER_S
+
+        def is_over() -> bool:
+            return time.monotonic() > until_s
+
         cursor: Cursor | None = START
         found: list[str] = []
         while cursor is not None and not found:
-            if time.monotonic() > until_s:
+            if is_over():
                 log.info("files.looked_over_in_part", workload=self._workload, within_s=_LOOK_OVER_S)
                 break
             try:
-                found, cursor = tree.compare_part(None, cursor)
+                found, cursor = tree.compare_part(None, cursor, is_over)
             except (StoreError, OSError) as error:  # what cannot even be looked at is not as it should be
                 found = [str(error)]
         return found

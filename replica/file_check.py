@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Final
@@ -23,6 +23,8 @@ from replica.file_site import Site
 from replica.stored_files import EpochFiles
 
 _PART_ENTRIES: Final = 2000
+_ASKED_EACH: Final = 500
+"""Entries that are looked at between two times that it is asked whether there is time for more."""
 _PART_PAGES: Final = 1 << 14
 """64 MiB."""
 _KIND_NAMES: Final = {
@@ -64,12 +66,17 @@ START: Final = Cursor()
 
 
 def differences_in_part(
-    site: Site, model: FileModel, files: EpochFiles | None, cursor: Cursor
+    site: Site,
+    model: FileModel,
+    files: EpochFiles | None,
+    cursor: Cursor,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> tuple[list[str], Cursor | None]:
     """Compare some names, or some contents, and return what differs, and what is left; None: nothing is.
 
     Without `files`, attributes and contents are left out. Takes about a tenth of a second, unless a single
-    directory is very large. Raises StoreError.
+    directory is very large: what is left of that one is not looked at once `is_over` says so. Raises
+    StoreError.
     """
     if cursor.directory is None:
         if files is None:
@@ -77,7 +84,7 @@ def differences_in_part(
         portions, page = portions_from(model, cursor.page, _PART_PAGES)
         found = list(_contents(site, model, files, portions))
         return found, None if page is None else Cursor(None, page)
-    comparison = _Comparison(site, model, files)
+    comparison = _Comparison(site, model, files, is_over)
     found = []
     if cursor.directory == 0:
         for entry in model.children[ROOTS].values():
@@ -102,30 +109,43 @@ def _contents(site: Site, model: FileModel, files: EpochFiles, portions: Iterabl
 
 
 class _Comparison:
-    def __init__(self, site: Site, model: FileModel, files: EpochFiles | None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        model: FileModel,
+        files: EpochFiles | None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.directories: list[int] = []
         """Those that were found and are to be looked into."""
         self._site = site
         self._model = model
         self._files = files
+        self._is_over = is_over
 
     def directory(self, number: int) -> Iterator[str]:
         """Compare what is in a directory."""
         wanted = self._model.children.get(number, {})
         with explained("list", lambda: self._path(Entry(number, b".", number))):
-            names = set(map(os.fsencode, os.listdir(self._site.descriptor(number))))
-        for name in sorted(names - wanted.keys()):
-            if not self._site.is_none_of_it(number, name):
-                yield f"{self._path(Entry(number, name, 0))} is not in the epoch"
-        for name, entry in sorted(wanted.items()):
-            status = None
-            if name in names:
-                with explained("look at", lambda: self._path(entry)):  # noqa: B023
-                    status = os.stat(name, dir_fd=self._site.descriptor(number), follow_symlinks=False)
+            here = self._site.descriptor(number)
+        for count, (name, entry) in enumerate(wanted.items(), 1):
+            with explained("look at", lambda: self._path(entry)):  # noqa: B023
+                try:
+                    status = os.stat(name, dir_fd=here, follow_symlinks=False)
+                except FileNotFoundError:
+                    status = None
             if status is None:
                 yield f"{self._path(entry)} is missing"
             else:
                 yield from self.look(entry, status)
+                here = self._site.descriptor(number)  # another one was open for that, perhaps
+            if count % _ASKED_EACH == 0 and self._is_over():
+                return
+        with explained("list", lambda: self._path(Entry(number, b".", number))):
+            names = set(map(os.fsencode, os.listdir(here)))
+        for name in sorted(names - wanted.keys()):
+            if not self._site.is_none_of_it(number, name):
+                yield f"{self._path(Entry(number, name, 0))} is not in the epoch"
 
     def look(self, entry: Entry, status: os.stat_result) -> Iterator[str]:
         """Compare what an entry leads to."""
@@ -135,7 +155,8 @@ class _Comparison:
             return
         yield from (f"{path} {what}" for what in _unlike(inode, status))
         names = self._model.names[inode.number]
-        if not stat.S_ISDIR(inode.mode) and status.st_nlink != len(names):
+        surplus = status.st_nlink > len(names) and not self._site.leaves_out_names
+        if not stat.S_ISDIR(inode.mode) and (surplus or status.st_nlink < len(names)):
             yield f"{path} has {status.st_nlink} names, not {len(names)}"
         if names[0] != entry and not self._is_same(names[0], status):
             yield f"{path} is not the same file as {self._path(names[0])}"

@@ -136,6 +136,11 @@ class Site:
         """Open the limbos that an earlier attempt has left, and return their numbers."""
         return [limbo.number for limbo in self._limbos.values() if self._find(limbo)]
 
+    @property
+    def leaves_out_names(self) -> bool:
+        """Whether files may have names here that are in no epoch."""
+        return bool(self._excludes)
+
     def is_none_of_it(self, number: int, name: bytes) -> bool:
         """Tell whether a name in a directory of an epoch is of no concern: an open limbo, or excluded."""
         limbo = self._limbos.get(number)

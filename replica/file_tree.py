@@ -183,18 +183,19 @@ class FileTree:
             return list(islice(differences(site, model, None if quick else files), _MOST_SENTENCES))
 
     def compare_part(
-        self, files: EpochFiles | None, cursor: Cursor = START
+        self, files: EpochFiles | None, cursor: Cursor = START, is_over: Callable[[], bool] = lambda: False
     ) -> tuple[list[str], Cursor | None]:
         """Say how a part of the tree differs from the epoch that it is, and where to go on; None: at its end.
 
         `files` are that epoch's; None: only names are compared, kinds, sizes, modes, owners and times. In
-        between the tree may become other epochs. Raises StoreError if it is not known what it should be.
+        between the tree may become other epochs. A directory is left unfinished once `is_over` says so.
+        Raises StoreError if it is not known what it should be.
         """
         epoch, model = self.epoch, self._model
         if epoch is None or model is None or (files is not None and files.epoch != epoch):
             raise StoreError(f"it is not known what the files of {epoch or 'this workload'} should be")
         with self._site(model) as site:
-            return differences_in_part(site, model, files, cursor)
+            return differences_in_part(site, model, files, cursor, is_over)
 
     def content_pages(self, before: int | None = None) -> int:
         """Return how many pages the contents of its epoch have; `before` a page number, if that is given."""

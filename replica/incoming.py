@@ -17,7 +17,7 @@ import structlog
 from common.criu.images import PE_PARENT, SpaceKey
 from common.durable import Disk
 from common.errors import NoSpaceError, StoreError
-from common.model import EpochId
+from common.model import PAGE_BYTES, EpochId
 from replica.holdings import Lender
 from replica.level_writer import LevelWriter, Repeats, restore_text
 from replica.levels import BaseError, EpochHeader, Flags, Layout, Level, Numbers, rows_in, tells_damage
@@ -35,6 +35,10 @@ class Home(Protocol):
 
     def admit(self, header: EpochHeader, made: Level, numbers: dict[SpaceKey, Numbers]) -> EpochRecord:
         """Give a finished level its name; raises StoreError if it may not have it any more."""
+        ...
+
+    def require_room(self, epoch: EpochId, expected_bytes: int, *, keep_seed: bool) -> None:
+        """Raise NoSpaceError if there is no room for so much more."""
         ...
 
     def read_base(self, epoch: EpochId, key: SpaceKey, numbers: Numbers) -> Iterator[memoryview]:
@@ -114,9 +118,13 @@ class IncomingEpoch:
         now, so that none follow. `COPIED`: changed, but the seed has it as it is now. `REPEATED`: changed,
         and like the page that `sources` (one for each of these) says. PE_LAZY is kept.
         Raises StoreError for what cannot be, and BaseError for pages that the base or the seed does not have:
-        CRIU would fail at restore.
+        CRIU would fail at restore; NoSpaceError if there is no room for what repeats others: a few bytes that
+        came may stand for many.
         """
         with self._step():
+            if sources is not None and len(sources):
+                room_bytes = len(sources) * PAGE_BYTES
+                self._home.require_room(self.header.id, room_bytes, keep_seed=self._lender is not None)
             repeats = None if sources is None or not len(sources) else Repeats(sources, self._read_base)
             self._writer.space(key, numbers, flags, self._lender, repeats)
             inherited = numbers[(flags & PE_PARENT) != 0]

@@ -236,22 +236,7 @@ class EpochStore(StoreReader):
                     f"{header.base} already stands on {2 * self._max_levels - 1} others: folding is behind",
                     hint="retry when the fold in progress is done, or send a full epoch",
                 )
-            if not (self._has_room(expected_bytes) and self._ceiling.admits(expected_bytes)):
-                if not seed:
-                    self._drop_seed()
-                self._collect_if_idle()
-                if not self._has_room(expected_bytes):
-                    raise NoSpaceError(
-                        f"epoch {header.id} would leave less than {self._min_free_bytes} bytes free"
-                        f" in {self._layout.root}",
-                        hint="free some space, or lower store.min_free_bytes",
-                    )
-                if not self._ceiling.admits(expected_bytes, anew=True):
-                    raise NoSpaceError(
-                        f"with epoch {header.id} the stores in {self._layout.root.parent} would take"
-                        f" more than {self._ceiling.max_bytes} bytes",
-                        hint="remove stores that nobody needs, or raise store.max_bytes",
-                    )
+            self.require_room(header.id, expected_bytes, keep_seed=bool(seed))
             directory = self._layout.incoming / f"{header.id}-{secrets.token_hex(4)}"
             writer = LevelWriter(self._disk, directory, op="commit")
             epoch = IncomingEpoch(
@@ -259,6 +244,27 @@ class EpochStore(StoreReader):
             )
             self._arriving.append(epoch)
             return epoch
+
+    def require_room(self, epoch: EpochId, expected_bytes: int, *, keep_seed: bool) -> None:
+        """Make room for what an epoch brings, if there is none. Raises NoSpaceError if that fails."""
+        with self._mutex:
+            if self._has_room(expected_bytes) and self._ceiling.admits(expected_bytes):
+                return
+            if not keep_seed:
+                self._drop_seed()
+            self._collect_if_idle()
+            if not self._has_room(expected_bytes):
+                raise NoSpaceError(
+                    f"epoch {epoch} would leave less than {self._min_free_bytes} bytes free"
+                    f" in {self._layout.root}",
+                    hint="free some space, or lower store.min_free_bytes",
+                )
+            if not self._ceiling.admits(expected_bytes, anew=True):
+                raise NoSpaceError(
+                    f"with epoch {epoch} the stores in {self._layout.root.parent} would take"
+                    f" more than {self._ceiling.max_bytes} bytes",
+                    hint="remove stores that nobody needs, or raise store.max_bytes",
+                )
 
     @property
     def seed(self) -> int:
@@ -653,7 +659,8 @@ class EpochStore(StoreReader):
                 throw_away(self._layout, self._disk, path)
                 self._stale.remove(path)
             self._unswept = False
-            if self._doubt is not None and not any(map(self.doubt_about, self._levels)):
+            if self._doubt is not None and not self._stale and not any(map(self.doubt_about, self._levels)):
+                # Not before all of it is gone: what is still read would be held for sound after a crash.
                 end_doubt(self._layout, self._disk)
                 self._doubt = None
         sweep(self._layout.trash, self._disk)

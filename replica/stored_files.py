@@ -27,7 +27,9 @@ from replica.levels import Level, Numbers
 
 _BUFFER_BYTES: Final = 1 << 20
 _MOST_REMEMBERED: Final = 1 << 20
-"""Numbers of pages: 8 MiB. What thousands of epochs change, unless each changes very much."""
+"""Numbers of pages, 8 bytes each; what thousands of epochs change, unless each changes very much."""
+_OF_AN_EPOCH: Final = 100
+"""As many as these takes what is remembered of an epoch in which no file changed: 800 bytes."""
 
 NO_NUMBERS: Final[Numbers] = np.empty(0, dtype=np.uint64)
 
@@ -88,7 +90,7 @@ class FoldedChanges:
             with self._mutex:
                 self.forget(level.id)
                 self._changes[level.id] = Changes(level.base, pages)
-                self._remembered += sum(map(len, pages.values()))
+                self._remembered += _size_of(pages)
                 while self._remembered > _MOST_REMEMBERED:
                     self.forget(next(iter(self._changes)))
 
@@ -96,7 +98,7 @@ class FoldedChanges:
         """Forget an epoch: another one may take its name."""
         with self._mutex:
             if (changes := self._changes.pop(epoch, None)) is not None:
-                self._remembered -= sum(map(len, changes.pages.values()))
+                self._remembered -= _size_of(changes.pages)
 
     def get(self, epoch: EpochId) -> Changes | None:
         """Return what is remembered of an epoch."""
@@ -252,6 +254,10 @@ class _Runs:
         """Find where in the level's own file pages of such runs stand."""
         places: NDArray[np.int64] = self.before[rows] + (numbers - self.runs.first[rows]).astype(np.int64)
         return places
+
+
+def _size_of(pages: Mapping[SpaceKey, Numbers]) -> int:
+    return _OF_AN_EPOCH + sum(map(len, pages.values()))
 
 
 def _spaces_of(level: Level) -> list[SpaceKey]:

@@ -154,7 +154,7 @@ async def test_a_takeover_is_not_given_up_for_what_cannot_be_looked_at(
 ) -> None:
     await standby.follow()
 
-    def fails(tree: FileTree, files: object, cursor: object) -> None:
+    def fails(tree: FileTree, *_: object) -> None:
         raise StoreError("no permission")
 
     monkeypatch.setattr(FileTree, "compare_part", fails)
@@ -170,6 +170,57 @@ async def test_a_takeover_does_not_look_for_ever(standby: Standby, monkeypatch: 
     (standby.root / "new").touch()
     await standby.files.bring_to(standby.commit())
     assert standby.altered == []
+    await standby.files.close()
+
+
+@pytest.mark.parametrize("within_s", [0.0, 60.0])
+async def test_a_takeover_does_not_look_through_a_large_directory_for_ever(
+    standby: Standby, monkeypatch: pytest.MonkeyPatch, within_s: float
+) -> None:
+    monkeypatch.setattr("outlive.followed_files._LOOK_OVER_S", within_s)
+    monkeypatch.setattr("replica.file_check._ASKED_EACH", 1)
+    await standby.follow()
+    monkeypatch.setattr("outlive.followed_files.time", Ticking())
+    times = (standby.root / "a").stat()
+    (standby.root / "a" / "new").touch()  # found only when all that should be there was looked at
+    os.utime(standby.root / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    await standby.files.bring_to(standby.commit())
+    assert (standby.altered == []) == (within_s == 0.0)
+    await standby.files.close()
+
+
+class Ticking:
+    """A clock that goes on a second after it was read twice."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def monotonic(self) -> float:
+        self.read += 1
+        return float(self.read > 2)
+
+
+async def test_what_cannot_be_made_equal_is_told_and_looked_at_wholly_the_next_time(
+    standby: Standby, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await standby.follow()
+    rewritten(standby.root / "large")
+    apply = FileTree.apply
+
+    def gone(tree: FileTree, files: FakeFiles, *, full: bool = False) -> object:
+        if full:
+            raise StoreError(f"{files.epoch} is not held any more")
+        return apply(tree, files)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileTree, "apply", gone)
+        await standby.compared()
+        found = standby.files.comparison
+        assert (found.different, found.repaired) == (1, False)
+        assert "not held" in found.problem
+        assert "not made equal yet" in standby.altered[0]
+    await standby.follow()
+    assert standby.is_the_world()
     await standby.files.close()
 
 

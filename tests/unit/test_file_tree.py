@@ -214,6 +214,19 @@ def test_what_is_excluded_stays_as_long_as_its_directory_does(place: Place) -> N
     assert tree.check() == []
 
 
+def test_a_file_that_has_an_excluded_name_as_well_is_not_altered(place: Place) -> None:
+    world, epochs = small_world(), Epochs()
+    tree = place.open("*.tmp")
+    tree.apply(epochs.tell(world))
+    times = (place.root / "a").stat()
+    os.link(place.root / "a" / "f", place.root / "a" / "f.tmp")
+    os.utime(place.root / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert tree.check() == []
+    (place.root / "b" / "h").unlink()
+    os.link(place.root / "a" / "f", place.root / "b" / "h")
+    assert tree.check() != []
+
+
 def test_what_is_excluded_no_more_is_made_what_the_epoch_says(place: Place) -> None:
     world, epochs = small_world(), Epochs()
     files = epochs.tell(world)

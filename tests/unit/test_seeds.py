@@ -12,7 +12,7 @@ import pytest
 from store_disks import UnsyncedDisk, commit, composed, header
 
 from common.criu.images import PE_PARENT, PE_PRESENT, SpaceKey
-from common.errors import StoreError
+from common.errors import NoSpaceError, StoreError
 from common.identity import PageHasher
 from common.model import EpochId
 from replica.levels import BaseError
@@ -312,6 +312,18 @@ def test_repeated_pages_are_copied_from_the_epoch_and_from_its_base(tmp_path: Pa
         expected = [page(1), page(1), page(90), bytes(4096), page(90), page(80), page(2), page(2)]
         assert stored(record) == expected
         assert store.verify() == []
+
+
+def test_what_repeats_others_needs_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as store:
+        arriving = store.begin(header(EpochId(1, 1), None))
+        monkeypatch.setattr(store, "_min_free_bytes", 9 * 4096)
+        monkeypatch.setattr(store._disk, "free_bytes", lambda path: 10 * 4096)
+        flags = {number: PE_PRESENT | REPEATED * (number > 0) for number in range(3)}
+        with pytest.raises(NoSpaceError, match="bytes free"):
+            repeating(arriving, flags, [0, 0])
+        arriving.abort()
+        assert store.newest is None
 
 
 @pytest.mark.parametrize(

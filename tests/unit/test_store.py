@@ -456,6 +456,28 @@ def test_files_stay_readable_while_folds_take_their_levels_place(store: EpochSto
     assert b"".join(map(bytes, store.read_base(EpochId(1, 6), CONTENTS, wanted)))[::PAGE_BYTES] == b"\1\2"
 
 
+def test_a_doubt_lasts_as_long_as_somebody_reads_what_is_in_doubt(store: EpochStore, tmp_path: Path) -> None:
+    content: Content = {RECORDS: {0: 1}, CONTENTS: {7: 1}}
+    commit(store, EpochId(1, 1), content)
+    commit(store, EpochId(1, 2), content, EpochId(1, 1), content)
+    store.doubt("of it")
+    with store.files_of(EpochId(1, 2)) as files:
+        commit(store, EpochId(1, 3), content)
+        store.fold()
+        assert {record.id.epoch for record in store.records()} == {3}
+        assert [block[0] for block in files.read(CONTENTS, np.array([7], dtype=np.uint64))] == [1]
+        store.close()  # as a crash would leave it: what is read is on the disk
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=8, disk=UnsyncedDisk()) as again:
+        there = [record.id for record in again.records() if record.id.epoch < 3]
+        assert there
+        assert all(map(again.doubt_about, there))
+        assert not again.doubt_about(EpochId(1, 3))
+        again.fold()
+        assert {record.id.epoch for record in again.records()} == {3}
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=8, disk=UnsyncedDisk()) as again:
+        assert not again._layout.doubt.exists()
+
+
 def test_a_fold_refuses_to_carry_damage_on(store: EpochStore) -> None:
     newest = long_chain(store, 6)
     damage(store.show(EpochId(1, 4)).record.path / "pages-1.img")

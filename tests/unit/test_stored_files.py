@@ -142,13 +142,28 @@ def test_an_epoch_that_was_discarded_is_remembered_no_more(tmp_path: Path) -> No
 def test_no_more_is_remembered_than_there_is_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("replica.stored_files._MOST_REMEMBERED", 4)  # the third has 3, the second has 3
+    monkeypatch.setattr("replica.stored_files._MOST_REMEMBERED", 110)  # the third has 3, the second has 3
     with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk()) as store:
         three_epochs(store)
         assert store.fold() is not None
         with store.files_of(THIRD) as files:
             known = [changed(files, each) is not None for each in (FIRST, SECOND)]
     assert known.count(False) == 1
+
+
+def test_epochs_in_which_nothing_changed_are_not_remembered_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replica.stored_files._MOST_REMEMBERED", 1000)
+    content: Content = {TASK: {1: 1}, RECORDS: {0: 1}, CONTENTS: {7: 1}}
+    with EpochStore.open(tmp_path, "web", min_free_bytes=0, max_levels=4, disk=UnsyncedDisk()) as store:
+        commit(store, EpochId(1, 1), content)
+        for number in range(2, 60):
+            commit(store, EpochId(1, number), content, EpochId(1, number - 1), content)
+            store.fold()
+        assert 2 <= len(store._folded._changes) <= 10
+        with store.files_of(EpochId(1, 59)) as files:
+            assert changed(files, EpochId(1, 55)) == {RECORDS: [], CONTENTS: []}
 
 
 def test_an_epoch_may_have_no_files_or_be_the_first_that_has(store: EpochStore, tmp_path: Path) -> None:
