@@ -49,6 +49,7 @@ LARGE_BYTES: Final = 1 << 20
 _MOST_FILES: Final = 65_536
 _RING_BYTES: Final = 8 << 20
 """Both as in native/writes.bpf.c."""
+_UNHEARD_BYTES: Final = _RING_BYTES // 4
 _WRITTEN: Final = np.dtype([("inode", np.uint64), ("first", np.uint64), ("end", np.uint64)])
 _EXTENT: Final = np.dtype(
     [("start", np.uint64), ("end", np.uint64), ("shift", np.uint64), ("flags", np.uint64)]
@@ -211,7 +212,7 @@ class FileWrites:
             else:
                 followed.doubtful |= _moved(followed.extents, extents, size)
                 followed.extents = extents
-        self.hear()
+            self.hear()
         return followed.doubtful & _first_pages(-(-size // PAGE_BYTES))
 
     def flush(self, file: FileId, fd: int) -> None:
@@ -226,7 +227,8 @@ class FileWrites:
 
         Returns them one after the other. Raises OSError; what was not read stays in doubt.
         """
-        self.hear()  # of a large file more is reported while it is read than there is room for
+        if self._tracing is not None and self._tracing.unheard_bytes > _UNHEARD_BYTES:
+            self.hear()  # while a large file is read, more is reported than there is room for
         part = PageSet.of(numbers)
         content = np.empty(len(numbers) * PAGE_BYTES, dtype=np.uint8)
         dirty = np.empty(len(numbers), dtype=np.uint8)
@@ -326,6 +328,12 @@ class _Tracing:
     def ignore(self, inode: int) -> None:
         """Report nothing of them any more."""
         _bpf().bpf_map_delete_elem(self._files, ctypes.byref(ctypes.c_uint64(inode)))
+
+    @property
+    def unheard_bytes(self) -> int:
+        """How much of the ring's room is taken."""
+        produced, consumed = (struct.unpack_from("=Q", each)[0] for each in (self._ring, self._consumer))
+        return int(produced - consumed)
 
     def drain(self) -> tuple[NDArray[np.void], bool]:
         """Return what was reported since the last call, and whether that is all that happened."""

@@ -7,6 +7,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from common.errors import UnsupportedError
 from common.model import PAGE_BYTES
 from primary.file_writes import check_support
+from primary.page_set import NO_PAGES
 from tests.campaigns.file_oracle import mounted
 from tests.unit.test_file_writes import Known
 
@@ -65,7 +67,7 @@ def test_what_was_read_in_between_is_read_again(system: tuple[str, Path]) -> Non
     known = Known(path)
     assert known.writes.follow(known.fd)
     try:
-        for away, back in ways(kind, fd, point):
+        for (away, back), began in product(ways(kind, fd, point), (False, True)):
             os.pwrite(fd, path.read_bytes()[_AT : _AT + _SIZE], _AT)  # in doubt, and soon clean
             os.fsync(fd)
             size = os.fstat(fd).st_size
@@ -78,6 +80,9 @@ def test_what_was_read_in_between_is_read_again(system: tuple[str, Path]) -> Non
                     known.content[number * PAGE_BYTES : (number + 1) * PAGE_BYTES] = page.tobytes()
             known.writes.all_read(known.file, size)
             back()
+            if began:  # as if that had been reported, and not been done, when the pages were read
+                known.writes.hear()
+                known.writes._files[known.file].doubtful = NO_PAGES
             os.fsync(fd)
             assert bytes(known.content) != path.read_bytes(), "something else was read in between"
             known.look()

@@ -645,11 +645,9 @@ def test_what_is_reported_while_all_is_looked_through_is_looked_at(
                 (root / os.fsdecode(found.name)).write_bytes(b"changed since")
 
     monkeypatch.setattr(files._reader, "look", look)
-    files.ahead(None)
+    reader = epoch(files, 1)
     assert len(changed) == 5
-    files.take(patient=False)
-    files.settle()
-    assert told(sealed(files, 1)) == walk(root)
+    assert told(reader) == walk(root)
 
 
 def test_directories_that_are_known_to_be_in_each_other_lead_nowhere(tmp_path: Path) -> None:

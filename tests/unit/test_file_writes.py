@@ -202,6 +202,26 @@ def test_more_reports_than_fit_are_noticed(writer: Writer, known: Known) -> None
     os.close(fd)
 
 
+def test_reports_are_heard_while_a_large_file_is_read(
+    writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.sync()
+    known.look()
+    tracing = known.writes._tracing
+    assert tracing is not None
+    fd = os.open(writer.path, os.O_RDWR)
+    for limit, left in ((1 << 20, True), (0, False)):
+        monkeypatch.setattr(file_writes, "_UNHEARD_BYTES", limit)
+        os.pwrite(fd, b"new", 40960)
+        assert tracing.unheard_bytes > 0
+        known.writes.read(known.file, known.fd, np.array([1], dtype=np.uint64))
+        assert (tracing.unheard_bytes > 0) == left
+        assert 10 in known.look().numbers
+        os.fsync(fd)
+        known.look()
+    os.close(fd)
+
+
 def test_a_file_with_journalled_data_is_not_followed(
     writer: Writer, known: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
